@@ -1,0 +1,46 @@
+# Every target sets up what it needs in .venv, from Python 3.11+ and nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# Two cores and tiny models: threads that spin cost more than they bring.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: run test lint format bench gpu table clean
+
+run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
+	$(BIN)/kvweave run
+
+test: $(READY) lint  ## style, types, import directions, tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## statistics and methods against one attention call
+	$(BIN)/python -m benchmarks.statistics
+
+table: $(READY)  ## README's table: methods x the lab's tasks x budgets
+	$(BIN)/kvweave lab table
+
+gpu:  ## everything that needs a GPU, in one call, with the Python at hand
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvweave needs Python 3.11 or later, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out dist build .mypy_cache .ruff_cache .hypothesis .import_linter_cache

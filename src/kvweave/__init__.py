@@ -1,0 +1,1 @@
+"""KV-cache compression for multimodal LLMs on Hugging Face Transformers."""
