@@ -1,0 +1,216 @@
+"""From one layer's storage to its compacted form, for a batch whose rows may differ in length.
+
+Methods see rectangular views without padding. Here the rows of a batch are brought into that form: rows that hold
+equally many tokens are planned together, and what they keep is put back into one tensor, short rows padded in front.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvweave.layer import LayerView
+from kvweave.methods.base import Method
+from kvweave.ops.select import last
+from kvweave.ops.statistics import AttentionRule
+from kvweave.plan import Compacted, Plan
+from kvweave.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One layer's slots, those of a batch of rows side by side.
+
+    Attributes:
+        keys, values: [batch, kv_heads, slots, dim].
+        positions: int64 [batch, kv_heads, slots], columns of the padded input, -1: empty.
+        mass: float32 [batch, kv_heads, slots].
+        bias: float32 [batch, kv_heads, slots] or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    mass: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass
+class Group:
+    """Rows of a layer that hold equally many tokens: `index` in the batch, and what a method sees of them."""
+
+    index: list[int]
+    view: LayerView
+
+
+def group_rows(
+    storage: Storage,
+    queries: Tensor | None,
+    prompt: Prompt,
+    rule: AttentionRule,
+    *,
+    mask: Tensor | None = None,
+    layer: int = 0,
+    layers: int = 1,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    alone: bool = False,
+) -> list[Group]:
+    """Views of a layer without its padding.
+
+    Args:
+        queries: [batch, heads, rows, dim] of the last `rows` slots, or None.
+        prompt: modalities and padding over the columns that `storage.positions` speaks of.
+        mask: the model's own, [batch or 1, heads or 1, rows, slots], boolean or additive; None: causal.
+        rotary: (cos, sin), [batch, columns, rotary_dim] each.
+        alone: every row in a group of its own.
+    """
+    batch, kv_heads, slots = storage.positions.shape
+    column = storage.positions.clamp(min=0).flatten(1)
+    empty = storage.positions < 0
+    real = prompt.valid.gather(1, column).view_as(empty).logical_and(~empty)[:, 0]  # alike in every head
+    visual = prompt.visual.gather(1, column).view_as(empty)
+    rows = queries.shape[2] if queries is not None else 0
+    lengths = real.sum(1).tolist()
+    asking = real[:, slots - rows :].sum(1).tolist()
+    keys = [
+        (length, asked, row if alone else 0) for row, (length, asked) in enumerate(zip(lengths, asking, strict=True))
+    ]
+    groups = []
+    for key in sorted(set(keys)):
+        index = [row for row in range(batch) if keys[row] == key]
+        length, asked, _ = key
+        whole = len(index) == batch and length == slots
+        at = torch.tensor(index, device=real.device)
+        held = (
+            (~real[at]).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :length]
+        )  # slots with a token, ascending
+
+        def pick(x: Tensor, at: Tensor = at, held: Tensor = held, whole: bool = whole) -> Tensor:
+            """These rows' held slots of `x` [batch, heads, slots, ...]."""
+            return x if whole else x[at[:, None], :, held].transpose(1, 2)
+
+        view = LayerView(
+            keys=pick(storage.keys),
+            values=pick(storage.values),
+            queries=None,
+            positions=pick(storage.positions),
+            mass=pick(storage.mass),
+            visual=pick(visual),
+            rule=rule,
+            bias=pick(storage.bias) if storage.bias is not None else None,
+            layer=layer,
+            layers=layers,
+        )
+        if queries is not None:
+            asks = held[:, length - asked :] - (slots - rows)  # rows of `queries` that hold a token
+            view.queries = queries if whole else queries[at[:, None], :, asks].transpose(1, 2)
+            if mask is not None:
+                view.rule = replace(rule, mask=_blocks(mask, at, asks, held))
+        if rotary is not None:
+            view.rotary = tuple(_at_positions(table[at], view.positions) for table in rotary)
+        groups.append(Group(index, view))
+    return groups
+
+
+def _blocks(mask: Tensor, at: Tensor, asks: Tensor, held: Tensor) -> Callable[[int, int], Tensor]:
+    """The model's mask at a group's rows and slots, a block of rows at a time."""
+    rows = at if mask.shape[0] > 1 else torch.zeros_like(at)
+
+    def block(start: int, stop: int) -> Tensor:
+        part = mask[rows[:, None], :, asks[:, start:stop]].transpose(1, 2)  # [rows, heads, block, slots]
+        return part.gather(-1, held[:, None, None].expand(*part.shape[:3], -1))
+
+    return block
+
+
+def _at_positions(table: Tensor, positions: Tensor) -> Tensor:
+    """[rows, columns, dim] at `positions` [rows, kv_heads, length]: [rows, kv_heads, length, dim]."""
+    rows = torch.arange(len(table), device=table.device)[:, None, None]
+    return table[rows, positions]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a layer.
+
+    Attributes:
+        compacted: its tensors, rows of unequal length padded in front.
+        rows: for each row of the batch, what the report says of it.
+        fate: for each row int64 [kv_heads, length], the slot that each slot lives on in, -1: evicted; with `trace`.
+    """
+
+    compacted: Compacted
+    rows: list[dict[str, Any]]
+    fate: list[Tensor]
+
+
+def compact(method: Method, groups: list[Group], budgets: Sequence[int], *, trace: bool = False) -> Outcome | None:
+    """Plan and cut one layer; None if every row fits its budget, so that nothing is touched.
+
+    Args:
+        budgets: entries that each row of the batch keeps in this layer; alike within a group.
+    """
+    if all(budgets[row] >= group.view.length for group in groups for row in group.index):
+        return None
+    pieces: dict[int, Compacted] = {}
+    rows: dict[int, dict[str, Any]] = {}
+    fates: dict[int, Tensor] = {}
+    for group in groups:
+        view, budget = group.view, budgets[group.index[0]]
+        plan = method.plan(view, budget) if budget < view.length else _everything(view)
+        done = plan.apply(view)
+        fate = plan.fate(view) if trace else None
+        for n, row in enumerate(group.index):
+            pieces[row] = _row(done, n)
+            rows[row] = _described(plan, n)
+            if fate is not None:
+                fates[row] = fate[n]
+    order = range(len(pieces))
+    flows = [row["flow"] for row in rows.values() if "flow" in row]
+    flow = sum(flows) / len(flows) if flows else None
+    compacted = _rectangular([pieces[row] for row in order], flow)
+    return Outcome(compacted, [rows[row] for row in order], [fates[row] for row in order] if trace else [])
+
+
+def _everything(view: LayerView) -> Plan:
+    return Plan(last(view.positions, view.length), bias=view.bias)
+
+
+def _row(done: Compacted, n: int) -> Compacted:
+    """Row `n`, without its batch dimension."""
+    bias = done.bias[n] if done.bias is not None else None
+    return Compacted(done.keys[n], done.values[n], done.positions[n], done.mass[n], None, bias)
+
+
+def _described(plan: Plan, n: int) -> dict[str, Any]:
+    """What the report says of row `n` besides its counts."""
+    words: dict[str, Any] = {}
+    if plan.flow is not None:
+        words["flow"] = float(plan.flow[n])
+    if plan.scope is not None:
+        words["scope"] = plan.scope[n]
+    return words | {name: float(number[n]) for name, number in plan.log.items()}
+
+
+def _rectangular(rows: list[Compacted], flow: float | None) -> Compacted:
+    """Rows of unequal counts as one batch, empty slots first."""
+    slots = max(row.positions.shape[-1] for row in rows)
+
+    def stack(tensors: list[Tensor], empty: int) -> Tensor:
+        padded = []
+        for x in tensors:  # [kv_heads, kept] or [kv_heads, kept, dim]
+            missing = slots - x.shape[1]
+            padded.append(torch.cat([x.new_full((x.shape[0], missing, *x.shape[2:]), empty), x], 1) if missing else x)
+        return torch.stack(padded)
+
+    biases = [row.bias if row.bias is not None else torch.zeros_like(row.mass) for row in rows]
+    return Compacted(
+        stack([row.keys for row in rows], 0),
+        stack([row.values for row in rows], 0),
+        stack([row.positions for row in rows], -1),
+        stack([row.mass for row in rows], 0),
+        flow,
+        stack(biases, 0) if any(row.bias is not None for row in rows) else None,
+    )

@@ -1,0 +1,105 @@
+"""One layer of the cache as a method sees it: keys, values, queries, modalities, and statistics on demand."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvweave.ops import statistics
+from kvweave.ops.statistics import AttentionRule, Flow
+
+
+@dataclass
+class LayerView:
+    """Rows of one layer that hold the same number of slots, padding already taken out.
+
+    On a first prompt slot j of every head is the row's token j. On a later turn heads may hold different tokens.
+    Statistics are computed when first asked for, and once.
+
+    Attributes:
+        keys, values: [batch, kv_heads, length, dim], after rotary.
+        queries: [batch, heads, rows, dim] of the last `rows` tokens, after rotary; None where the method needs none.
+        positions: int64 [batch, kv_heads, length], columns of the padded input.
+        mass: float [batch, kv_heads, length], tokens that an entry stands for already.
+        visual: bool [batch, kv_heads, length].
+        rule: how queries and keys become attention.
+        bias: float [batch, kv_heads, length], what decoding has added to the slots' logits so far, or None.
+        layer, layers: this layer's number among the compressed ones, and how many there are.
+        rotary: (cos, sin), [batch, kv_heads, length, rotary_dim] each, where a method turns keys.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor | None
+    positions: Tensor
+    mass: Tensor
+    visual: Tensor
+    rule: AttentionRule
+    bias: Tensor | None = None
+    layer: int = 0
+    layers: int = 1
+    rotary: tuple[Tensor, Tensor] | None = None
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one KV head."""
+        return self._queries().shape[1] // self.kv_heads
+
+    def window_attention(self, window: int) -> Tensor:
+        """Attention received from the last `window` rows: [batch, kv_heads, length] (METHODS 2.1, `I`)."""
+        return self._once(
+            ("window", window),
+            lambda: statistics.window_attention(self._queries(), self.keys, self.rule, window),
+        )
+
+    def column_sums(self) -> Tensor:
+        """Attention received by each token from text and from visual rows: [batch, heads, 2, length]."""
+
+        def compute() -> Tensor:
+            visual = self.row_visual()
+            kinds = torch.stack([~visual, visual], 1)
+            return statistics.column_sums(self._queries(), self.keys, self.rule, kinds)
+
+        return self._once("columns", compute)
+
+    def column_mass(self) -> Tensor:
+        """Attention received by each token from all rows: [batch, kv_heads, length] (METHODS 2.1, `C`)."""
+        by_head = self.column_sums().sum(2)
+        return by_head.unflatten(1, (self.kv_heads, -1)).mean(2)
+
+    def flow(self) -> Flow:
+        """The layer's cross-modal flow ratios, [batch] each (METHODS 3, step 1)."""
+        return self._once("flow", lambda: statistics.flow_ratio(self.column_sums(), self.visual, self.row_visual()))
+
+    def row_visual(self) -> Tensor:
+        """Modality of the rows whose queries are at hand: bool [batch, rows]."""
+        return self.visual[:, 0, self.length - self._queries().shape[2] :]
+
+    def release_queries(self) -> None:
+        """Forget the queries; statistics already computed stay."""
+        self.queries = None
+
+    def _queries(self) -> Tensor:
+        if self.queries is None:
+            raise RuntimeError("this statistic needs queries, and the method asked for none (Method.query_rows)")
+        return self.queries
+
+    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]

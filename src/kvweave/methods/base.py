@@ -1,0 +1,232 @@
+"""What every method is: a frozen dataclass of options that plans one layer at a time."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvweave.layer import LayerView
+from kvweave.methods.options import Option, choice, flag
+from kvweave.ops.budget import Budget, check_budget
+from kvweave.ops.merge import RULES, merge_weights, segment_sum
+from kvweave.plan import Merge, Plan
+
+_REGISTRY: dict[str, type["Method"]] = {}
+M = TypeVar("M", bound=type["Method"])
+
+#: `Method.query_rows` of a method that needs the queries of all rows.
+ALL_ROWS = -1
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods; subclasses are frozen dataclasses registered under a name.
+
+    Attributes:
+        budget: entries that stay in each layer: a share of the prompt in (0, 1], tokens as an int, or bytes of
+            keys and values over all layers and the whole batch, such as "256MiB".
+    """
+
+    budget: Budget = 0.2
+
+    name: ClassVar[str] = ""
+    #: Layer budgets depend on all layers' statistics: nothing is cut before the prefill ends.
+    layer_adaptive: ClassVar[bool] = False
+    #: The plan depends on which tokens are visual.
+    uses_modality: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        for field, option in self.options():
+            value = getattr(self, field)
+            if not option.check(value):
+                raise ValueError(f"{field}={value!r} is not allowed for {self.name}: allowed is {option.allowed}")
+
+    @classmethod
+    def options(cls) -> list[tuple[str, Option]]:
+        """Names and descriptions of the method's own options, in order."""
+        return [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls) if "option" in f.metadata]
+
+    @property
+    def query_rows(self) -> int:
+        """Queries of how many of the last rows the method needs; 0: none; `ALL_ROWS`: all."""
+        return 0
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        """Decide for rows of one layer; `budget` < `view.length` entries stay in each KV head."""
+        raise TypeError(f"{type(self).__name__} does not define plan(view, budget)")
+
+    def layer_budgets(self, budget: int, length: int, layers: int) -> list[int]:
+        """Entries of each layer where `budget` is their mean; known before any layer is seen."""
+        return [budget] * layers
+
+    def layer_weight(self, view: LayerView) -> Tensor:
+        """Layer-adaptive methods: the statistic, [batch], that `allocate` goes by."""
+        raise TypeError(f"{type(self).__name__} does not define layer_weight(view)")
+
+    def observe(self, view: LayerView) -> Tensor:
+        """Layer-adaptive methods: compute all that `plan` will need, so that queries can be released."""
+        return self.layer_weight(view)
+
+    def allocate(self, weights: list[float], budget: int, length: int) -> list[int]:
+        """Layer-adaptive methods: entries of each layer from all layers' weights; they sum to layers x budget."""
+        raise TypeError(f"{type(self).__name__} does not define allocate(weights, budget, length)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `method_from_dict` reads it back."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    def spelling(self) -> str:
+        """The command line's spelling, with the options that differ from their defaults."""
+        changed = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name == "budget" or getattr(self, f.name) != f.default
+        }
+        return f"{self.name}:" + ",".join(f"{key}={value}" for key, value in changed.items())
+
+
+@dataclass(frozen=True)
+class MergingMethod(Method):
+    """Base of methods that merge dropped tokens into kept ones (METHODS 2.2 and 4)."""
+
+    merge_rule: str = choice("similarity", *RULES, help="weights of the members of a merged entry")
+    merge_keys: bool = flag(True, help="merge keys as well as values")
+    mass_bias: bool = flag(False, help="decode adds log(mass) to a merged entry's logit")
+    mass_kind: str = choice("count", "count", "attention", help="mass: tokens, or attention received")
+    rope_aware: bool = flag(False, help="turn keys to the target's phase before they are averaged")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mass_kind == "attention" and (self.merge_rule != "importance" or self.merge_keys):
+            raise ValueError(
+                "mass_kind='attention' is not allowed here: it goes with merge_rule='importance' and merge_keys=False"
+            )
+
+    def merged(
+        self,
+        view: LayerView,
+        keep: Tensor,
+        source: Tensor,
+        target: Tensor,
+        cosine: Tensor,
+        importance: Tensor | None = None,
+    ) -> Plan:
+        """The plan that merges every source into its target by this method's options.
+
+        Args:
+            keep: int64 [batch, kv_heads, kept]; source: int64 [batch, kv_heads, sources].
+            target: index into `keep`, -1: evicted; cosine: of each source with its target.
+            importance: [batch, kv_heads, length], for merge_rule="importance".
+        """
+        source_mass, kept_mass = view.mass.gather(-1, source), view.mass.gather(-1, keep)
+        given = [None, None] if importance is None else [importance.gather(-1, at) for at in (source, keep)]
+        weight, own = merge_weights(self.merge_rule, target, cosine, source_mass, kept_mass, *given)
+        mass = kept_mass + segment_sum(source_mass, target, keep.shape[-1])
+        merge = Merge(source, target, weight, own, mass, keys=self.merge_keys, rope_aware=self.rope_aware)
+        bias = None
+        if self.mass_bias and self.mass_kind == "count":
+            bias = mass.log()
+        elif self.mass_bias:  # own = I_c / (I_c + sum of I_e): the bias is minus its logarithm
+            before = torch.zeros_like(mass) if view.bias is None else view.bias.gather(-1, keep)
+            bias = (before - own.log()).clamp(0, math.log(view.length)).to(mass.dtype)
+        return Plan(keep, merge, bias)
+
+
+def register(name: str) -> Any:
+    """Class decorator: make a method known under `name`."""
+
+    def decorate(cls: M) -> M:
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    return sorted(_REGISTRY)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered under `name`; a ValueError names the nearest one."""
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"method={name!r} is unknown{_nearest(name, _REGISTRY)}: allowed is one of {_names(_REGISTRY)}"
+        )
+    return _REGISTRY[name]
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """A method by its name, with options; an unknown option's error names the nearest one."""
+    cls = method_class(name)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(
+                f"{option}={value!r} is no option of {name}{_nearest(option, known)}: allowed is one of {_names(known)}"
+            )
+    return cls(**options)
+
+
+def method_from_dict(data: dict[str, Any]) -> Method:
+    """The method that `Method.to_dict` wrote."""
+    options = dict(data)
+    if "name" not in options:
+        raise ValueError(f"name is missing from the method {data!r}: allowed is one of {_names(_REGISTRY)}")
+    return get_method(options.pop("name"), **options)
+
+
+def parse_method(text: str, **defaults: Any) -> Method:
+    """A method from the command line's spelling, such as "flowmm:budget=0.2,theta=0.3".
+
+    Args:
+        defaults: options that hold where `text` does not say otherwise.
+    """
+    name, _, rest = text.strip().partition(":")
+    parsers = {field: option.parse for field, option in method_class(name).options()}
+    options = dict(defaults)
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ValueError(f"{item!r} in method {text!r} is not an option: allowed is name=value")
+        if key == "budget":
+            options[key] = parse_budget(value)
+        elif key in parsers:
+            try:
+                options[key] = parsers[key](value)
+            except ValueError:
+                allowed = dict(method_class(name).options())[key].allowed
+                raise ValueError(f"{key}={value!r} is not allowed for {name}: allowed is {allowed}") from None
+        else:
+            options[key] = value  # get_method says what is wrong with it
+    return get_method(name, **options)
+
+
+def parse_budget(text: str) -> Budget:
+    """A budget as typed: "0.2" is a share, "512" tokens, "256MiB" bytes."""
+    try:
+        return check_budget(int(text))
+    except ValueError as error:
+        if "budget=" in str(error):
+            raise
+    try:
+        share = float(text)
+    except ValueError:
+        return check_budget(text)
+    return check_budget(share)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _names(known: Iterable[str]) -> str:
+    return ", ".join(sorted(known))

@@ -1,0 +1,120 @@
+"""FlowMM: cross-modal information flow guides the merge, sensitivity guards it.
+
+Source: FlowMM: Cross-Modal Information Flow Guided KV Cache Merging (2511.05534), Sec. 3.3, Eqs. 6-10;
+the open points and our readings are in METHODS 3.1 and docs/ERRATA.md.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvweave.layer import LayerView
+from kvweave.methods.base import ALL_ROWS, MergingMethod, register
+from kvweave.methods.options import choice, integer, real
+from kvweave.ops import budget as counts
+from kvweave.ops.match import nearest
+from kvweave.ops.select import complement, last, top, top_by_modality
+from kvweave.plan import Plan
+
+
+@register("flowmm")
+@dataclass(frozen=True)
+class FlowMM(MergingMethod):
+    """Keeps what the last tokens attend to and merges the rest into the least sensitive of it.
+
+    In a layer whose attention crosses modalities (flow ratio above theta) a token may merge into any modality, in
+    the others only into its own. The paper's ablations: without information flow, `flow="cross"`; without
+    sensitivity, `sensitivity_quantile=None`; misaligned, `flow="misaligned"`.
+    """
+
+    theta: float = real(0.25, lo=-math.inf, hi=math.inf, help="flow ratio above which a layer is cross-modal")
+    proxies: int = integer(32, minimum=1, help="last tokens whose attention is a token's importance")
+    sensitivity_quantile: float | None = real(
+        0.2,
+        lo=0,
+        hi=1,
+        optional=True,
+        help="share of the pivots, least important first, that may absorb others",
+    )
+    flow: str = choice(
+        "aligned", "aligned", "misaligned", "cross", "intra", help="layer mode: by the flow ratio, or fixed"
+    )
+    flow_ratio: str = choice("literal", "literal", "balanced", "nosink", help="which ratio is held against theta")
+    cross_scope: str = choice("any", "any", "other_only", help="modalities that a cross-modal merge allows")
+    no_target: str = choice("evict", "evict", "any", help="a token without an allowed pivot: gone, or into any")
+    modality_floor: int = integer(0, minimum=0, help="pivots of each modality that stay at least")
+
+    uses_modality = True
+
+    @property
+    def query_rows(self) -> int:
+        return ALL_ROWS if self.flow in ("aligned", "misaligned") else self.proxies
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        importance = view.window_attention(self.proxies)  # Eq. 8: [batch, kv_heads, length]
+        recent = min(self.proxies, budget // 2)
+        pivots = self.pivots(view, importance, budget - recent, view.length - recent)
+        keep = torch.cat([pivots, last(importance, recent)], -1)
+        source = complement(keep, view.length)
+
+        flow, log = self.measure(view)
+        cross = self.is_cross(view, flow)  # [batch]
+        eligible = self.insensitive(importance.gather(-1, pivots))
+        target, cosine = self.match(view, pivots, eligible, source, cross)
+        plan = self.merged(view, keep, source, target, cosine, importance)
+        scope = tuple("cross" if row else "intra" for row in cross.tolist())
+        return replace(plan, flow=flow, scope=scope, log=log)
+
+    def measure(self, view: LayerView) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Step 1, Eqs. 6-7: the ratio that decides, and the other two for the report."""
+        if self.query_rows != ALL_ROWS:
+            return None, {}
+        ratios = view.flow()
+        log = {"flow_literal": ratios.literal, "flow_balanced": ratios.balanced, "flow_nosink": ratios.nosink}
+        return log.pop(f"flow_{self.flow_ratio}"), log
+
+    def is_cross(self, view: LayerView, flow: Tensor | None) -> Tensor:
+        """Step 2: which rows' layer is cross-modal, bool [batch]."""
+        if flow is None:
+            return torch.full((view.batch,), self.flow == "cross", device=view.keys.device)
+        above = flow > self.theta
+        return above if self.flow == "aligned" else ~above
+
+    def pivots(self, view: LayerView, importance: Tensor, count: int, before: int) -> Tensor:
+        """Step 3, Eq. 8: the `count` most important tokens of the first `before`, [batch, kv_heads, count]."""
+        importance, visual = importance[..., :before], view.visual[..., :before]
+        chosen = top(importance, count)
+        if not self.modality_floor:
+            return chosen
+        floor = torch.tensor(min(self.modality_floor, count // 2), device=importance.device)
+        visuals = visual.gather(-1, chosen).sum(-1)
+        visuals = torch.maximum(visuals, torch.minimum(floor, visual.sum(-1)))
+        texts = torch.maximum(count - visuals, torch.minimum(floor, (~visual).sum(-1)))
+        return top_by_modality(importance, visual, count - texts, count)
+
+    def insensitive(self, importance: Tensor) -> Tensor:
+        """Step 4, Eq. 10: pivots that may absorb others, from their importance; bool [batch, kv_heads, pivots]."""
+        if self.sensitivity_quantile is None:
+            return torch.ones_like(importance, dtype=torch.bool)
+        rank = counts.floor(self.sensitivity_quantile * (importance.shape[-1] - 1))
+        return importance <= importance.sort(-1).values[..., rank, None]
+
+    def match(
+        self, view: LayerView, pivots: Tensor, eligible: Tensor, source: Tensor, cross: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Step 5, Eqs. 9-10: the nearest eligible pivot of an allowed modality, as an index into the kept tokens."""
+        most = int(eligible.sum(-1).max())
+        order = (~eligible).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]  # eligible ones first
+        eligible = eligible.gather(-1, order)
+        goals = pivots.gather(-1, order)  # [batch, kv_heads, most]
+        label = torch.tensor([False, True], device=pivots.device)[:, None]  # a source is text or visual
+        same = view.visual.gather(-1, goals)[:, :, None] == label  # [batch, kv_heads, 2, most]
+        crossing = torch.ones_like(same) if self.cross_scope == "any" else ~same
+        allowed = torch.where(cross[:, None, None, None], crossing, same) & eligible[:, :, None]
+        if self.no_target == "any":
+            allowed = torch.where(allowed.any(-1, keepdim=True), allowed, eligible[:, :, None])
+        kinds = view.visual.gather(-1, source).long()
+        target, cosine = nearest(view.keys, source, goals, allowed, kinds)
+        return order.gather(-1, target.clamp(min=0)).masked_fill_(target < 0, -1), cosine

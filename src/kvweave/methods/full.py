@@ -1,0 +1,23 @@
+"""The full cache: nothing is cut. The reference that every other method is held against."""
+
+from dataclasses import dataclass
+
+from kvweave.layer import LayerView
+from kvweave.methods.base import Method, register
+from kvweave.ops.budget import Budget
+from kvweave.ops.select import last
+from kvweave.plan import Plan
+
+
+@register("full")
+@dataclass(frozen=True)
+class Full(Method):
+    """Keeps everything, whatever the budget says."""
+
+    budget: Budget = 1.0
+
+    def layer_budgets(self, budget: int, length: int, layers: int) -> list[int]:
+        return [length] * layers
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        return Plan(last(view.positions, view.length))

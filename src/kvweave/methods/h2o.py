@@ -1,0 +1,21 @@
+"""H2O: heavy hitters and a recent window (Zhang et al., 2306.14048; METHODS 10.2)."""
+
+from dataclasses import dataclass
+
+from kvweave.layer import LayerView
+from kvweave.methods.base import ALL_ROWS, Method, register
+from kvweave.ops.select import top_and_recent
+from kvweave.plan import Plan
+
+
+@register("h2o")
+@dataclass(frozen=True)
+class H2O(Method):
+    """Keeps the tokens that received most attention from all rows, and as many recent ones."""
+
+    @property
+    def query_rows(self) -> int:
+        return ALL_ROWS
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        return Plan(top_and_recent(view.column_mass(), budget, budget // 2))

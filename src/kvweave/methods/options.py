@@ -1,0 +1,78 @@
+"""Options of methods: declared once, checked wherever they come from, documented from the same place."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option may be.
+
+    Attributes:
+        allowed: in words, as errors and tables print it.
+        help: what it does, one line.
+        check: True for an allowed value.
+        parse: from the command line's spelling; raises ValueError.
+    """
+
+    allowed: str
+    help: str
+    check: Callable[[Any], bool]
+    parse: Callable[[str], Any]
+
+
+def _field(default: Any, option: Option) -> Any:
+    return dataclasses.field(default=default, metadata={"option": option})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def choice(default: str, *names: str, help: str) -> Any:
+    """One of some words."""
+    return _field(default, Option("one of " + ", ".join(names), help, lambda v: v in names, str))
+
+
+def flag(default: bool, *, help: str) -> Any:
+    """True or False."""
+
+    def parse(text: str) -> bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError(text)
+        return words[text.lower()]
+
+    return _field(default, Option("true or false", help, lambda v: isinstance(v, bool), parse))
+
+
+def integer(default: int, *, minimum: int, odd: bool = False, help: str) -> Any:
+    """An int from `minimum` on."""
+
+    def check(value: Any) -> bool:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and value >= minimum and (not odd or value % 2 == 1)
+
+    kind = "an odd int" if odd else "an int"
+    return _field(default, Option(f"{kind} >= {minimum}", help, check, int))
+
+
+def real(
+    default: float | None, *, lo: float, hi: float, open_lo: bool = False, optional: bool = False, help: str
+) -> Any:
+    """A number in [lo, hi], (lo, hi] with `open_lo`; with `optional` also None."""
+
+    def check(value: Any) -> bool:
+        if value is None:
+            return optional
+        return _is_number(value) and lo <= value <= hi and not (open_lo and value == lo)
+
+    def parse(text: str) -> float | None:
+        return None if optional and text.lower() == "none" else float(text)
+
+    unbounded = math.isinf(lo) and math.isinf(hi)
+    allowed = "a number" if unbounded else f"a number in {'(' if open_lo else '['}{lo:g}, {hi:g}]"
+    return _field(default, Option(allowed + (" or None" if optional else ""), help, check, parse))

@@ -1,0 +1,27 @@
+"""StreamingLLM: attention sinks and a recent window (Xiao et al., 2309.17453; METHODS 10.1)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvweave.layer import LayerView
+from kvweave.methods.base import Method, register
+from kvweave.methods.options import integer
+from kvweave.ops.select import last
+from kvweave.plan import Plan
+
+
+@register("streaming_llm")
+@dataclass(frozen=True)
+class StreamingLLM(Method):
+    """Keeps the first tokens, which attention falls back on, and the last ones; reads no attention.
+
+    Kept entries keep their rotary phase (the paper re-indexes them).
+    """
+
+    sinks: int = integer(4, minimum=0, help="first tokens that stay, at most budget - 1")
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        sinks = min(self.sinks, budget - 1)
+        first = torch.arange(sinks, device=view.keys.device).expand(view.batch, view.kv_heads, -1)
+        return Plan(torch.cat([first, last(view.positions, budget - sinks)], -1))

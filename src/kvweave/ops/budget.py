@@ -1,0 +1,106 @@
+"""How many entries stay: budgets as users write them, and their integer allocation over layers."""
+
+import math
+import re
+from collections.abc import Sequence
+
+Budget = float | int | str
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_ALLOWED = "a share in (0, 1], tokens as an int >= 1, or bytes such as '256MiB'"
+_GUARD = 1e-9  # repairs binary rounding such as 0.29 * 100 = 28.999...96 before a floor
+
+
+def floor(x: float) -> int:
+    """Largest integer not above `x`, with the guard against binary rounding that every floor carries."""
+    return math.floor(x + _GUARD)
+
+
+def check_budget(budget: Budget) -> Budget:
+    """Return `budget` if it is one, else raise.
+
+    Raises:
+        TypeError: it is neither a number nor a string.
+        ValueError: it is not a share in (0, 1], a positive int or a positive number of bytes.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+        raise TypeError(f"budget={budget!r} is not a budget: allowed is {_ALLOWED}")
+    if isinstance(budget, str):
+        parse_bytes(budget)
+    elif isinstance(budget, int):
+        if budget < 1:
+            raise ValueError(f"budget={budget!r} is not a budget: allowed is {_ALLOWED}")
+    elif not 0.0 < budget <= 1.0:  # NaN fails both comparisons
+        raise ValueError(f"budget={budget!r} is not a budget: allowed is {_ALLOWED}")
+    return budget
+
+
+def parse_bytes(text: str) -> int:
+    """Number of bytes in a string such as `"256MiB"`; units B, KiB, MiB, GiB, KB, MB, GB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        raise ValueError(f"budget={text!r} is not a budget: allowed is {_ALLOWED} (units {', '.join(_UNITS)})")
+    size = floor(float(match[1]) * units[match[2].lower()])
+    if size < 1:
+        raise ValueError(f"budget={text!r} is no byte at all: allowed is {_ALLOWED}")
+    return size
+
+
+def entries(budget: Budget, length: int, bytes_per_entry: int) -> int:
+    """Entries that a row of `length` tokens keeps in each layer, between 1 and `length` (METHODS 1).
+
+    Args:
+        budget: as the user wrote it.
+        length: tokens of the row, padding not counted.
+        bytes_per_entry: of keys and values, over all compressed layers and all rows of the batch.
+    """
+    if isinstance(budget, str):
+        wanted = parse_bytes(budget) // bytes_per_entry
+    elif isinstance(budget, int):
+        wanted = budget
+    else:
+        wanted = floor(budget * length)
+    return min(length, max(1, wanted))
+
+
+def largest_remainder(shares: Sequence[float], total: int, ceilings: Sequence[int]) -> list[int]:
+    """Floor `shares` and give what is missing to `total`, one each, to the largest fractional parts.
+
+    Ties go to the lower index; an entry at its ceiling is skipped.
+    """
+    counts = [floor(share) for share in shares]
+    by_fraction = sorted(range(len(shares)), key=lambda i: (-round(shares[i] - counts[i], 9), i))
+    missing = total - sum(counts)
+    while missing > 0:
+        before = missing
+        for i in by_fraction:
+            if missing and counts[i] < ceilings[i]:
+                counts[i] += 1
+                missing -= 1
+        if missing == before:
+            raise ValueError(f"total={total} does not fit under the ceilings {list(ceilings)}")
+    return counts
+
+
+def allocate(weights: Sequence[float], total: int, lo: int, hi: int) -> list[int]:
+    """Integers in [lo, hi] that sum to `total`, proportional to `weights` where the bounds allow (METHODS 2.3).
+
+    Args:
+        weights: one per layer, any non-negative scale.
+        total: clamped to what the bounds can hold.
+        lo, hi: bounds of every layer's share.
+    """
+    n = len(weights)
+    top = max(weights)
+    scaled = [max(w / top, 1e-12) for w in weights] if top > 0 else [1.0] * n
+    total = min(max(total, n * lo), n * hi)
+
+    def shares(factor: float) -> list[float]:
+        return [min(max(factor * w, lo), hi) for w in scaled]
+
+    low, high = 0.0, hi / min(scaled)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(shares(middle)) < total else (low, middle)
+    return largest_remainder(shares(high), total, [hi] * n)

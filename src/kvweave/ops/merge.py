@@ -1,0 +1,105 @@
+"""How much of each member a merged entry is made of, and its sum over members (METHODS 2.2)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvweave.ops.match import take
+
+RULES = ("similarity", "average", "pivotal", "weighted", "importance")
+
+
+def segment_sum(x: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """Sums of `x` by segment; members of segment -1 are left out.
+
+    Args:
+        x: [batch, kv_heads, n] or [batch, kv_heads, n, dim]; segment: int64 [batch, kv_heads, n].
+    Returns:
+        [batch, kv_heads, segments] or [batch, kv_heads, segments, dim], in the dtype of `x`.
+    """
+    batch, kv_heads, n = segment.shape
+    tail = x.shape[3:]
+    sums = x.new_zeros(batch * kv_heads * (segments + 1), *tail)
+    offset = torch.arange(batch * kv_heads, device=x.device).view(batch, kv_heads, 1) * (segments + 1)
+    index = segment.remainder(segments + 1) + offset  # -1 goes to a last segment of its own
+    sums.index_add_(0, index.flatten(), x.reshape(batch * kv_heads * n, *tail))
+    return sums.view(batch, kv_heads, segments + 1, *tail)[:, :, :segments]
+
+
+def merge_weights(
+    rule: str,
+    target: Tensor,
+    cosine: Tensor,
+    source_mass: Tensor,
+    kept_mass: Tensor,
+    source_importance: Tensor | None = None,
+    kept_importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weights of the members and of the kept token itself in each merged entry.
+
+    An entry that stands for several tokens already (a later turn) counts as that many; with mass 1 everywhere
+    this is the table of METHODS 2.2.
+
+    Args:
+        rule: one of `RULES`.
+        target: int64 [batch, kv_heads, sources], index into the kept tokens, -1: evicted.
+        cosine: [batch, kv_heads, sources], of each source's key with its target's.
+        source_mass: [batch, kv_heads, sources]; kept_mass: [batch, kv_heads, kept].
+        source_importance, kept_importance: alike, for the rule `importance`.
+    Returns:
+        [batch, kv_heads, sources] and [batch, kv_heads, kept].
+    """
+    kept = kept_mass.shape[-1]
+    source_mass, kept_mass = source_mass.to(cosine.dtype), kept_mass.to(cosine.dtype)
+    total = kept_mass + segment_sum(source_mass, target, kept)
+    at = target.clamp(min=0)
+    if rule in ("average", "pivotal", "weighted"):
+        share, own = source_mass / total.gather(-1, at), kept_mass / total
+        if rule == "average":
+            return share, own
+        if rule == "pivotal":
+            return share / 2, (1 + own) / 2
+        return share * cosine, own
+    if rule == "similarity":
+        raw, raw_own = source_mass * cosine.exp(), kept_mass * math.e
+    elif rule == "importance":
+        if source_importance is None or kept_importance is None:
+            raise ValueError("merge_rule='importance' needs the tokens' importance")
+        raw, raw_own = source_importance, kept_importance
+        nothing = raw_own + segment_sum(raw, target, kept) <= 0  # no importance at all: average
+        raw = torch.where(nothing.gather(-1, at), source_mass, raw)
+        raw_own = torch.where(nothing, kept_mass, raw_own)
+    else:
+        raise ValueError(f"merge_rule={rule!r} is unknown: allowed is one of {', '.join(RULES)}")
+    norm = raw_own + segment_sum(raw, target, kept)
+    return raw / norm.gather(-1, at), raw_own / norm
+
+
+def merge(
+    x: Tensor,
+    keep: Tensor,
+    source: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    own: Tensor,
+    dim_block: int = 4096,
+) -> Tensor:
+    """Merged entries; one without members is copied bit for bit.
+
+    Args:
+        x: keys or values, [batch, kv_heads, length, dim].
+        keep: int64 [batch, kv_heads, kept]; source: int64 [batch, kv_heads, sources].
+        target: index into `keep` for each source, -1: evicted; weight: alike; own: [batch, kv_heads, kept].
+    Returns:
+        [batch, kv_heads, kept, dim] in the dtype of `x`, accumulated in float32 or wider.
+    """
+    original = take(x, keep)
+    sums = original.to(weight.dtype) * own[..., None]
+    members = torch.zeros_like(own)
+    for start in range(0, source.shape[-1], dim_block):
+        part = slice(start, start + dim_block)
+        rows = take(x, source[..., part]).to(weight.dtype) * weight[..., part, None]
+        sums += segment_sum(rows, target[..., part], keep.shape[-1])
+        members += segment_sum(torch.ones_like(weight[..., part]), target[..., part], keep.shape[-1])
+    return torch.where((members > 0)[..., None], sums.to(x.dtype), original)

@@ -1,0 +1,213 @@
+"""What the prompt's own attention says about its tokens, streamed: no [length, length] tensor is ever made.
+
+Every statistic is computed in float32 or wider from the queries of a row's last `rows` tokens and all of its
+keys, both after rotary, as the model's attention used them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK = 128  # query rows at a time: logits of a block stay in a core's cache
+_GPU_LOGITS = 1 << 26  # logits at a time where all heads run together
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """How a layer turns queries and keys into probabilities.
+
+    Attributes:
+        scaling: factor of the logits.
+        mask: `mask(start, stop)` gives rows [start, stop) of the model's own mask, [batch, 1 or heads,
+            stop - start, length], boolean (True: visible) or additive; None: causal.
+        softcap: bound of the logits, `softcap * tanh(logits / softcap)`.
+        sinks: [heads], a logit of no key that takes part in the softmax (gpt-oss).
+    """
+
+    scaling: float
+    mask: Callable[[int, int], Tensor] | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _block(
+    queries: Tensor, keys: Tensor, rule: AttentionRule, start: int, rows: int, heads: slice
+) -> tuple[Tensor, Tensor]:
+    """Probabilities of a block of rows before their division, exp(logit - max), and the divisors.
+
+    Args:
+        queries: [batch, kv_heads, group, block, dim], float32 or wider, rows [start, start + block) of `rows`.
+        keys: [batch, kv_heads, length, dim], float32 or wider; length >= rows.
+        heads: which of the layer's query heads these are.
+    Returns:
+        [batch, kv_heads, group, block, visible], columns that no row of the block sees left off, and
+        [batch, kv_heads, group, block, 1].
+    """
+    batch, kv_heads, group, block, dim = queries.shape
+    length = keys.shape[-2]
+    first = length - rows + start  # the column of the block's first row
+    visible = length if rule.mask is not None else first + block
+    flat = (queries * rule.scaling).reshape(batch, kv_heads, group * block, dim)
+    logits = torch.matmul(flat, keys[:, :, :visible].mT).view(batch, kv_heads, group, block, visible)
+    if rule.softcap is not None:
+        logits = logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    if rule.mask is None:
+        ahead = torch.ones(block, block, dtype=torch.bool, device=keys.device).triu_(1)
+        logits[..., first:].masked_fill_(ahead, -torch.inf)
+    else:
+        mask = rule.mask(start, start + block)
+        shared = mask.shape[1] == 1
+        mask = mask[:, :, None] if shared else mask[:, heads].view(batch, kv_heads, group, block, length)
+        if mask.dtype == torch.bool:
+            logits.masked_fill_(~mask, -torch.inf)
+        else:
+            logits.add_(mask).masked_fill_(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    if rule.sinks is None:
+        weights = logits.sub_(top).exp_()
+        return weights, weights.sum(-1, keepdim=True)
+    sinks = _wide(rule.sinks)[heads].view(1, kv_heads, group, 1, 1)
+    top = torch.maximum(top, sinks)
+    weights = logits.sub_(top).exp_()
+    return weights, weights.sum(-1, keepdim=True) + (sinks - top).exp()
+
+
+def _grouped(queries: Tensor, kv_heads: int) -> Tensor:
+    """[batch, heads, rows, dim] -> [batch, kv_heads, group, rows, dim]."""
+    batch, heads, rows, dim = queries.shape
+    return queries.view(batch, kv_heads, heads // kv_heads, rows, dim)
+
+
+def window_attention(queries: Tensor, keys: Tensor, rule: AttentionRule, window: int) -> Tensor:
+    """Attention that each token receives from the last `window` rows, summed over them (METHODS 2.1).
+
+    Args:
+        queries: [batch, heads, rows, dim], the last `rows` tokens; keys: [batch, kv_heads, length, dim].
+    Returns:
+        float [batch, kv_heads, length], the mean over the query heads of a group.
+    """
+    batch, kv_heads, length, _ = keys.shape
+    rows = queries.shape[2]
+    window = min(window, rows)
+    grouped = _grouped(queries[:, :, rows - window :], kv_heads)
+    out = torch.empty(batch, kv_heads, length, dtype=_wide(keys[:0]).dtype, device=keys.device)
+    group = grouped.shape[2]
+    for h in range(kv_heads):  # a head at a time: one head's wide keys, not all
+        one = slice(h, h + 1)
+        weights, total = _block(
+            _wide(grouped[:, one]),
+            _wide(keys[:, one]),
+            rule,
+            rows - window,
+            rows,
+            slice(h * group, (h + 1) * group),
+        )
+        out[:, h] = (weights / total).sum(3).mean((1, 2))
+    return out
+
+
+def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights: Tensor) -> Tensor:
+    """Attention that each token receives from all rows, each row counted with its weight (METHODS 11).
+
+    With weights [is text, is visual] one pass serves the column sums and the exact flow ratio.
+
+    Args:
+        queries: [batch, heads, rows, dim]; keys: [batch, kv_heads, length, dim].
+        row_weights: [batch, kinds, rows].
+    Returns:
+        float [batch, heads, kinds, length].
+    """
+    batch, kv_heads, length, _ = keys.shape
+    heads, rows = queries.shape[1], queries.shape[2]
+    group, kinds = heads // kv_heads, row_weights.shape[1]
+    grouped = _grouped(queries, kv_heads)
+    wide = _wide(keys[:0]).dtype
+    out = torch.zeros(batch, kv_heads, group, kinds, length, dtype=wide, device=keys.device)
+    row_weights = row_weights.to(wide)
+
+    if keys.is_cuda:  # all heads together, as many rows as the buffer takes
+        block = max(1, min(rows, _GPU_LOGITS // max(1, batch * heads * length)))
+        parts = [(slice(0, batch), slice(0, kv_heads))]
+    else:  # a head at a time
+        block = max(1, _BLOCK // group)
+        parts = [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(kv_heads)]
+    for b, h in parts:
+        part_rule = _rows_of(rule, b)
+        part_keys = _wide(keys[b, h])
+        for start in range(0, rows, block):
+            stop = min(rows, start + block)
+            weights, total = _block(
+                _wide(grouped[b, h, :, start:stop]),
+                part_keys,
+                part_rule,
+                start,
+                rows,
+                slice(h.start * group, h.stop * group),
+            )
+            share = row_weights[b, None, None, :, start:stop] / total.mT
+            received = torch.matmul(share, weights)  # [batch, kv_heads, group, kinds, visible]
+            out[b, h, ..., : weights.shape[-1]] += received
+    return out.view(batch, heads, kinds, length)
+
+
+def _rows_of(rule: AttentionRule, batch: slice) -> AttentionRule:
+    mask = rule.mask
+    if mask is None:
+        return rule
+
+    def part(start: int, stop: int) -> Tensor:
+        block = mask(start, stop)
+        return block[batch] if block.shape[0] > 1 else block
+
+    return AttentionRule(rule.scaling, part, rule.softcap, rule.sinks)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Cross-modal information flow of a layer, by row of the batch: float [batch] each, in [0, 1].
+
+    Attributes:
+        literal: share of all attention that crosses modalities (FlowMM, Eqs. 6-7).
+        balanced: mean of the two crossing shares, each modality's rows counted as one.
+        nosink: `literal` without the first four key columns.
+    """
+
+    literal: Tensor
+    balanced: Tensor
+    nosink: Tensor
+
+
+SINK_COLUMNS = 4
+
+
+def flow_ratio(sums: Tensor, visual: Tensor, row_visual: Tensor) -> Flow:
+    """Flow ratios from column sums kept apart by the rows' modality (METHODS 3, step 1).
+
+    Args:
+        sums: [batch, heads, 2, length]: attention received from text rows and from visual rows.
+        visual: bool [batch, kv_heads, length]; row_visual: bool [batch, rows].
+    """
+    heads = sums.shape[1]
+    to_visual = visual.repeat_interleave(heads // visual.shape[1], 1)  # [batch, heads, length]
+    from_text, from_visual = sums[:, :, 0], sums[:, :, 1]
+    text_to_visual = from_text * to_visual
+    visual_to_text = from_visual * ~to_visual
+    crossing = text_to_visual + visual_to_text
+    everything = from_text + from_visual
+    visual_rows = row_visual.sum(-1)
+    text_rows = row_visual.shape[-1] - visual_rows
+    both = (visual.any(-1) & (~visual).any(-1)).all(-1).to(sums.dtype)  # else there is nothing to cross
+    literal = (crossing.sum(-1) / row_visual.shape[-1]).mean(1)
+    balanced = 0.5 * (
+        text_to_visual.sum(-1).mean(1) / text_rows.clamp(min=1)
+        + visual_to_text.sum(-1).mean(1) / visual_rows.clamp(min=1)
+    )
+    rest = everything[..., SINK_COLUMNS:].sum(-1)
+    nosink = (crossing[..., SINK_COLUMNS:].sum(-1) / rest.clamp(min=torch.finfo(sums.dtype).tiny)).mean(1)
+    return Flow(literal * both, balanced * both, nosink * both)

@@ -1,0 +1,119 @@
+"""What stays, what merges into what, and what becomes of the tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvweave.layer import LayerView
+from kvweave.ops.match import take
+from kvweave.ops.merge import merge
+from kvweave.ops.rotary import phase_difference, rotate
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Where the dropped tokens go. Decided once, applied to keys, values and mass alike.
+
+    Attributes:
+        source: int64 [batch, kv_heads, sources], slots that are not kept, ascending.
+        target: int64 [batch, kv_heads, sources], index into `Plan.keep`, -1: evicted.
+        weight: [batch, kv_heads, sources], of each source in its entry.
+        own: [batch, kv_heads, kept], of the kept token in its entry.
+        mass: float32 [batch, kv_heads, kept], tokens that each entry stands for afterwards.
+        keys: merge keys too, not only values.
+        rope_aware: bring members' keys to the target's phase before they are averaged.
+    """
+
+    source: Tensor
+    target: Tensor
+    weight: Tensor
+    own: Tensor
+    mass: Tensor
+    keys: bool = True
+    rope_aware: bool = False
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """One layer after the cut.
+
+    Attributes:
+        keys, values: [batch, kv_heads, kept, dim].
+        positions: int64 [batch, kv_heads, kept], ascending, columns of the padded input; -1 marks an empty slot,
+            those come first.
+        mass: float32 [batch, kv_heads, kept], tokens an entry stands for; 0 in an empty slot.
+        flow: the layer's flow ratio, mean over rows, where the method computes it.
+        bias: float32 [batch, kv_heads, kept], what decoding adds to an entry's logit, or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    mass: Tensor
+    flow: float | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method decided for the rows of a `LayerView`.
+
+    Attributes:
+        keep: int64 [batch, kv_heads, kept], ascending slots.
+        merge: where the others go; None: they are evicted.
+        bias: float32 [batch, kv_heads, kept], added to the entries' logits in decode; None: nothing is.
+        flow: [batch], the flow ratio that the method went by.
+        scope: a word for each row of the batch on how the layer was treated, such as "cross".
+        log: further numbers for the report, [batch] each.
+    """
+
+    keep: Tensor
+    merge: Merge | None = None
+    bias: Tensor | None = None
+    flow: Tensor | None = None
+    scope: tuple[str, ...] | None = None
+    log: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def apply(self, view: LayerView) -> Compacted:
+        """The kept entries of `view`, merged with what the plan merges into them."""
+        positions = view.positions.gather(-1, self.keep)
+        flow = float(self.flow.mean()) if self.flow is not None else None
+        plan = self.merge
+        if plan is None:
+            keys, values = take(view.keys, self.keep), take(view.values, self.keep)
+            return Compacted(keys, values, positions, view.mass.gather(-1, self.keep), flow, self.bias)
+
+        def combine(x: Tensor) -> Tensor:
+            return merge(x, self.keep, plan.source, plan.target, plan.weight, plan.own)
+
+        keys = self._merged_keys(view, plan) if plan.rope_aware else view.keys
+        keys = combine(keys).to(view.keys.dtype) if plan.keys else take(view.keys, self.keep)
+        return Compacted(keys, combine(view.values), positions, plan.mass, flow, self.bias)
+
+    def _merged_keys(self, view: LayerView, plan: Merge) -> Tensor:
+        """Keys, float32 or wider, with every source turned to its target's phase (METHODS 4.2)."""
+        if view.rotary is None:
+            raise ValueError("rope_aware=True needs the rotary tables: pass rotary=(cos, sin)")
+        cos, sin = view.rotary
+        goal = self.keep.gather(-1, plan.target.clamp(min=0))
+        angle = phase_difference(take(cos, goal), take(sin, goal), take(cos, plan.source), take(sin, plan.source))
+        keys = view.keys.to(plan.weight.dtype)
+        turned = rotate(take(keys, plan.source), *angle).to(keys.dtype)
+        index = plan.source[..., None].expand(*plan.source.shape, keys.shape[-1])
+        return keys.scatter(2, index, turned)
+
+    def fate(self, view: LayerView) -> Tensor:
+        """For each slot the slot it lives on in: itself if kept, its target's if merged, -1 if evicted.
+
+        Returns:
+            int64 [batch, kv_heads, length].
+        """
+        fate = torch.full_like(view.positions, -1)
+        fate.scatter_(-1, self.keep, self.keep)
+        if self.merge is not None:
+            target = self.merge.target
+            lives = self.keep.gather(-1, target.clamp(min=0)).masked_fill_(target < 0, -1)
+            fate.scatter_(-1, self.merge.source, lives)
+        return fate

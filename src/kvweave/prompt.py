@@ -1,0 +1,82 @@
+"""Which of the prompt's tokens are what: visual or text, real or padding."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_IMAGE, _VIDEO = 1, 2  # values of a processor's mm_token_type_ids
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Modalities and padding of everything a cache has seen.
+
+    Attributes:
+        visual: bool [batch, length], True for tokens whose embedding comes from the vision encoder.
+        valid: bool [batch, length], False for padding.
+    """
+
+    visual: Tensor
+    valid: Tensor
+
+    def __post_init__(self) -> None:
+        for name, mask in (("visual", self.visual), ("valid", self.valid)):
+            if mask.dtype != torch.bool or mask.dim() != 2:
+                raise ValueError(
+                    f"{name} must be bool [batch, length], got {mask.dtype} with shape {list(mask.shape)}"
+                )
+        if self.visual.shape != self.valid.shape:
+            raise ValueError(
+                f"visual {list(self.visual.shape)} and valid {list(self.valid.shape)} must have one shape"
+            )
+
+    @property
+    def length(self) -> int:
+        return self.valid.shape[1]
+
+    def lengths(self, end: int | None = None) -> list[int]:
+        """Real tokens of each row before column `end` (one host synchronisation)."""
+        return self.valid[:, :end].sum(1).tolist()
+
+    def extended(self, visual: Tensor, valid: Tensor) -> "Prompt":
+        """This prompt followed by further columns."""
+        return Prompt(torch.cat([self.visual, visual], 1), torch.cat([self.valid, valid], 1))
+
+    def cropped(self, length: int) -> "Prompt":
+        return Prompt(self.visual[:, :length], self.valid[:, :length])
+
+    def rows(self, index: Tensor) -> "Prompt":
+        """The given rows, in that order."""
+        return Prompt(self.visual[index.to(self.visual.device)], self.valid[index.to(self.valid.device)])
+
+
+def visual_token_ids(config: Any) -> list[int]:
+    """Ids of the placeholders that a model replaces by image or video embeddings, from its config."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    found = (getattr(part, name, None) for part in parts for name in _PLACEHOLDERS)
+    return sorted({value for value in found if isinstance(value, int)})
+
+
+def visual_mask(config: Any, input_ids: Tensor | None, inputs: dict[str, Any]) -> Tensor | None:
+    """Visual tokens of one forward pass, from what the model was given; None if nothing tells.
+
+    Args:
+        config: the model's.
+        input_ids: [batch, length] or None where embeddings were passed.
+        inputs: the other keyword arguments of the forward pass.
+    Returns:
+        bool [batch, length].
+    """
+    kinds = inputs.get("mm_token_type_ids")
+    if kinds is not None:
+        return (kinds == _IMAGE) | (kinds == _VIDEO)
+    if input_ids is not None:
+        ids = visual_token_ids(config)
+        if ids:
+            return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
+        kinds = inputs.get("token_type_ids")
+        return kinds != 0 if kinds is not None else torch.zeros_like(input_ids, dtype=torch.bool)
+    return None

@@ -1,0 +1,156 @@
+"""Compression without a model: research, tests, other engines."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvweave.compaction import Group, Storage, compact, group_rows
+from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.ops.budget import entries
+from kvweave.ops.statistics import AttentionRule
+from kvweave.plan import Compacted
+from kvweave.prompt import Prompt
+
+
+def compress_tensors(
+    method: Method,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    visual: Tensor,
+    valid: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    scaling: float | None = None,
+) -> list[Compacted]:
+    """Compress the layers of one prompt, or of a batch of prompts, given as tensors.
+
+    Args:
+        method: what decides, such as `FlowMM(budget=0.2)`.
+        queries: one a layer, [batch, heads, length, dim], after norm and rotary.
+        keys, values: one a layer, [batch, kv_heads, length, dim], keys after norm and rotary; heads is a multiple
+            of kv_heads, query head h reads KV head h // (heads / kv_heads).
+        visual: bool [batch, length], True for tokens whose embedding comes from the vision encoder.
+        valid: bool [batch, length], False for padding; None: no padding.
+        rotary: (cos, sin), [batch, length, rotary_dim] each, for methods that turn keys (`rope_aware=True`).
+        scaling: factor of the logits; None: dim ** -0.5.
+    Returns:
+        One `Compacted` a layer.
+    Raises:
+        ValueError: shapes or types that do not fit, a row without a token.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...)")
+    prompt = _checked(queries, keys, values, visual, valid)
+    if rotary is not None:
+        _check_rotary(rotary, keys[0])
+    batch, _, length, dim = keys[0].shape
+    layers = len(keys)
+    lengths = prompt.lengths()
+    bytes_per_entry = batch * sum(_entry_bytes(k, v) for k, v in zip(keys, values, strict=True))
+    budgets = [entries(method.budget, n, bytes_per_entry) for n in lengths]
+    rows = length if method.query_rows == ALL_ROWS else min(length, method.query_rows)
+    rule = AttentionRule(dim**-0.5 if scaling is None else scaling)
+
+    storages = [_storage(k, v) for k, v in zip(keys, values, strict=True)]
+
+    def view(layer: int) -> list[Group]:
+        return group_rows(
+            storages[layer],
+            queries[layer][:, :, length - rows :] if rows else None,
+            prompt,
+            rule,
+            layer=layer,
+            layers=layers,
+            rotary=rotary,
+            alone=method.layer_adaptive,
+        )
+
+    if method.layer_adaptive:
+        views = [view(layer) for layer in range(layers)]
+        weights = [[float(method.observe(group.view)) for group in groups] for groups in views]
+        shares = _adaptive(method, views[0], weights, budgets, lengths)
+    else:
+        views = []
+        shares = [method.layer_budgets(b, n, layers) for b, n in zip(budgets, lengths, strict=True)]
+    done = []
+    for layer in range(layers):
+        groups = views[layer] if views else view(layer)
+        outcome = compact(method, groups, [share[layer] for share in shares])
+        s = storages[layer]
+        done.append(outcome.compacted if outcome else Compacted(s.keys, s.values, s.positions, s.mass))
+    return done
+
+
+def _adaptive(
+    method: Method, groups: list[Group], weights: list[list[float]], budgets: list[int], lengths: list[int]
+) -> list[list[int]]:
+    """Layer budgets of each row from all layers' weights; `weights[layer][group]`."""
+    shares: list[list[int]] = [[] for _ in budgets]
+    for n, group in enumerate(groups):
+        row = group.index[0]
+        shares[row] = method.allocate([layer[n] for layer in weights], budgets[row], lengths[row])
+    return shares
+
+
+def _entry_bytes(keys: Tensor, values: Tensor) -> int:
+    return keys.shape[1] * (keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size())
+
+
+def _storage(keys: Tensor, values: Tensor) -> Storage:
+    batch, kv_heads, length, _ = keys.shape
+    positions = torch.arange(length, device=keys.device).expand(batch, kv_heads, -1)
+    mass = torch.ones(batch, kv_heads, length, device=keys.device)
+    return Storage(keys, values, positions, mass)
+
+
+def _checked(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    visual: Tensor,
+    valid: Tensor | None,
+) -> Prompt:
+    if not 0 < len(keys) == len(queries) == len(values):
+        raise ValueError(
+            "queries, keys and values must hold one tensor a layer, at least one, "
+            f"got {len(queries)}, {len(keys)} and {len(values)}"
+        )
+    for layer, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        fit = (
+            q.dim() == k.dim() == v.dim() == 4
+            and k.shape[:3] == v.shape[:3]
+            and q.shape[0] == k.shape[0] == keys[0].shape[0]
+            and q.shape[2] == k.shape[2] == keys[0].shape[2]
+            and q.shape[3] == k.shape[3]
+            and q.shape[1] % k.shape[1] == 0
+            and min(q.shape) > 0
+        )
+        if not fit:
+            raise ValueError(
+                f"layer {layer}: queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)} do not fit "
+                "[batch, heads, length, dim], [batch, kv_heads, length, dim] and [batch, kv_heads, length, dim]"
+            )
+    shape = (keys[0].shape[0], keys[0].shape[2])
+    if valid is None:
+        valid = torch.ones(shape, dtype=torch.bool, device=keys[0].device)
+    for name, mask in (("visual", visual), ("valid", valid)):
+        if mask.dtype != torch.bool or mask.shape != shape:
+            raise ValueError(
+                f"{name} must be bool [batch, length] = {list(shape)}, got {mask.dtype} {list(mask.shape)}"
+            )
+    if not bool(valid.any(1).all()):
+        empty = (~valid.any(1)).nonzero().flatten().tolist()
+        raise ValueError(f"valid: row {empty[0]} has no token; every row needs at least one")
+    return Prompt(visual, valid)
+
+
+def _check_rotary(rotary: tuple[Tensor, Tensor], keys: Tensor) -> None:
+    cos, sin = rotary
+    batch, _, length, dim = keys.shape
+    if cos.shape != sin.shape or cos.shape[:2] != (batch, length) or cos.shape[-1] > dim or cos.shape[-1] % 2:
+        raise ValueError(
+            f"rotary: cos {list(cos.shape)} and sin {list(sin.shape)} must be [batch, length, rotary_dim] = "
+            f"[{batch}, {length}, even and at most {dim}]"
+        )
