@@ -66,7 +66,7 @@ def group_rows(
         rotary: (cos, sin), [batch, columns, rotary_dim] each.
         alone: every row in a group of its own.
     """
-    batch, kv_heads, slots = storage.positions.shape
+    batch, _, slots = storage.positions.shape
     column = storage.positions.clamp(min=0).flatten(1)
     empty = storage.positions < 0
     real = prompt.valid.gather(1, column).view_as(empty).logical_and(~empty)[:, 0]  # alike in every head
@@ -146,14 +146,17 @@ class Outcome:
     fate: list[Tensor]
 
 
-def compact(method: Method, groups: list[Group], budgets: Sequence[int], *, trace: bool = False) -> Outcome | None:
-    """Plan and cut one layer; None if every row fits its budget, so that nothing is touched.
+def fits(groups: list[Group], budgets: Sequence[int]) -> bool:
+    """True if no row of the layer has to give up anything."""
+    return all(budgets[row] >= group.view.length for group in groups for row in group.index)
+
+
+def compact(method: Method, groups: list[Group], budgets: Sequence[int], *, trace: bool = False) -> Outcome:
+    """Plan and cut one layer.
 
     Args:
         budgets: entries that each row of the batch keeps in this layer; alike within a group.
     """
-    if all(budgets[row] >= group.view.length for group in groups for row in group.index):
-        return None
     pieces: dict[int, Compacted] = {}
     rows: dict[int, dict[str, Any]] = {}
     fates: dict[int, Tensor] = {}

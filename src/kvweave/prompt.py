@@ -37,16 +37,20 @@ class Prompt:
     def length(self) -> int:
         return self.valid.shape[1]
 
-    def lengths(self, end: int | None = None) -> list[int]:
-        """Real tokens of each row before column `end` (one host synchronisation)."""
-        return self.valid[:, :end].sum(1).tolist()
+    def lengths(self) -> list[int]:
+        """Real tokens of each row (one host synchronisation)."""
+        return self.valid.sum(1).tolist()
 
     def extended(self, visual: Tensor, valid: Tensor) -> "Prompt":
         """This prompt followed by further columns."""
         return Prompt(torch.cat([self.visual, visual], 1), torch.cat([self.valid, valid], 1))
 
-    def cropped(self, length: int) -> "Prompt":
+    def cropped(self, length: int | None) -> "Prompt":
+        """The first `length` columns."""
         return Prompt(self.visual[:, :length], self.valid[:, :length])
+
+    def to(self, device: torch.device) -> "Prompt":
+        return Prompt(self.visual.to(device), self.valid.to(device))
 
     def rows(self, index: Tensor) -> "Prompt":
         """The given rows, in that order."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvweave.compaction import Group, Storage, compact, group_rows
+from kvweave.compaction import Group, Storage, compact, fits, group_rows
 from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.budget import entries
 from kvweave.ops.statistics import AttentionRule
@@ -48,6 +48,7 @@ def compress_tensors(
     batch, _, length, dim = keys[0].shape
     layers = len(keys)
     lengths = prompt.lengths()
+    padded = min(lengths) < length
     bytes_per_entry = batch * sum(_entry_bytes(k, v) for k, v in zip(keys, values, strict=True))
     budgets = [entries(method.budget, n, bytes_per_entry) for n in lengths]
     rows = length if method.query_rows == ALL_ROWS else min(length, method.query_rows)
@@ -77,9 +78,11 @@ def compress_tensors(
     done = []
     for layer in range(layers):
         groups = views[layer] if views else view(layer)
-        outcome = compact(method, groups, [share[layer] for share in shares])
-        s = storages[layer]
-        done.append(outcome.compacted if outcome else Compacted(s.keys, s.values, s.positions, s.mass))
+        share = [row[layer] for row in shares]
+        if fits(groups, share) and not padded:
+            done.append(Compacted(**vars(storages[layer])))
+        else:
+            done.append(compact(method, groups, share).compacted)
     return done
 
 

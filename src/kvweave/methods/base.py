@@ -170,7 +170,8 @@ def get_method(name: str, **options: Any) -> Method:
     for option, value in options.items():
         if option not in known:
             raise ValueError(
-                f"{option}={value!r} is no option of {name}{_nearest(option, known)}: allowed is one of {_names(known)}"
+                f"{option}={value!r} is no option of {name}{_nearest(option, known)}: "
+                f"allowed is one of {_names(known)}"
             )
     return cls(**options)
 

@@ -1,0 +1,408 @@
+"""The only seam with transformers: attention, the forward pass, and `generate`.
+
+A model's attention implementation is replaced by a function that calls the same base function, after it has picked
+from the model's mask the columns that the cache's slots stand for, and then tells the cache layer what it read.
+Queries and keys arrive there after norm and rotary whatever the architecture, so nothing here knows one.
+"""
+
+import functools
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvweave.cache import CompressedCache, CompressedLayer, Link
+from kvweave.methods.base import MergingMethod, Method
+from kvweave.ops.statistics import AttentionRule
+from kvweave.prompt import Prompt, visual_mask, visual_token_ids
+
+_PREFIX = "kvweave_"
+
+
+# -------------------------------------------------------------------- attention
+
+
+def _base_attention(module: nn.Module, base: str) -> Callable[..., Any]:
+    """The attention function that the module's own file would have called."""
+    home = sys.modules[type(module).__module__]
+    table = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    return table.get_interface(base, getattr(home, "eager_attention_forward", None))
+
+
+def _slot_mask(link: Link, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+    """The model's mask, which speaks of logical columns, at the slots that a compressed layer holds.
+
+    Args:
+        mask: [batch or 1, heads or 1, new, columns], boolean or additive; or [batch, columns] (flash attention);
+            None: causal.
+    Returns:
+        [batch, heads, new, slots], or [batch, slots] for a two-dimensional mask, or None where every slot is seen.
+    """
+    positions = link.positions
+    if positions is None:
+        return mask
+    batch, kv_heads, slots = positions.shape
+    heads, new = queries.shape[1], queries.shape[2]
+    empty = positions < 0 if link.has_empty else None
+    if mask is not None and mask.dim() == 2:
+        return None if empty is None else ~empty[:, 0]
+    if mask is None:
+        if empty is None and link.bias is None and new == 1:
+            return None
+        row = torch.arange(slots - new, slots, device=positions.device)[:, None]
+        seen = torch.arange(slots, device=positions.device) <= row  # every old slot, and the new ones so far
+        seen = seen.expand(batch, kv_heads, new, slots)
+    else:
+        columns = positions.clamp(min=0)[:, :, None].expand(batch, kv_heads, new, slots)
+        if mask.shape[1] not in (1, kv_heads):  # a mask of its own for each query head
+            columns = columns.repeat_interleave(heads // kv_heads, 1)
+        seen = mask.expand(batch, columns.shape[1], new, mask.shape[-1]).gather(-1, columns)
+    seen = _by_head(seen, heads)
+    if empty is not None:
+        hidden = _by_head(empty[:, :, None], heads)
+        seen = seen & ~hidden if seen.dtype == torch.bool else seen.masked_fill(hidden, torch.finfo(seen.dtype).min)
+    if link.bias is not None:
+        bias = _by_head(link.bias[:, :, None].to(queries.dtype), heads)
+        least = torch.finfo(queries.dtype).min
+        return torch.where(seen, bias, least) if seen.dtype == torch.bool else seen + bias
+    return seen
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """[batch, kv_heads or heads, ...] -> [batch, heads, ...]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _attention(base: str) -> Callable[..., Any]:
+    def kvweave_attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        function = _base_attention(module, base)
+        link: Link | None = getattr(key, "_kvweave", None)
+        if link is None:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        mask = _slot_mask(link, attention_mask, query)
+        if link.positions is not None and mask is not None:
+            kwargs["is_causal"] = False  # the mask says it all
+        out = function(module, query, key, value, mask, **kwargs)
+        scaling = kwargs.get("scaling")
+        rule = AttentionRule(
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        )
+        link.layer.after_attention(query, rule, mask if mask is not None and mask.dim() == 4 else None)
+        return out
+
+    return kvweave_attention
+
+
+@functools.cache
+def _register(base: str) -> str:
+    """Make kvweave's twin of an attention implementation known to transformers; its name."""
+    name = _PREFIX + base
+    AttentionInterface.register(name, _attention(base))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+# -------------------------------------------------------------------- the model
+
+
+class Session:
+    """A model to which kvweave is attached; a context manager. See `compress` and `attach`.
+
+    Attributes:
+        cache: the last compressed cache that the model filled, or None.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, method: Method | None, *, visual: Tensor | None = None, trace: bool = False
+    ) -> None:
+        self.model = model
+        self.method = method
+        self.trace = trace
+        self.cache: CompressedCache | None = None
+        self._visual = visual
+        self._running = threading.local()  # generate and forward calls may nest, and run in several threads
+        self._undo: list[Callable[[], None]] = []
+
+    # ------------------------------------------------------------ attaching and detaching
+
+    def attach(self) -> "Session":
+        """Let the model's attention read compressed caches.
+
+        Raises:
+            RuntimeError: kvweave is attached to this model already.
+            ValueError: a model that kvweave cannot compress; the message says why.
+        """
+        model = self.model
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"model={type(model).__name__} is not a transformers model")
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"model={type(model).__name__} is an encoder-decoder: kvweave compresses decoders only")
+        decoder = model.config.get_text_config(decoder=True)
+        base = decoder._attn_implementation
+        if base.startswith(_PREFIX):
+            raise RuntimeError(f"kvweave is already attached to this {type(model).__name__}; sessions do not nest")
+        if base == "flex_attention":
+            raise ValueError("attn_implementation='flex_attention' is not supported: allowed is sdpa, eager or flash")
+        if self.method is not None:
+            _check_bias(self.method, base)
+        name = _register(base)
+        key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is decoder), None)
+
+        def choose(implementation: str) -> None:
+            model.set_attn_implementation({key: implementation} if key else implementation)
+
+        self._undo.append(lambda: choose(base))
+        try:
+            choose(name)
+            if decoder._attn_implementation != name:
+                raise ValueError(
+                    f"model={type(model).__name__} does not let its attention be chosen: kvweave cannot read its keys"
+                )
+            # Some models hand the whole generation to an inner one (BLIP-2): their own forward never runs.
+            for part in model.modules():
+                if part is model or (isinstance(part, PreTrainedModel) and part.can_generate()):
+                    self._hook(part)
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def detach(self) -> None:
+        """Leave the model as it was found."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Session":
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _hook(self, part: PreTrainedModel) -> None:
+        before = part.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._undo.append(before.remove)
+        after = part.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
+        self._undo.append(after.remove)
+        if not hasattr(part, "generate"):
+            return
+        own = part.__dict__.get("generate")
+        part.generate = self._knowing_the_prompt(part.generate)
+        self._undo.append(lambda: part.__dict__.pop("generate") if own is None else setattr(part, "generate", own))
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the last compression did, JSON-able: see `CompressedCache.report`. Empty before any."""
+        return self.cache.report if self.cache is not None else {}
+
+    # ------------------------------------------------------------ what happens while the model runs
+
+    def _knowing_the_prompt(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate`, with its input's length at hand: a forward pass cannot tell a prompt's last piece."""
+
+        @functools.wraps(generate)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            running = self._running
+            outer = getattr(running, "end", None), getattr(running, "visual", None)
+            running.end = _input_length(args, kwargs)
+            ids = _input_ids(args, kwargs)
+            if ids is not None:
+                running.visual = visual_mask(self.model.config, ids, kwargs)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                running.end, running.visual = outer
+
+        return wrapped
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        running = self._running
+        running.depth = getattr(running, "depth", 0) + 1
+        if running.depth > 1:
+            return None  # the outer model's hook knows more: ids, token types
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        inputs = ids if ids is not None else kwargs.get("inputs_embeds")
+        cache = self._cache_for(model, kwargs)
+        if inputs is None or cache is None:
+            return None
+        kwargs["past_key_values"] = cache
+        self.cache = cache
+        talk = cache.conversation
+        talk.attached = True
+        seen, new = cache.get_seq_length(), inputs.shape[1]
+        talk.prompt = self._prompt(talk.prompt, ids, inputs, kwargs, seen)
+        end = getattr(running, "end", None) or talk.declared
+        if end is not None:
+            talk.end = end
+        elif new > 1 or seen == 0:
+            talk.end = seen + new
+        if talk.declared is not None and seen + new >= talk.declared:
+            talk.declared = None
+        return args, kwargs
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        self._running.depth -= 1
+        cache = kwargs.get("past_key_values")
+        if self._running.depth or not isinstance(cache, CompressedCache):
+            return
+        cache.conversation.attached = False
+        if out is None:
+            return  # the forward pass raised
+        for layer in cache.layers:
+            if isinstance(layer, CompressedLayer) and layer.unread:
+                layer.unread = False
+                layer.kind = "keys are transformed after the cache"
+        cache.finish_prompt()
+        if not cache.compressed_layers and not getattr(self, "_warned", False):
+            self._warned = True
+            kinds = sorted({layer["kind"] for layer in cache.report["layers"]})
+            warnings.warn(
+                f"kvweave compressed no layer of {type(self.model).__name__}: its layers are {', '.join(kinds)}",
+                stacklevel=2,
+            )
+
+    def _cache_for(self, model: nn.Module, kwargs: dict[str, Any]) -> CompressedCache | None:
+        """The compressed cache that this forward pass fills; None if it should run as it is."""
+        given = kwargs.get("past_key_values")
+        if isinstance(given, CompressedCache):
+            _check_bias(given.method, self.model.config.get_text_config(decoder=True)._attn_implementation)
+            return given
+        if self.method is None:
+            return None
+        uses_cache = kwargs.get("use_cache")
+        if uses_cache is None:
+            uses_cache = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
+        if not uses_cache:
+            return None
+        if given is not None:
+            if type(given) is not DynamicCache or getattr(given, "offloading", False):
+                kind = "offloaded " if getattr(given, "offloading", False) else ""
+                raise ValueError(
+                    f"past_key_values={kind}{type(given).__name__} cannot be compressed: allowed is none, an empty "
+                    "DynamicCache or a kvweave.CompressedCache"
+                )
+            if given.get_seq_length():
+                raise ValueError(
+                    f"past_key_values=DynamicCache already holds {given.get_seq_length()} tokens that were not "
+                    "compressed: allowed is none, an empty DynamicCache or a kvweave.CompressedCache"
+                )
+        config = model.config if isinstance(model, PreTrainedModel) else self.model.config
+        return CompressedCache(config, self.method, trace=self.trace)
+
+    def _prompt(
+        self, prompt: Prompt | None, ids: Tensor | None, inputs: Tensor, kwargs: dict[str, Any], seen: int
+    ) -> Prompt:
+        """What is known of all columns once this forward pass has appended its own."""
+        batch, new = inputs.shape[:2]
+        visual = self._visual_columns(ids, inputs, kwargs, seen)
+        mask = kwargs.get("attention_mask")
+        valid = torch.ones(batch, new, dtype=torch.bool, device=inputs.device)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            mask = mask.bool().to(inputs.device)
+            valid = mask[:, -new:]
+            if seen and prompt is not None and mask.shape[1] >= seen + new:
+                prompt = Prompt(prompt.visual[:, :seen], mask[:, :seen])
+        if not seen or prompt is None:
+            return Prompt(visual, valid)
+        return prompt.cropped(seen).to(inputs.device).extended(visual, valid)
+
+    def _visual_columns(self, ids: Tensor | None, inputs: Tensor, kwargs: dict[str, Any], seen: int) -> Tensor:
+        """Modalities of this forward pass's columns: as the user said, else from what the model was given."""
+        batch, new = inputs.shape[:2]
+        known = self._visual[:, seen : seen + new] if self._visual is not None else None
+        if known is None:
+            known = visual_mask(self.model.config, ids, kwargs)
+        if known is None and getattr(self._running, "visual", None) is not None:  # what the outer generate was given
+            known = self._running.visual[:, seen : seen + new]
+        if known is None:
+            if (
+                self.method is not None
+                and self.method.uses_modality
+                and visual_token_ids(self.model.config)
+                and not seen
+            ):
+                warnings.warn(
+                    f"{self.method.name} goes by modality, and embeddings alone do not tell which tokens are visual: "
+                    "all count as text unless kvweave.compress(..., visual=mask) says otherwise",
+                    stacklevel=2,
+                )
+            return torch.zeros(batch, new, dtype=torch.bool, device=inputs.device)
+        known = known.to(inputs.device)
+        if known.shape[0] != batch:  # beams and samples repeat the rows that generate was given
+            if batch % known.shape[0]:
+                raise ValueError(f"visual has {known.shape[0]} rows, which does not fit a batch of {batch}")
+            known = known.repeat_interleave(batch // known.shape[0], 0)
+        missing = known.new_zeros(batch, max(0, new - known.shape[1]))  # decoded tokens behind the prompt: text
+        return torch.cat([known, missing], 1)[:, -new:]
+
+
+def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    return ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
+
+
+def _input_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Columns of the prompt that `generate` was given, those already cached included."""
+    given = [_input_ids(args, kwargs), kwargs.get("inputs_embeds")]
+    lengths = [x.shape[1] for x in given if isinstance(x, Tensor)]
+    mask = kwargs.get("attention_mask")
+    if lengths and isinstance(mask, Tensor) and mask.dim() == 2:
+        lengths.append(mask.shape[1])
+    return max(lengths, default=None)
+
+
+def _check_bias(method: Method, implementation: str) -> None:
+    """Flash attention takes no bias on its logits."""
+    if isinstance(method, MergingMethod) and method.mass_bias and "flash" in implementation:
+        raise ValueError("mass_bias=True is not allowed with flash attention: allowed is sdpa or eager")
+
+
+# -------------------------------------------------------------------- what users call
+
+
+def compress(model: PreTrainedModel, method: Method, *, visual: Tensor | None = None, trace: bool = False) -> Session:
+    """Compress the KV cache of everything that `model` is given inside the `with` block.
+
+        with kvweave.compress(model, kvweave.FlowMM(budget=0.2)) as session:
+            out = model.generate(**inputs, max_new_tokens=64)
+        session.report
+
+    Args:
+        model: any decoder of transformers, with an image encoder or without.
+        method: what decides which entries stay.
+        visual: bool [batch, length], which tokens are visual, where only embeddings are passed; else it is read
+            from the inputs.
+        trace: keep what became of each token, for pictures.
+    Raises:
+        TypeError: `method` is none, `model` is none.
+        ValueError, RuntimeError: on entering, where the model cannot be compressed or already is.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...)")
+    if visual is not None and (visual.dtype != torch.bool or visual.dim() != 2):
+        raise ValueError(f"visual must be bool [batch, length], got {visual.dtype} {list(visual.shape)}")
+    return Session(model, method, visual=visual, trace=trace)
+
+
+def attach(model: PreTrainedModel) -> Session:
+    """Let `model` read every `CompressedCache` that it is given, until `detach()` is called on the result.
+
+    cache = kvweave.CompressedCache(model.config, method)
+    handle = kvweave.attach(model)
+    out = model.generate(**inputs, past_key_values=cache)
+    handle.detach()
+    """
+    return Session(model, None).attach()

@@ -1,0 +1,39 @@
+"""The embedded model: a vision-language model of 0.9 million parameters that the project trains itself.
+
+Small enough to ship, large enough to have learnt real attention over text and pictures, so that compression
+has something to lose. It loads through the code that loads a checkpoint from a hub, and needs no network::
+
+    import kvweave.lab  # AutoProcessor now finds the lab's processor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(kvweave.lab.weights_path())
+    processor = AutoProcessor.from_pretrained(kvweave.lab.weights_path())
+    sample = kvweave.lab.example(images=12)
+
+`world` says what it sees, `model` what it is, `train` how it learnt, `evaluate` how well it answers.
+"""
+
+from pathlib import Path
+
+from kvweave.lab.processor import LabProcessor, register
+from kvweave.lab.world import AUXILIARY, TASKS, Question, Sample, example, require_holdout, samples
+
+__all__ = [
+    "AUXILIARY",
+    "TASKS",
+    "LabProcessor",
+    "Question",
+    "Sample",
+    "example",
+    "require_holdout",
+    "samples",
+    "weights_path",
+]
+
+
+def weights_path() -> Path:
+    """The folder of the packaged model, to be given to `from_pretrained`."""
+    return Path(__file__).with_name("weights")
+
+
+register()

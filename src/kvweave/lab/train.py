@@ -1,0 +1,397 @@
+"""Train the lab's model from a seed: about 3,000 steps of packed questions, an hour on two CPU cores.
+
+The curriculum is data (`CURRICULUM`), and its order matters: short albums on plain ground first, frequent
+walks among them; then longer ones; then cells with borders and a second needle, heavy in pairs; then lengths
+up to twelve images. From the first step on twelve images nothing is learnt.
+
+Each step's albums follow from the seed and the step alone, and what is asked about them from how well the
+model answered each family until then. A run that was interrupted therefore goes on exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvweave.lab import words
+from kvweave.lab.model import Forward, create
+from kvweave.lab.world import FAMILIES, SLOT, TASKS, Albums, World, generator, layout
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+QUESTIONS = 112  # tokens of questions and answers behind each album
+TRIES = 16  # questions drawn for an album; repeated ones and those that no longer fit are left out
+SHARES = {
+    "text_needle": 1.2, "image_needle": 1.0, "lookup": 2.5, "change": 3.0, "action": 1.0, "listing": 0.8,
+}  # fmt: skip
+EASY = 0.15  # of its share a family keeps when it makes no errors
+
+MATRIX_RATE = 3e-3  # Muon
+OTHER_RATE = 2e-3  # AdamW: embeddings, norms, biases
+MEMORY = 40  # answer tokens over which a family's running accuracy forgets 3 %
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some steps on one kind of albums, with a learning rate that rises, holds and falls.
+
+    A step takes albums of one of the lengths in `images`, as many as come to about `tokens` tokens. The stage
+    ends early once the running accuracy of every task has passed `enough`.
+    """
+
+    steps: int
+    images: tuple[int, ...]
+    world: World
+    tokens: int = 13_500
+    rate: float = 1.0  # at its height, as a share of the optimisers' own
+    warm: int = 50  # steps of linear rise
+    hold: float = 0.5  # share of the stage before the cosine falls
+    floor: float = 0.05  # where it ends
+    enough: float = 1.0
+
+    def rate_at(self, step: int) -> float:
+        """The factor on the learning rates at a step of this stage, counted from 0."""
+        done = (step / self.steps - self.hold) / (1 - self.hold) if self.hold < 1 else 0.0
+        fall = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * max(0.0, done)))
+        return self.rate * min(1.0, (step + 1) / self.warm) * fall
+
+
+_PLAIN = World(frames=False, needles=1, walks=0.5, pairs=0.75)
+_PAIRS = World(walks=0.25, pairs=1.0)
+CURRICULUM: tuple[Stage, ...] = (
+    Stage(900, (3,), _PLAIN, warm=100, floor=0.1),
+    Stage(400, (5,), _PLAIN),
+    Stage(350, (3,), _PAIRS),
+    Stage(400, (5, 8), World()),
+    Stage(400, (8,), World(), hold=0.2, floor=0.02),
+    Stage(600, (5, 8, 12), World(), rate=0.7, hold=0.2, floor=0.01),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Albums with questions packed behind them.
+
+    tokens [albums, length]; pictures, bytes [albums, images, 80, 80, 3]; for each of the last 112 tokens
+    `targets`, the token to predict from it (padding where nothing is asked), and `families`, whose answer
+    that is (an index into FAMILIES).
+    """
+
+    tokens: Tensor
+    pictures: Tensor
+    targets: Tensor
+    families: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(*(part.to(device) for part in (self.tokens, self.pictures, self.targets, self.families)))
+
+
+def draw_batch(stage: Stage, seed: int, step: int, shares: Mapping[str, float]) -> Batch:
+    """The albums of one step; `shares` says how often each family is asked."""
+    rng = generator("train", seed, step)
+    images = int(rng.choice(stage.images))
+    count = max(1, stage.tokens // (1 + images * SLOT + QUESTIONS))
+    albums = Albums(count, layout(images, rng, stage.world), rng, stage.world)
+    pictures = albums.pictures(rng, frames=stage.world.frames)
+    packed = [_pack(albums, row, rng, shares) for row in range(count)]
+    questions, targets, families = (np.stack(parts) for parts in zip(*packed, strict=True))
+    tokens = np.concatenate([albums.tokens(), questions], 1)
+    return Batch(*(torch.from_numpy(part) for part in (tokens, pictures, targets, families)))
+
+
+def _pack(
+    albums: Albums, row: int, rng: np.random.Generator, shares: Mapping[str, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Questions and answers behind one album: tokens, targets, families, each [112]."""
+    askable = [family for family in FAMILIES if albums.answerable(family)]
+    share = np.array([shares[family] for family in askable])
+    tokens, targets = np.full((2, QUESTIONS), words.PAD)
+    families = np.full(QUESTIONS, -1)
+    asked, used = set(), 0
+    for pick in rng.choice(len(askable), size=TRIES, p=share / share.sum()):
+        question = albums.question(row, askable[pick], rng)
+        ask = words.encode(f"{words.QUESTION} {question.text}")
+        answer = [words.TOKEN[words.ANSWER], *words.encode(question.answer), words.EOS]
+        end = used + len(ask) + len(answer)
+        if question.text in asked or end > QUESTIONS:
+            continue
+        asked.add(question.text)
+        tokens[used:end] = ask + answer
+        targets[used + len(ask) - 1 : end - 1] = answer  # the answer's opening follows the question mark
+        families[used + len(ask) - 1 : end - 1] = FAMILIES.index(askable[pick])
+        used = end
+    return tokens, targets, families
+
+
+def loss_and_hits(forward: Forward, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the answers; and, for their words, [words] each: whether hit, whose family."""
+    album = batch.tokens.shape[1] - QUESTIONS
+    states = forward(batch.tokens, batch.pictures)[:, album:]
+    asked = batch.targets != words.PAD
+    target, family = batch.targets[asked], batch.families[asked]
+    logits = F.linear(states[asked].float(), forward.model.lm_head.weight)
+    errors = F.cross_entropy(logits, target, reduction="none")
+    frame = (target == words.EOS) | (target == words.TOKEN[words.ANSWER])
+    weight = torch.where(frame, 0.2, 1.0) * torch.where(family >= len(TASKS), 0.3, 1.0)
+    loss = (errors * weight).sum() / weight.sum()
+    return loss, (logits.argmax(-1) == target)[~frame], family[~frame]
+
+
+class Trainer:
+    """A model, its two optimisers, and how well it answers each family; steps through a curriculum."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        curriculum: Sequence[Stage] = CURRICULUM,
+        device: str | torch.device | None = None,
+        *,
+        compiled: bool = True,
+    ) -> None:
+        self.seed, self.curriculum = seed, tuple(curriculum)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = create(seed).to(self.device).train()
+        self.forward = Forward(self.model, compiled=compiled)
+        self.optimizers = _optimizers(self.model)
+        self.stage, self.stage_step, self.step = 0, 0, 0
+        self.accuracy = dict.fromkeys(FAMILIES, 0.0)
+        self._shares = self._current_shares()  # of the batch that is next
+        self._painter = ThreadPoolExecutor(1, "kvweave-lab-world")
+        self._next: Future[Batch] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the curriculum is over."""
+        return self.stage == len(self.curriculum)
+
+    @property
+    def remaining(self) -> int:
+        """Steps until the end, should no stage end early."""
+        return sum(stage.steps for stage in self.curriculum[self.stage :]) - self.stage_step
+
+    def advance(self) -> dict[str, Any]:
+        """Take one step; returns what the log keeps of it."""
+        stage = self.curriculum[self.stage]
+        started = time.perf_counter()
+        batch = (self._next or self._paint()).result().to(self.device)
+        waited = time.perf_counter() - started
+        self._shares = self._current_shares()
+        rate = stage.rate_at(self.stage_step)
+        self._count_step(stage)
+        self._next = None if self.finished else self._paint()  # while the model works on this one
+
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss, hits, families = loss_and_hits(self.forward, batch)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["full_rate"]
+            optimizer.step()
+            optimizer.zero_grad()
+        self._remember(hits, families)
+        return {
+            "step": self.step,
+            "images": batch.pictures.shape[1],
+            "loss": round(loss.item(), 4),
+            "norm": round(norm.item(), 3),
+            "rate": round(rate, 4),
+            "seconds": round(time.perf_counter() - started, 3),
+            "waited": round(waited, 3),
+            "accuracy": {family: round(value, 3) for family, value in self.accuracy.items()},
+        }
+
+    def _count_step(self, stage: Stage) -> None:
+        self.step += 1
+        self.stage_step += 1
+        good = min(self.accuracy[task] for task in TASKS) > stage.enough
+        if self.stage_step == stage.steps or (good and self.stage_step > stage.warm):
+            self.stage, self.stage_step = self.stage + 1, 0
+
+    def _paint(self) -> Future[Batch]:
+        stage = self.curriculum[self.stage]
+        return self._painter.submit(draw_batch, stage, self.seed, self.step, self._shares)
+
+    def _current_shares(self) -> dict[str, float]:
+        return {family: share * (EASY + 1 - self.accuracy[family]) for family, share in SHARES.items()}
+
+    @torch.no_grad()
+    def _remember(self, hits: Tensor, families: Tensor) -> None:
+        for index, family in enumerate(FAMILIES):
+            mine = hits[families == index]
+            if len(mine):
+                keep = 0.97 ** (len(mine) / MEMORY)
+                self.accuracy[family] = keep * self.accuracy[family] + (1 - keep) * mine.float().mean().item()
+
+    def close(self) -> None:
+        """Stop painting."""
+        self._painter.shutdown(cancel_futures=True)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on (random numbers follow from seed and step)."""
+        return {
+            "run": self._identity(),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "progress": (self.stage, self.stage_step, self.step),
+            "accuracy": self.accuracy,
+            "shares": self._shares,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state`; ValueError if it belongs to a run with another seed or curriculum."""
+        if state["run"] != self._identity():
+            raise ValueError("the checkpoint belongs to a run with another seed or curriculum")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.stage, self.stage_step, self.step = state["progress"]
+        self.accuracy, self._shares = dict(state["accuracy"]), dict(state["shares"])
+
+    def _identity(self) -> str:
+        return json.dumps({"seed": self.seed, "curriculum": [asdict(stage) for stage in self.curriculum]})
+
+
+def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices (binds colours to shapes in 500 steps), AdamW for the rest."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    taken = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.02},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=OTHER_RATE, betas=(0.9, 0.97)),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["full_rate"] = group["lr"]
+    return optimizers
+
+
+def train(
+    out: str | Path,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    *,
+    curriculum: Sequence[Stage] = CURRICULUM,
+    resume: bool = False,
+    compiled: bool = True,
+    save_every: int = 50,
+    progress: bool = True,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Train the lab's model and write it to the folder `out`, ready for `from_pretrained`.
+
+    Beside the model lie `log.jsonl`, one line a step, and `checkpoint.pt`, written every `save_every` steps,
+    from which `resume=True` goes on. `device` is CUDA where there is one. Returns the number of steps,
+    whether the run had ended before, and the running accuracy of each family.
+
+    Raises FileExistsError if `out` holds a run and `resume` is not set, ValueError if that run had another
+    seed or curriculum.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
+    if checkpoint.exists() and not resume:
+        raise FileExistsError(
+            f"{out} holds a run: pass resume=True to go on with it, or choose another folder"
+        )
+
+    trainer = Trainer(seed, curriculum, device, compiled=compiled)
+    if checkpoint.exists():
+        trainer.restore(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
+    already_finished = trainer.finished
+    _forget_after(log, trainer.step)
+    try:
+        with _progress_bar(progress, trainer) as show, log.open("a") as lines:
+            while not trainer.finished:
+                record = trainer.advance()
+                lines.write(json.dumps(record) + "\n")
+                if trainer.step % save_every == 0 or trainer.finished:
+                    lines.flush()
+                    _save(trainer.state(), checkpoint)
+                show(record)
+                if on_step:
+                    on_step(record)
+    finally:
+        trainer.close()
+    if not already_finished:
+        export(trainer.model, out)
+    return {"steps": trainer.step, "already_finished": already_finished, "accuracy": dict(trainer.accuracy)}
+
+
+def export(model: Any, out: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a model with its processor to a folder, ready for `from_pretrained`."""
+    from kvweave.lab.processor import LabProcessor
+
+    model.eval().to(dtype).save_pretrained(out)
+    LabProcessor.create().save_pretrained(out)
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint so that an interruption leaves either the old or the new one."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop the lines of steps that the checkpoint had not seen yet: they are taken again."""
+    if log.exists():
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text(
+            "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+        )
+
+
+def _progress_bar(shown: bool, trainer: Trainer) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    if not shown:
+        return nullcontext(lambda record: None)
+    return _ProgressBar(trainer)
+
+
+class _ProgressBar:
+    """Steps, loss, the weakest task, time left."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._trainer = trainer
+        self._bar: Progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        total = self._trainer.step + self._trainer.remaining
+        self._task = self._bar.add_task("training", total=total, completed=self._trainer.step, note="")
+        self._bar.start()
+        return self._show
+
+    def _show(self, record: dict[str, Any]) -> None:
+        weakest = min(TASKS, key=record["accuracy"].__getitem__)
+        note = f"loss {record['loss']:.3f}, weakest {weakest} {record['accuracy'][weakest]:.2f}"
+        total = record["step"] + self._trainer.remaining
+        self._bar.update(self._task, completed=record["step"], total=total, note=note)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
