@@ -11,7 +11,7 @@ import kvweave
 import reference
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """One list entry per layer: [batch, heads, length, dim], and [batch, kv_heads, length, dim] twice."""
 
@@ -22,6 +22,15 @@ class Case:
     valid: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     scaling: float | None = None
+
+    def __repr__(self) -> str:
+        """Short enough to be read in a failing property's report."""
+        modalities = "".join("TV"[v] for v in self.visual[0].tolist())
+        heads = f"{self.queries[0].shape[1]} heads on {self.kv_heads}, dim {self.queries[0].shape[-1]}"
+        return f"Case({modalities}, {len(self.keys)} layers, {heads}, {self.keys[0].dtype})"
+
+    def _repr_pretty_(self, printer, cycle) -> None:  # hypothesis asks this first
+        printer.text(repr(self))
 
     @property
     def length(self) -> int:

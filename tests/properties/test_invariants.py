@@ -345,13 +345,8 @@ def test_recents_stay_whole_and_targets_are_insensitive(case, share, proxies, qu
 @given(case=cases(min_length=4, mixed=True), share=shares)
 def test_intra_layers_never_mix_modalities(case, share):
     """12.7: values that are 0 for text and 1 for images stay so under a convex rule."""
-    marked = replace(
-        case,
-        values=[
-            case.visual[0, None, :, None].to(v.dtype).expand(v.shape).contiguous().unsqueeze(0)[0]
-            for v in case.values
-        ],
-    )
+    is_visual = case.visual[:, None, :, None]
+    marked = replace(case, values=[is_visual.expand(v.shape).to(v.dtype) for v in case.values])
     for heads in heads_of(compress("flowmm", marked, share, flow="intra", sensitivity_quantile=None, **NARROW)):
         for head in heads:
             own = case.visual[0, head.positions].to(head.values.dtype)[:, None].expand(head.values.shape)
