@@ -58,10 +58,7 @@ class Layer:
         """scale * q_i . k_j for all i, j, unmasked: [head][i][j]."""
         g = self.heads // self.kv_heads
         scale = 1 / math.sqrt(len(self.queries[0][0])) if self.scale is None else self.scale
-        return [
-            [[scale * dot(q, k) for k in self.keys[h // g]] for q in self.queries[h]]
-            for h in range(self.heads)
-        ]
+        return [[[scale * dot(q, k) for k in self.keys[h // g]] for q in self.queries[h]] for h in range(self.heads)]
 
     @cached_property
     def attention(self) -> list[list[Vector]]:
@@ -577,9 +574,7 @@ def meda(
     weights = softmax([cross_modal_entropy(layer, causal) for layer in layers])
     budgets = allocate(weights, len(layers) * B, least(B, L), L)
     return [
-        lookm(layer, B_l, recent_frac=recent_frac, merge_rule=merge_rule, **rest)
-        if B_l < L
-        else identity(layer)
+        lookm(layer, B_l, recent_frac=recent_frac, merge_rule=merge_rule, **rest) if B_l < L else identity(layer)
         for layer, B_l in zip(layers, budgets, strict=True)
     ]
 
@@ -697,9 +692,7 @@ class Entry:
     value: Vector
 
 
-def chelsea(
-    layer: Layer, B: int, *, chunk: int = 64, recent: int = 32, mass_bias: bool = False
-) -> LayerResult:
+def chelsea(layer: Layer, B: int, *, chunk: int = 64, recent: int = 32, mass_bias: bool = False) -> LayerResult:
     L = layer.length
     R = min(recent, B // 2)
 
@@ -709,9 +702,7 @@ def chelsea(
         size = chunk
         while len(entries) > B - R:
             # Chunks are those of the first cut: they shrink as their entries merge.
-            chunks = [
-                [e for e in entries if start <= e.position < start + size] for start in range(0, L - R, size)
-            ]
+            chunks = [[e for e in entries if start <= e.position < start + size] for start in range(0, L - R, size)]
             pairs = [pair for inside in chunks for pair in best_pairs(inside)]
             if not pairs:
                 size *= 2

@@ -98,9 +98,7 @@ def pad(case: Case, front: int, back: int = 0, garbage: float = 0.0) -> Case:
 
     L = case.length
     valid = torch.tensor([[False] * front + [True] * L + [False] * back])
-    visual = torch.ones(
-        1, front + L + back, dtype=torch.bool
-    )  # pads marked visual: that must not matter either
+    visual = torch.ones(1, front + L + back, dtype=torch.bool)  # pads marked visual: that must not matter either
     visual[:, front : front + L] = case.visual
     return replace(
         case,
@@ -151,9 +149,7 @@ def reference_layers(case: Case) -> list[reference.Layer]:
     """The first (unpadded) row, as lists."""
     rotary = None if case.rotary is None else tuple(x[0].tolist() for x in case.rotary)
     return [
-        reference.Layer(
-            q[0].tolist(), k[0].tolist(), v[0].tolist(), case.visual[0].tolist(), case.scaling, rotary
-        )
+        reference.Layer(q[0].tolist(), k[0].tolist(), v[0].tolist(), case.visual[0].tolist(), case.scaling, rotary)
         for q, k, v in zip(case.queries, case.keys, case.values, strict=True)
     ]
 
@@ -188,9 +184,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float,
     )
 
 
-def assert_matches(
-    layers, expected: list[reference.LayerResult], *, row: int = 0, offset: int = 0, tolerance=1e-5
-):
+def assert_matches(layers, expected: list[reference.LayerResult], *, row: int = 0, offset: int = 0, tolerance=1e-5):
     """Positions and mass exactly, keys and values up to the tolerance."""
     assert len(layers) == len(expected)
     for number, (heads, wanted) in enumerate(zip(heads_of(layers, row, offset), expected, strict=True)):
@@ -336,9 +330,7 @@ def for_reference(name: str, options: dict) -> dict:
 
 def uses_budget(name: str, options: dict) -> bool:
     """12.2 names the exceptions: sizes that follow from the data."""
-    return not (
-        name == "full" or options.get("text_prior") == "union" or options.get("variant") == "threshold"
-    )
+    return not (name == "full" or options.get("text_prior") == "union" or options.get("variant") == "threshold")
 
 
 def names_and_options() -> list[tuple[str, dict]]:

@@ -111,9 +111,7 @@ def test_equal_scores_keep_the_lower_positions(name):
     case = random_case(PATTERNS["interleaved"](23), layers=2, seed=31)
     case = replace(case, keys=[torch.zeros_like(k) for k in case.keys], rotary=rotary_tables(23, 8))
     layers = compress(name, case, 0.4, **options)
-    assert_matches(
-        layers, reference.compress(name, reference_layers(case), 0.4, **for_reference(name, options))
-    )
+    assert_matches(layers, reference.compress(name, reference_layers(case), 0.4, **for_reference(name, options)))
 
 
 @pytest.mark.parametrize("name", LAST)
@@ -122,9 +120,7 @@ def test_scaling_replaces_the_default(name):
     case = random_case(PATTERNS["interleaved"](25), layers=2, seed=41)
     case = replace(case, scaling=1.3, rotary=rotary_tables(25, 8))
     layers = compress(name, case, 0.3, **options)
-    assert_matches(
-        layers, reference.compress(name, reference_layers(case), 0.3, **for_reference(name, options))
-    )
+    assert_matches(layers, reference.compress(name, reference_layers(case), 0.3, **for_reference(name, options)))
 
 
 @pytest.mark.parametrize("name", LAST)
@@ -164,9 +160,7 @@ def test_a_float_and_an_int_budget_mean_different_things():
     assert len(kept(compress("h2o", case, 1)[0], 0, 0).positions) == 1
 
 
-@pytest.mark.parametrize(
-    ("share", "length", "tokens"), [(0.29, 100, 29), (0.3, 10, 3), (0.1, 7, 1), (0.999, 10, 9)]
-)
+@pytest.mark.parametrize(("share", "length", "tokens"), [(0.29, 100, 29), (0.3, 10, 3), (0.1, 7, 1), (0.999, 10, 9)])
 def test_shares_are_floored_with_a_guard(share, length, tokens):
     case = random_case([False] * length, layers=1, heads=1, kv_heads=1, seed=81)
     assert len(kept(compress("streaming_llm", case, share)[0], 0, 0).positions) == tokens

@@ -18,9 +18,7 @@ def refusal(name, **options) -> str:
 
 
 @pytest.mark.parametrize("name", ["flowmm", "h2o", "meda", "adakv"])
-@pytest.mark.parametrize(
-    "budget", [0, 0.0, -0.2, -3, 1.5, math.nan, math.inf, "12 parsecs", "", "0MiB", "-1KiB"]
-)
+@pytest.mark.parametrize("budget", [0, 0.0, -0.2, -3, 1.5, math.nan, math.inf, "12 parsecs", "", "0MiB", "-1KiB"])
 def test_budgets(name, budget):
     with pytest.raises(ValueError) as caught:
         kvweave.get_method(name, budget=budget)
