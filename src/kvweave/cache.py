@@ -100,6 +100,9 @@ class CompressedLayer(DynamicLayer):
         self._clear()
 
     def _clear(self) -> None:
+        self.keys: Tensor
+        self.values: Tensor
+        self.is_initialized: bool
         self.seen = 0
         self.kind = "full"
         self.flow: float | None = None
@@ -156,8 +159,7 @@ class CompressedLayer(DynamicLayer):
         return self.seen + query_length, 0
 
     def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
+        super().reset()
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -264,16 +266,15 @@ class CompressedLayer(DynamicLayer):
                 self._queries = [torch.cat(self._queries, 2)[:, :, -wanted:].clone()]
         if self.seen < talk.end:
             return
-        queries = torch.cat(self._queries, 2) if self._queries else None
-        in_one_piece = len(self._queries) == 1 and self._queries[0].shape[2] == real
-        self._queries = []
         body = self.slots - (self.seen - talk.end)  # candidates of assisted decoding may lie behind the prompt
-        if queries is not None and wanted not in (ALL_ROWS, queries.shape[2]):
-            queries = queries[:, :, -wanted:]
-        if mask is not None:  # of earlier pieces there is none: causal, as every model is there
-            mask = mask[:, :, :real, :body]
-            mask = mask[:, :, -queries.shape[2] :] if queries is not None and in_one_piece else None
-        self._prompt_complete(queries, rule, mask, body)
+        asked = torch.cat(self._queries, 2) if self._queries else None
+        self._queries = []
+        if asked is not None and wanted != ALL_ROWS:
+            asked = asked[:, :, -wanted:]
+        rows = asked.shape[2] if asked is not None else 0
+        # Of a prompt that came in pieces only the last one's mask is at hand: the whole counts as causal.
+        mask = mask[:, :, real - rows : real, :body] if mask is not None and 0 < rows <= real else None
+        self._prompt_complete(asked, rule, mask, body)
 
     def _prompt_complete(self, queries: Tensor | None, rule: AttentionRule, mask: Tensor | None, body: int) -> None:
         """Cut the layer's first `body` slots, or with a layer-adaptive method prepare for `cut`."""
@@ -287,24 +288,25 @@ class CompressedLayer(DynamicLayer):
             self.values[:, :, :body],
             self._columns()[..., :body],
             self._masses()[..., :body],
-            self.bias[..., :body] if self.bias is not None else None,
+            None if self.bias is None else self.bias[..., :body],
         )
-        options = {"mask": mask, "layer": self.index, "layers": talk.layers}
-        if talk.method.layer_adaptive:
-            groups = group_rows(storage, queries, prompt, rule, alone=True, **options)
-            weights = [float(talk.method.observe(group.view)) for group in groups]
-            for group in groups:
-                group.view.release_queries()
-            self.pending = Pending(groups, weights, budgets, lengths, body)
-            return
+        adaptive = talk.method.layer_adaptive
         layered = [talk.method.layer_budgets(b, n, talk.layers) for b, n in zip(budgets, lengths, strict=True)]
         share = [row[self.index] for row in layered]
-        if self._positions is None and all(b >= n for b, n in zip(share, lengths, strict=True)):
+        if not adaptive and self._positions is None and all(b >= n for b, n in zip(share, lengths, strict=True)):
             self._note(lengths, self._bytes(), None)  # nothing to give up: not a bit is touched
-        else:
-            self.cut(
-                Pending(group_rows(storage, queries, prompt, rule, **options), [], budgets, lengths, body), share
-            )
+            return
+        groups = group_rows(
+            storage, queries, prompt, rule, mask=mask, layer=self.index, layers=talk.layers, alone=adaptive
+        )
+        pending = Pending(groups, [], budgets, lengths, body)
+        if not adaptive:
+            self.cut(pending, share)
+            return
+        pending.weights = [float(talk.method.observe(group.view)) for group in groups]
+        for group in groups:
+            group.view.release_queries()
+        self.pending = pending
 
     def cut(self, pending: "Pending", share: list[int]) -> None:
         """Replace the prompt's slots by what the method keeps of them.
@@ -336,8 +338,8 @@ class CompressedLayer(DynamicLayer):
     def _note(self, lengths: list[int], before: int, outcome: Outcome | None) -> None:
         """Keep what the report will say."""
         positions, mass = self._columns(), self._masses()
-        end = self.conversation.end
-        prompt = (positions >= 0) & (positions < end)
+        assert self.conversation.end is not None
+        prompt = (positions >= 0) & (positions < self.conversation.end)
         represented = (mass * prompt).sum(-1)
         rows = outcome.rows if outcome else [{} for _ in lengths]
         self.record = Record(lengths, prompt.sum(-1), represented, before, self._bytes(), rows)
@@ -417,8 +419,8 @@ class CompressedCache(Cache):
     def finish_prompt(self) -> None:
         """Cut the layers of a layer-adaptive method, once all of them have been observed."""
         layers = self.compressed_layers
-        pending = [layer.pending for layer in layers]
-        if not layers or any(p is None for p in pending):
+        pending = [layer.pending for layer in layers if layer.pending is not None]
+        if not layers or len(pending) < len(layers):
             return
         first = pending[0]
         shares: list[list[int]] = [[] for _ in first.lengths]

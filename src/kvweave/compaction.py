@@ -109,7 +109,8 @@ def group_rows(
             if mask is not None:
                 view.rule = replace(rule, mask=_blocks(mask, at, asks, held))
         if rotary is not None:
-            view.rotary = tuple(_at_positions(table[at], view.positions) for table in rotary)
+            cos, sin = (_at_positions(table[at], view.positions) for table in rotary)
+            view.rotary = cos, sin
         groups.append(Group(index, view))
     return groups
 

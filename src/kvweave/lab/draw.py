@@ -127,8 +127,7 @@ def _shape_masks() -> list[NDArray[np.bool_]]:
         ((abs(x) < 0.32) & (abs(y) < 1.05)) | ((abs(y) < 0.32) & (abs(x) < 1.05)),  # cross
         abs(x) + abs(y) < 1.05,  # diamond
         (radius < 1.05) & (radius > 0.6),  # ring
-        ((abs(x) - 0.45) ** 2 + (y + 0.4) ** 2 < 0.3)
-        | ((y > -0.4) & (abs(x) < 0.95 - (y + 0.4) * 0.7)),  # heart
+        ((abs(x) - 0.45) ** 2 + (y + 0.4) ** 2 < 0.3) | ((y > -0.4) & (abs(x) < 0.95 - (y + 0.4) * 0.7)),  # heart
     ]
 
 

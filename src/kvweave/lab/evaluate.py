@@ -58,9 +58,7 @@ def answers(
             processor_kwargs={"padding": True},
         ).to(model.device)
         with torch.inference_mode():
-            tokens = model.generate(
-                **inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False} | generate
-            )
+            tokens = model.generate(**inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False} | generate)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         given += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         if on_batch:

@@ -312,9 +312,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     if checkpoint.exists() and not resume:
-        raise FileExistsError(
-            f"{out} holds a run: pass resume=True to go on with it, or choose another folder"
-        )
+        raise FileExistsError(f"{out} holds a run: pass resume=True to go on with it, or choose another folder")
 
     trainer = Trainer(seed, curriculum, device, compiled=compiled)
     if checkpoint.exists():
@@ -358,9 +356,7 @@ def _forget_after(log: Path, step: int) -> None:
     """Drop the lines of steps that the checkpoint had not seen yet: they are taken again."""
     if log.exists():
         lines = log.read_text().splitlines(keepends=True)
-        log.write_text(
-            "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-        )
+        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 def _progress_bar(shown: bool, trainer: Trainer) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:

@@ -113,9 +113,7 @@ def generator(split: Split, seed: int, *path: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), *path)))
 
 
-def samples(
-    task: str, count: int, images: int = 8, seed: int = 0, *, split: Split = "holdout"
-) -> list[Sample]:
+def samples(task: str, count: int, images: int = 8, seed: int = 0, *, split: Split = "holdout") -> list[Sample]:
     """Questions of one task, each about an album of its own; the first ones do not depend on `count`.
 
     Raises ValueError for an unknown task, or for a number of images that has no room for it.
@@ -347,9 +345,7 @@ class Albums:
         code, of, is_ = (np.full((self.count, needles), TOKEN[word]) for word in ("code", "of", "is"))
         animal = TOKEN[words.ANIMALS[0]] + self._needle_animal
         first, second = np.moveaxis(TOKEN[words.CODES[0]] + self._needle_code, -1, 0)
-        self.passages[self._rows[:, None], self._needle_image] = np.stack(
-            [code, of, animal, is_, first, second], -1
-        )
+        self.passages[self._rows[:, None], self._needle_image] = np.stack([code, of, animal, is_, first, second], -1)
 
     # ---- asking
 

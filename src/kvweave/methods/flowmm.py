@@ -50,7 +50,7 @@ class FlowMM(MergingMethod):
 
     @property
     def query_rows(self) -> int:
-        return ALL_ROWS if self.flow in ("aligned", "misaligned") else self.proxies
+        return ALL_ROWS  # the ratio is reported where `flow` is fixed, too
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         importance = view.window_attention(self.proxies)  # Eq. 8: [batch, kv_heads, length]
@@ -60,27 +60,24 @@ class FlowMM(MergingMethod):
         source = complement(keep, view.length)
 
         flow, log = self.measure(view)
-        cross = self.is_cross(view, flow)  # [batch]
+        cross = self.is_cross(flow)  # [batch]
         eligible = self.insensitive(importance.gather(-1, pivots))
         target, cosine = self.match(view, pivots, eligible, source, cross)
         plan = self.merged(view, keep, source, target, cosine, importance)
         scope = tuple("cross" if row else "intra" for row in cross.tolist())
         return replace(plan, flow=flow, scope=scope, log=log)
 
-    def measure(self, view: LayerView) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def measure(self, view: LayerView) -> tuple[Tensor, dict[str, Tensor]]:
         """Step 1, Eqs. 6-7: the ratio that decides, and the other two for the report."""
-        if self.query_rows != ALL_ROWS:
-            return None, {}
         ratios = view.flow()
         log = {"flow_literal": ratios.literal, "flow_balanced": ratios.balanced, "flow_nosink": ratios.nosink}
         return log.pop(f"flow_{self.flow_ratio}"), log
 
-    def is_cross(self, view: LayerView, flow: Tensor | None) -> Tensor:
+    def is_cross(self, flow: Tensor) -> Tensor:
         """Step 2: which rows' layer is cross-modal, bool [batch]."""
-        if flow is None:
-            return torch.full((view.batch,), self.flow == "cross", device=view.keys.device)
         above = flow > self.theta
-        return above if self.flow == "aligned" else ~above
+        modes = {"aligned": above, "misaligned": ~above, "cross": torch.ones_like(above)}
+        return modes.get(self.flow, torch.zeros_like(above))
 
     def pivots(self, view: LayerView, importance: Tensor, count: int, before: int) -> Tensor:
         """Step 3, Eq. 8: the `count` most important tokens of the first `before`, [batch, kv_heads, count]."""
