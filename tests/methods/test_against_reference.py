@@ -73,8 +73,7 @@ def test_method_equals_its_reference(name, options, scenario):
         assert layer.mass.dtype == torch.float32
         assert layer.positions.dtype == torch.int64
         assert layer.positions.shape[-1] == max(len(head.positions) for head in want.heads)
-        forced = options.get("flow") in ("cross", "intra") and layer.flow is None  # nothing asks for the ratio
-        if want.flow is not None and not forced:
+        if want.flow is not None:
             assert layer.flow == pytest.approx(want.flow, abs=1e-5)
 
 
@@ -113,7 +112,7 @@ ONE_ROW = {
     "adakv": {"window": 1, "kernel": 1},
     "mixkv": {"window": 1, "kernel": 1},
     "madakv": {"proxies": 1},
-    "flowmm": {"proxies": 1, "flow": "cross", "merge_rule": "average"},
+    "flowmm": {"proxies": 1, "flow": "cross", "merge_rule": "average", "modality_floor": 9},
     "weave": {"proxies": 1, "recent": 3, "defer": 0},
 }
 
@@ -191,12 +190,13 @@ def test_bytes_count_keys_and_values_over_layers_and_heads(budget, tokens):
 # ---------------------------------------------------------------- CaM's drawn mode, by its properties
 
 
-def test_sampled_cam_adds_a_whole_share_or_nothing():
+@pytest.mark.parametrize("cam", registered("cam"))
+def test_sampled_cam_adds_a_whole_share_or_nothing(cam):
     """10.8: z is 0 or 1, seeded; keys and positions are H2O's; the expected mode is its mean."""
     case = random_case(PATTERNS["interleaved"](20), layers=1, seed=5)
-    h2o, expected = compress("h2o", case, 0.5), compress("cam", case, 0.5, mode="expected", window=1)
-    drawn = [compress("cam", case, 0.5, mode="sample", window=1, seed=seed) for seed in range(200)]
-    again = compress("cam", case, 0.5, mode="sample", window=1, seed=7)
+    h2o, expected = compress("h2o", case, 0.5), compress(cam, case, 0.5, mode="expected", window=1)
+    drawn = [compress(cam, case, 0.5, mode="sample", window=1, seed=seed) for seed in range(200)]
+    again = compress(cam, case, 0.5, mode="sample", window=1, seed=7)
     assert torch.equal(again[0].values, drawn[7][0].values)
     assert any(not torch.equal(drawn[0][0].values, other[0].values) for other in drawn)
     for sample in drawn:
