@@ -15,11 +15,13 @@ from strategies import (
     MERGING,
     NARROW,
     assert_close,
+    assert_matches,
     assert_same,
     batch,
     budgets,
     cases,
     compress,
+    for_reference,
     heads_of,
     options_of,
     pad,
@@ -45,6 +47,14 @@ def is_convex(options: dict) -> bool:
 
 
 # ---------------------------------------------------------------- every method
+
+
+@pytest.mark.parametrize("name", [name for name in kvweave.list_methods() if name != "random"])
+@given(data=st.data(), case=cases(), budget=budgets)
+def test_any_prompt_equals_its_reference(name, data, case, budget):
+    options = data.draw(options_of(name))
+    expected = reference.compress(name, reference_layers(case), budget, **for_reference(name, options))
+    assert_matches(compress(name, case, budget, **options), expected)
 
 
 @every_method
@@ -90,6 +100,7 @@ def test_positions_ascend_and_mass_adds_up(name, data, case, budget):
             assert positions == [-1] * (len(positions) - len(filled)) + sorted(set(filled))
             assert max(filled, default=0) < case.length
             mass = layer.mass[0, kv][layer.positions[0, kv] >= 0]
+            assert not layer.mass[0, kv][layer.positions[0, kv] < 0].any()
             assert bool((mass >= 1).all())
             assert torch.equal(mass, mass.round())
             assert mass.sum() <= case.length
@@ -374,12 +385,16 @@ def test_the_modality_floor_holds(case, share, floor):
 @every_merging
 @given(data=st.data(), case=cases(), budget=budgets)
 def test_the_mass_bias_changes_no_entry(name, data, case, budget):
-    """4.1 acts in decoding only."""
+    """4.1 acts in decoding only: log(mass) beside the entries, nothing without the option."""
     options = {**data.draw(options_of(name)), "mass_kind": "count"}
     assume(not options.get("value_scale"))
-    with_bias = compress(name, case, budget, **{**options, "mass_bias": True})
-    without = compress(name, case, budget, **{**options, "mass_bias": False})
-    assert_same(heads_of(with_bias), heads_of(without))
+    with_bias = heads_of(compress(name, case, budget, **{**options, "mass_bias": True}))
+    without = heads_of(compress(name, case, budget, **{**options, "mass_bias": False}))
+    assert_same(with_bias, without, bias=False)
+    for heads, plain in zip(with_bias, without, strict=True):
+        for head, other in zip(heads, plain, strict=True):
+            assert_close(head.bias, torch.tensor(head.mass).log(), 1e-6, "bias")
+            assert not other.bias.any()
 
 
 ROPE_AWARE = registered("flowmm", "weave", "lookm", "meda", "d2o", "kvmerger")
