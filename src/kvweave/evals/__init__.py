@@ -1,0 +1,1 @@
+"""Measured quality: which method answers how well at which budget."""
