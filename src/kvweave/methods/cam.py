@@ -9,6 +9,7 @@ from kvweave.layer import LayerView
 from kvweave.methods.base import ALL_ROWS, register
 from kvweave.methods.h2o import H2O
 from kvweave.methods.options import choice, integer
+from kvweave.ops.draw import uniform
 from kvweave.ops.match import take
 from kvweave.ops.select import complement
 from kvweave.plan import Plan
@@ -43,18 +44,10 @@ class CaM(H2O):
         mean = (sums.gather(-1, stop) - sums.gather(-1, first)) / heads
         share = (mass.gather(-1, gone) / mean.clamp(min=1e-30)).clamp(0, 1)
         if self.mode == "sample":
-            share = (self.draw(view, share) < share).to(share.dtype)
+            share = (uniform(self.seed, view.layer, share) < share).to(share.dtype)
         share = torch.where(stop > first, share / heads, 0)
         values = take(view.values, gone).to(share.dtype) * share[..., None]
         return replace(plan, added=spread(values, first, stop, budget).to(mass.dtype))
-
-    def draw(self, view: LayerView, like: Tensor) -> Tensor:
-        """Uniform numbers, seeded by (seed, layer, KV head), alike for every row."""
-        numbers = torch.empty(like.shape[1:], dtype=like.dtype)
-        for head in range(view.kv_heads):
-            generator = torch.Generator().manual_seed((self.seed << 32) + (view.layer << 16) + head)
-            numbers[head] = torch.rand(like.shape[-1], generator=generator, dtype=like.dtype)
-        return numbers.to(like.device).expand_as(like)
 
 
 def spread(values: Tensor, first: Tensor, stop: Tensor, kept: int) -> Tensor:
