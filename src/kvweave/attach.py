@@ -153,6 +153,7 @@ def _attention(base: str) -> Callable[..., Any]:
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
         )
+        link.layer.rotated = getattr(module, "use_rope", True) not in (False, 0)
         link.layer.after_attention(query, rule, mask if mask is not None and mask.dim() == 4 else None)
         return out
 
@@ -166,6 +167,14 @@ def _register(base: str) -> str:
     AttentionInterface.register(name, _attention(base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
+
+
+def _interleaved(module: nn.Module) -> bool:
+    """How the module's own file pairs channels in rotary: (2m, 2m + 1), else (m, m + dim / 2)."""
+    home = sys.modules[type(module).__module__]
+    names = ("rotate_half_llm", "rotate_half_text", "rotate_half")
+    swap = next((getattr(home, name) for name in names if hasattr(home, name)), None)
+    return swap is not None and bool(swap(torch.arange(1.0, 5.0)).tolist() == [-2.0, 1.0, -4.0, 3.0])
 
 
 # -------------------------------------------------------------------- the model
@@ -251,6 +260,10 @@ class Session:
         self._undo.append(before.remove)
         after = part.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
         self._undo.append(after.remove)
+        for module in part.modules():
+            if isinstance(getattr(module, "layer_idx", None), int) and part is self.model:
+                noted = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+                self._undo.append(noted.remove)
         if not hasattr(part, "generate"):
             return
         own = part.__dict__.get("generate")
@@ -306,6 +319,17 @@ class Session:
         if talk.declared is not None and seen + new >= talk.declared:
             talk.declared = None
         return args, kwargs
+
+    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the rotary tables, for methods that turn keys."""
+        cache, tables = self.cache, kwargs.get("position_embeddings")
+        if cache is None or not cache.conversation.turns_keys or not isinstance(tables, tuple):
+            return
+        layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None  # type: ignore
+        if not isinstance(layer, CompressedLayer) or layer.index or not getattr(module, "is_causal", True):
+            return  # all compressed layers are turned by the same tables; a vision tower has its own
+        cos, sin = (_one_axis(table, self.model.config.get_text_config(decoder=True)) for table in tables)
+        cache.conversation.append_rotary(cos, sin, layer.seen, interleaved=_interleaved(module))
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self._running.depth -= 1
@@ -422,6 +446,15 @@ def _check_bias(method: Method, implementation: str) -> None:
     """Flash attention takes no bias on its logits."""
     if isinstance(method, MergingMethod) and method.mass_bias and "flash" in implementation:
         raise ValueError("mass_bias=True is not allowed with flash attention: allowed is sdpa or eager")
+
+
+def _one_axis(table: Tensor, config: Any) -> Tensor:
+    """Rotary tables of several axes, [axes, batch, columns, dim], as attention combines them (older transformers)."""
+    if table.dim() != 4:
+        return table
+    rope = getattr(config, "rope_parameters", None) or config.rope_scaling
+    parts = table.split([2 * n for n in rope["mrope_section"]], -1)
+    return torch.cat([part[axis % len(table)] for axis, part in enumerate(parts)], -1)
 
 
 # -------------------------------------------------------------------- what users call

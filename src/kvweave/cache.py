@@ -13,8 +13,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvweave.compaction import Group, Outcome, compact, fits, group_rows, observe
-from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.methods.base import ALL_ROWS, MergingMethod, Method
 from kvweave.ops.budget import entries
+from kvweave.ops.rotary import paired_tables
 from kvweave.ops.statistics import AttentionRule
 from kvweave.prompt import Prompt
 from kvweave.slots import Slots, rectangular, stored
@@ -31,6 +32,8 @@ class Conversation:
         declared: the prompt's end as the user told it, for prompts that come in pieces outside `generate`.
         layers: how many layers are compressed.
         trace: keep each layer's fate, for pictures.
+        rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
+        interleaved: how rotary pairs channels.
         attached: a model that knows how to read this cache is running.
     """
 
@@ -40,7 +43,24 @@ class Conversation:
     declared: int | None = None
     layers: int = 0
     trace: bool = False
+    rotary: tuple[Tensor, Tensor] | None = None
+    interleaved: bool = False
     attached: bool = False
+
+    @property
+    def turns_keys(self) -> bool:
+        """The method needs the rotary tables."""
+        return isinstance(self.method, MergingMethod) and self.method.rope_aware
+
+    def append_rotary(self, cos: Tensor, sin: Tensor, seen: int, *, interleaved: bool) -> None:
+        """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `seen` columns."""
+        tables = [paired_tables(table, interleaved=interleaved) for table in (cos, sin)]
+        if self.prompt is not None:
+            tables = [table.expand(self.prompt.valid.shape[0], -1, -1) for table in tables]
+        if self.rotary is not None and seen:
+            tables = [torch.cat([old[:, :seen], new], 1) for old, new in zip(self.rotary, tables, strict=True)]
+        self.rotary = tables[0], tables[1]
+        self.interleaved = interleaved
 
 
 @dataclass
@@ -106,6 +126,7 @@ class CompressedLayer(DynamicLayer):
         self.record: Record | None = None
         self.pending: Pending | None = None
         self.unread = False  # keys handed out that attention has not been seen to read
+        self.rotated = True  # keys carry a rotary phase
         self._new = 0
         self._queries: list[Tensor] = []
 
@@ -231,6 +252,7 @@ class CompressedLayer(DynamicLayer):
 
     # ---------------------------------------------------------------- compression
 
+    @torch.no_grad()
     def after_attention(self, queries: Tensor, rule: AttentionRule, mask: Tensor | None) -> None:
         """Called once attention has read the keys of a forward pass; cuts the layer when the prompt is complete.
 
@@ -290,9 +312,12 @@ class CompressedLayer(DynamicLayer):
             mask=mask,
             layer=self.index,
             layers=talk.layers,
+            rotary=talk.rotary if talk.turns_keys else None,
             wanted=talk.method.query_rows,
             alone=talk.method.plans_rows_alone,
         )
+        for group in groups:
+            group.view.interleaved, group.view.rotated = talk.interleaved, self.rotated
         pending = Pending(groups, [], budgets, lengths, slots.after(slots.count - behind))
         if not adaptive:
             self.cut(pending, share)
@@ -404,7 +429,7 @@ class CompressedCache(Cache):
         """Forget everything."""
         super().reset()
         talk = self.conversation
-        talk.prompt = talk.end = talk.declared = None
+        talk.prompt = talk.end = talk.declared = talk.rotary = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -422,6 +447,9 @@ class CompressedCache(Cache):
     def _select_prompt(self, rows: Tensor) -> None:
         if self.prompt is not None:
             self.conversation.prompt = self.prompt.rows(rows)
+        if self.conversation.rotary is not None:
+            cos, sin = (table[rows.to(table.device)] for table in self.conversation.rotary)
+            self.conversation.rotary = cos, sin
 
     @property
     def report(self) -> dict[str, Any]:

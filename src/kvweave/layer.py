@@ -31,6 +31,8 @@ class LayerView:
         mean_budget: entries of a layer on average, before they were shared out over layers.
         layer, layers: this layer's number among the compressed ones, and how many there are.
         rotary: (cos, sin), [batch, kv_heads, length, rotary_dim] each, where a method turns keys.
+        interleaved: how rotary pairs channels: (2m, 2m + 1), else (m, m + rotary_dim / 2).
+        rotated: the layer's keys are rotated at all.
     """
 
     keys: Tensor
@@ -46,6 +48,8 @@ class LayerView:
     layer: int = 0
     layers: int = 1
     rotary: tuple[Tensor, Tensor] | None = None
+    interleaved: bool = False
+    rotated: bool = True
     _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -101,7 +101,7 @@ class Plan:
         if plan is None:
             keys, values, mass = take(view.keys, keep), take(view.values, keep), view.mass.gather(-1, keep)
         else:
-            keys = self._merged_keys(view, plan) if plan.rope_aware else view.keys
+            keys = self._merged_keys(view, plan) if plan.rope_aware and view.rotated else view.keys
             members = keep, plan.source, plan.target, plan.weight, plan.own
             keys = merge(keys, *members).to(view.keys.dtype) if plan.keys else take(view.keys, keep)
             values, mass = merge(view.values, *members), plan.mass
@@ -116,12 +116,15 @@ class Plan:
     def _merged_keys(self, view: LayerView, plan: Merge) -> Tensor:
         """Keys, float32 or wider, with every source turned to its target's phase (METHODS 4.2)."""
         if view.rotary is None:
-            raise ValueError("rope_aware=True needs the rotary tables: pass rotary=(cos, sin)")
+            raise ValueError(
+                "rope_aware=True needs the rotary tables: compress_tensors takes them as rotary=(cos, sin), "
+                "and this model does not hand them to its attention"
+            )
         cos, sin = unit_tables(*view.rotary)
         goal = self.keep.gather(-1, plan.target.clamp(min=0)).clamp(min=0)
         angle = phase_difference(take(cos, goal), take(sin, goal), take(cos, plan.source), take(sin, plan.source))
         keys = view.keys.to(plan.weight.dtype)
-        turned = rotate(take(keys, plan.source), *angle).to(keys.dtype)
+        turned = rotate(take(keys, plan.source), *angle, interleaved=view.interleaved).to(keys.dtype)
         index = plan.source[..., None].expand(*plan.source.shape, keys.shape[-1])
         return keys.scatter(2, index, turned)
 

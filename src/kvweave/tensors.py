@@ -14,6 +14,7 @@ from kvweave.prompt import Prompt
 from kvweave.slots import Slots
 
 
+@torch.no_grad()
 def compress_tensors(
     method: Method,
     queries: Sequence[Tensor],
