@@ -75,10 +75,11 @@ _PLAIN = World(frames=False, needles=1, walks=0.5, pairs=0.75)
 _PAIRS = World(walks=0.3, pairs=1.0)
 CURRICULUM: tuple[Stage, ...] = (
     Stage(900, (3,), _PLAIN, warm=100, floor=0.1),
-    Stage(250, (5,), _PLAIN, tokens=7_000, even=True),
-    Stage(350, (3, 5), _PAIRS, tokens=7_000, even=True),
-    Stage(300, (5, 8), World(), tokens=7_000, even=True),
-    Stage(700, (5, 8, 12), World(), tokens=7_000, hold=0.2, floor=0.01, even=True),
+    Stage(500, (5,), _PLAIN, enough=0.99, even=True),
+    Stage(350, (3, 5), _PAIRS, enough=0.99, even=True),
+    Stage(400, (5, 8), World(), enough=0.99, even=True),
+    Stage(400, (8,), World(), hold=0.1, floor=0.02, even=True),
+    Stage(650, (5, 8, 12), World(), rate=0.7, hold=0.3, floor=0.01, even=True),
 )
 
 
@@ -346,11 +347,16 @@ def train(
     return {"steps": trainer.step, "already_finished": already_finished, "accuracy": dict(trainer.accuracy)}
 
 
-def export(model: Any, out: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a model with its processor to a folder, ready for `from_pretrained`."""
+def export(model: Any, out: str | Path) -> None:
+    """Write a model with its processor to a folder, ready for `from_pretrained`.
+
+    Weights are rounded to bfloat16 on disk, which halves the file, and load in float32.
+    """
     from kvweave.lab.processor import LabProcessor
 
-    model.eval().to(dtype).save_pretrained(out)
+    own = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    rounded = {name: weight.to(torch.bfloat16) for name, weight in own.items()}
+    model.save_pretrained(out, state_dict=rounded)
     LabProcessor.create().save_pretrained(out)
 
 
