@@ -118,7 +118,7 @@ def answer(model: PreTrainedModel, processor: Any, method: Method, batch: Batch,
     start = inputs["input_ids"].shape[1]
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": following.shape[1] + max_new_tokens}
     if following.shape[1]:
-        _check_following(model, method, following)
+        _check_following(model, following)
         settings["logits_processor"] = LogitsProcessorList([_Following(following, start)])
     with torch.inference_mode(), compress(model, method) as session:
         tokens = model.generate(**inputs, **settings)
@@ -133,11 +133,7 @@ def answer(model: PreTrainedModel, processor: Any, method: Method, batch: Batch,
     ]
 
 
-def _check_following(model: PreTrainedModel, method: Method, following: Tensor) -> None:
-    if method.to_dict().get("defer"):
-        raise ValueError(
-            f"protocol='unseen' is not allowed for {method.spelling()}: a deferred cut would see the question"
-        )
+def _check_following(model: PreTrainedModel, following: Tensor) -> None:
     generation: Any = model.generation_config
     stops = generation.eos_token_id
     if stops is not None and bool(torch.isin(following, torch.tensor(stops, device=following.device)).any()):

@@ -77,6 +77,11 @@ class Evaluation:
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise ValueError(f"protocol={protocol!r} is unknown: allowed is one of {', '.join(PROTOCOLS)}")
+            for method in self.methods:
+                if protocol == "unseen" and method.to_dict().get("defer"):
+                    raise ValueError(
+                        f"protocol='unseen' is not allowed for {label(method)}: a deferred cut sees the question"
+                    )
         for seed in self.seeds:
             if seed < 0:
                 raise ValueError(f"seeds={seed} is not allowed: allowed is an int >= 0")
@@ -105,11 +110,10 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; two evaluations whose dictionaries differ are not mixed in one folder."""
-        folder = Path(self.checkpoint())
         return {
             "format": _FORMAT,
             "model": self.model,
-            "weights": store.weights_mark(folder) if folder.exists() else None,
+            "weights": store.weights_mark(self.checkpoint()),
             "protocols": list(self.protocols),
             "tasks": [task.to_dict() for task in self.tasks],
             "methods": {label(method): _options(method) for method in self.methods},
@@ -211,5 +215,7 @@ def parse_budgets(texts: Sequence[str]) -> tuple[float | int, ...]:
             raise ValueError(
                 f"budgets={piece!r} is not allowed: bytes count a whole batch; allowed is a share in (0, 1] or tokens"
             )
+        if any(budget == other and type(budget) is not type(other) for other in found):
+            raise ValueError(f"budgets={piece!r} is not allowed here: 1 is one token, 1.0 is all; name one of them")
         found.append(budget)
     return tuple(dict.fromkeys(found))

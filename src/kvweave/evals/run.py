@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from kvweave.evals import store
 from kvweave.evals.answering import Answer, Batch, answer, prepare
@@ -114,6 +116,18 @@ def _compute(cell: Cell) -> Result:
     return _worker(cell)
 
 
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """transformers' bars would be drawn through ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 class Worker:
     """Computes cells one after the other; loads the model, and reads a task's prompts, once."""
 
@@ -132,11 +146,11 @@ class Worker:
                 if isinstance(said, str):
                     failed.append({"id": example.id, "error": said})
                 else:
-                    samples.append(_scored(example, said))
+                    samples.append(_scored(cell.task.metrics, example, said))
         result = {
             "cell": cell.key,
             "method": cell.method.to_dict(),
-            "metric": cell.task.metric,
+            "metrics": list(cell.task.metrics),
             "samples": samples,
             "failed": failed,
             **_measured(cell, samples),
@@ -149,7 +163,8 @@ class Worker:
     def _model(self) -> tuple[Any, Any]:
         if self._loaded is None:
             try:
-                model = AutoModelForImageTextToText.from_pretrained(self.checkpoint, dtype=torch.float32)
+                with _no_loading_bars():
+                    model = AutoModelForImageTextToText.from_pretrained(self.checkpoint, dtype=torch.float32)
                 self._loaded = model.eval(), AutoProcessor.from_pretrained(self.checkpoint)
             except OSError as error:
                 why = str(error).strip().splitlines()[0]
@@ -180,13 +195,11 @@ class Worker:
         return [said for example in examples for said in self._answers(cell, -1, [example], {})]
 
 
-def _scored(example: Example, said: Answer) -> dict[str, Any]:
-    scores = {name: metric(said.text, example.answer) for name, metric in METRICS.items()}
-    return {"id": example.id, "answer": example.answer, "prediction": said.text, **scores, **_without_text(said)}
-
-
-def _without_text(said: Answer) -> dict[str, Any]:
-    return {name: value for name, value in asdict(said).items() if name != "text"}
+def _scored(metrics: Sequence[str], example: Example, said: Answer) -> dict[str, Any]:
+    scores = {name: METRICS[name](said.text, example.answer) for name in metrics}
+    measured = asdict(said)
+    prediction = measured.pop("text")
+    return {"id": example.id, "answer": example.answer, "prediction": prediction, "scores": scores, **measured}
 
 
 def _measured(cell: Cell, samples: list[dict[str, Any]]) -> dict[str, Any]:

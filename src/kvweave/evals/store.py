@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 import kvweave
 
 _HEAD = 2**24  # bytes of a weights file that tell it apart
@@ -69,15 +71,22 @@ def code_mark() -> str:
     return digest.hexdigest()[:12]
 
 
-def weights_mark(folder: Path) -> str:
-    """Changes with a checkpoint's weights.
+def weights_mark(checkpoint: str) -> str:
+    """Changes with a checkpoint's weights: a mark of a local folder's files, or a hub id's commit.
 
     Raises:
-        ValueError: the folder holds no checkpoint.
+        ValueError: there is no such checkpoint.
     """
+    folder = Path(checkpoint)
+    if not folder.exists():
+        try:
+            return str(AutoConfig.from_pretrained(checkpoint)._commit_hash)
+        except (OSError, ValueError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise ValueError(f"model={checkpoint!r} is neither a folder nor found on the hub: {why}") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").exists():
-        raise ValueError(f"model={str(folder)!r} holds no checkpoint: config.json and *.safetensors were looked for")
+        raise ValueError(f"model={checkpoint!r} holds no checkpoint: config.json and *.safetensors were looked for")
     digest = hashlib.sha256()
     for path in (folder / "config.json", *files):
         digest.update(f"{path.name} {path.stat().st_size}".encode())

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvweave.evals import store
-from kvweave.evals.metrics import METRICS, RESAMPLES, compare, estimate
+from kvweave.evals.metrics import RESAMPLES, compare, estimate
 from kvweave.evals.plan import FULL, Evaluation
 
 Row = dict[str, Any]
@@ -57,7 +57,6 @@ def summarise(
             "model": evaluation.model,
             "tasks": [task.to_dict() for task in evaluation.tasks],
             "seeds": list(evaluation.seeds),
-            "samples": sum(row["samples"] for row in scores),
             "batch": sorted({result["batch"] for result in results}),
             "cpu": sorted({result["cpu"] for result in results}),
             "versions": store.versions(),
@@ -86,7 +85,7 @@ def _pooled(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, float | i
 
 
 def _by_id(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    return {sample["id"]: sample[result["metric"]] for result in results for sample in result["samples"]}
+    return {s["id"]: s["scores"][result["metrics"][0]] for result in results for s in result["samples"]}
 
 
 def _numbers(overall: Any) -> Row:
@@ -105,9 +104,12 @@ def _score_row(place: tuple[str, str, float | int, str], results: Sequence[dict[
         "method": method,
         "budget": budget,
         "task": task,
-        "metric": results[0]["metric"],
+        "metric": results[0]["metrics"][0],
         **_numbers(estimate([list(_by_id(results).values())])),
-        **{name: sum(sample[name] for sample in samples) / count if count else None for name in METRICS},
+        "besides": {
+            name: sum(sample["scores"][name] for sample in samples) / count if count else None
+            for name in results[0]["metrics"][1:]
+        },
         "samples": count,
         "failed": sum(len(result["failed"]) for result in results),
         "length": sum(sample["length"] for sample in samples) / count if count else None,
@@ -145,7 +147,8 @@ def markdown(summary: dict[str, Any]) -> str:
     for title, head, rows in tables(summary):
         lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] + ["--:"] * (len(head) - 1), *rows)]
         parts += [f"**{title}**", "\n".join(lines)]
-    parts += [note.replace("\n", "\n- ") for note in notes(summary)]
+    for note, items in notes(summary):
+        parts += [note, *(["\n".join(f"- {item}" for item in items)] if items else [])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -156,10 +159,13 @@ def rendered(summary: dict[str, Any]) -> RenderableType:
         table = Table(title=title, title_justify="left", title_style="bold")
         for n, name in enumerate(head):
             table.add_column(name, justify="right" if n else "left")
+        wide = len(head) > 6  # no room for intervals: table.md has them
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(cell.partition(" [")[0] if wide else cell) for cell in row))
         parts.append(table)
-    return Group(*parts, *(Text(note) for note in notes(summary)))
+    for note, items in notes(summary):
+        parts += [Text("\n  ".join([note, *items]))]
+    return Group(*parts)
 
 
 # -------------------------------------------------------------------- what they say
@@ -168,14 +174,15 @@ def rendered(summary: dict[str, Any]) -> RenderableType:
 def about(summary: dict[str, Any]) -> list[str]:
     """Command, machine, versions, samples and seeds, a line each."""
     facts = summary["about"]
-    tasks = facts["tasks"]
-    counts = sorted({task["count"] for task in tasks})
+    counts = {row["samples"] + row["failed"] for row in summary["scores"]}
+    lengths = [row["length"] for row in summary["scores"] if row["length"] is not None]
     lines = [
         f"Command: `{facts['command']}`",
         f"Machine: {', '.join(facts['cpu'])}; "
         + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-        f"Model `{facts['model']}`; {len(tasks)} tasks of {', '.join(map(str, counts))} samples, "
-        f"seeds {', '.join(map(str, facts['seeds']))}, batch {', '.join(map(str, facts['batch']))}",
+        f"Model `{facts['model']}`; {len(facts['tasks'])} tasks of {_range(counts)} samples, "
+        f"prompts of {_range(lengths)} tokens (means of the tasks), seeds {', '.join(map(str, facts['seeds']))}, "
+        f"batch {', '.join(map(str, facts['batch']))}",
     ]
     if facts["seconds"] is not None:
         lines.append(f"Took {facts['seconds']:.0f} s ({facts['seconds_of_cells']:.0f} s of computing)")
@@ -210,34 +217,40 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
         by_task = {(row["method"], row["task"]): row for row in scores if row["budget"] in (budget, 1.0)}
         by_task |= {(row["method"], row["task"]): row for row in scores if row["budget"] == budget}
         rows = [[m, *(_interval(by_task.get((m, task))) for task in tasks)] for m in methods]
-        for task in ("change",):
-            if task in tasks:
-                rows = [[*row, _number(by_task.get((row[0], task)), "rouge_l")] for row in rows]
-        head = ["method", *tasks, *(f"{task} ROUGE-L" for task in ("change",) if task in tasks)]
+        besides = list(dict.fromkeys((row["task"], name) for row in scores for name in row["besides"]))
+        rows = [[*row, *(_besides(by_task.get((row[0], task)), name) for task, name in besides)] for row in rows]
+        head = ["method", *tasks, *(f"{task}, {name}" for task, name in besides)]
         found.append((f"By task at {_percent(budget)} ({where})", head, rows))
     return found
 
 
-def notes(summary: dict[str, Any]) -> list[str]:
-    """What a reader must know: whether budgets were equal, what failed, what the tests are."""
-    found = []
+def notes(summary: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """What a reader must know, with items: whether budgets were equal, what the tests are, what failed."""
+    found: list[tuple[str, list[str]]] = []
     if summary["unequal"]:
-        cells = "\n".join(", ".join(f"{k} {v}" for k, v in cell.items()) for cell in summary["unequal"])
-        found.append(f"Kept slots, measured in the cache, differ from floor(budget x length) in:\n{cells}")
+        cells = [", ".join(f"{name} {value}" for name, value in cell.items()) for cell in summary["unequal"]]
+        found.append(("Kept slots, measured in the cache, differ from floor(budget x length) in:", cells))
     else:
-        found.append(
-            "Kept slots, measured in the cache, equal floor(budget x length) in every sample, "
-            "as the mean over layers, for every method."
-        )
+        equal = "Kept slots, measured in the cache, equal floor(budget x length) in every sample (mean over layers)."
+        found.append((equal, []))
     if summary["tests"]:
-        found.append(
-            f"Tests are paired bootstraps over samples within tasks ({RESAMPLES} resamples), "
-            "not corrected for the number of comparisons."
-        )
+        tests = f"Tests are paired bootstraps over samples within tasks ({RESAMPLES} resamples), not corrected"
+        found.append((f"{tests} for the number of comparisons.", []))
     if summary["failed"]:
-        each = "\n".join(f"{f['id']} ({f['method']} {f['budget']}): {f['error']}" for f in summary["failed"])
-        found.append(f"{len(summary['failed'])} samples failed and have no score:\n{each}")
+        alike: dict[str, list[str]] = {}
+        for failure in summary["failed"]:
+            where = f"{failure['protocol']} {failure['method']} at {_percent(failure['budget'])}"
+            alike.setdefault(f"{failure['id']}: {failure['error']}", []).append(where)
+        each = [f"{what} ({'; '.join(where)})" for what, where in alike.items()]
+        found.append((f"{len(summary['failed'])} answers are missing, and have no score:", each))
     return found
+
+
+def _range(values: Iterable[float]) -> str:
+    """The least and the largest of some numbers, once if they are alike."""
+    values = list(values)
+    ends = dict.fromkeys(f"{value:.0f}" for value in (min(values), max(values))) if values else ["no"]
+    return "–".join(ends)
 
 
 def _percent(budget: float | int) -> str:
@@ -250,8 +263,9 @@ def _interval(row: Row | None) -> str:
     return f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
-def _number(row: Row | None, name: str) -> str:
-    return "–" if row is None or row[name] is None else f"{row[name]:.2f}"
+def _besides(row: Row | None, name: str) -> str:
+    value = row["besides"].get(name) if row is not None else None
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _difference(row: Row | None) -> str:

@@ -33,8 +33,8 @@ class Task(Protocol):
         """Column of the tables."""
 
     @property
-    def metric(self) -> str:
-        """The name in `metrics.METRICS` that a task's score is the mean of."""
+    def metrics(self) -> tuple[str, ...]:
+        """Names in `metrics.METRICS`: what its score is the mean of, then what is told besides."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -55,8 +55,12 @@ class LabTask:
     count: int = 100
     images: int = 8
 
-    metric = "exact"
     max_new_tokens = LONGEST_ANSWER
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What changed is told in three words: part of it may be right."""
+        return ("exact", "rouge_l") if self.name == "change" else ("exact",)
 
     def examples(self, seed: int) -> list[Example]:
         """`count` questions, each about an album of its own."""
