@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvweave.compaction import Group, Outcome, compact, fits, group_rows
+from kvweave.compaction import Group, Outcome, compact, fits, group_rows, observe
 from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.budget import entries
 from kvweave.ops.statistics import AttentionRule
@@ -260,15 +260,9 @@ class CompressedLayer(DynamicLayer):
         behind = self.seen - talk.end  # candidates of assisted decoding
         asked = torch.cat(self._queries, 2) if self._queries else None
         self._queries = []
-        if asked is not None and wanted != ALL_ROWS:
-            asked = asked[:, :, -wanted:]
-        rows = asked.shape[2] if asked is not None else 0
         # Of a prompt that came in pieces only the last one's mask is at hand: the whole counts as causal.
-        mask = (
-            mask[:, :, real - rows : real, : mask.shape[-1] - behind]
-            if mask is not None and 0 < rows <= real
-            else None
-        )
+        whole = asked is not None and asked.shape[2] == real
+        mask = mask[:, :, :real, : mask.shape[-1] - behind] if mask is not None and whole else None
         self._prompt_complete(asked, rule, mask, behind)
 
     def _prompt_complete(self, queries: Tensor | None, rule: AttentionRule, mask: Tensor | None, behind: int) -> None:
@@ -296,15 +290,14 @@ class CompressedLayer(DynamicLayer):
             mask=mask,
             layer=self.index,
             layers=talk.layers,
+            wanted=talk.method.query_rows,
             alone=talk.method.plans_rows_alone,
         )
         pending = Pending(groups, [], budgets, lengths, slots.after(slots.count - behind))
         if not adaptive:
             self.cut(pending, share)
             return
-        pending.weights = [float(talk.method.observe(group.view)) for group in groups]
-        for group in groups:
-            group.view.release_queries()
+        pending.weights = observe(talk.method, groups, budgets)
         self.pending = pending
 
     def cut(self, pending: Pending, share: list[int]) -> None:

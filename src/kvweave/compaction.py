@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvweave.layer import LayerView
-from kvweave.methods.base import Method
+from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.select import last
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted, Plan
@@ -38,6 +38,7 @@ def group_rows(
     layer: int = 0,
     layers: int = 1,
     rotary: tuple[Tensor, Tensor] | None = None,
+    wanted: int = ALL_ROWS,
     alone: bool = False,
 ) -> list[Group]:
     """Views of a layer without its padding.
@@ -48,6 +49,7 @@ def group_rows(
         slots: with positions written out.
         mask: the model's own, [batch or 1, heads or 1, rows, slots], boolean or additive; None: causal.
         rotary: (cos, sin), [batch, columns, rotary_dim] each.
+        wanted: queries of how many of the last tokens a view gets; `ALL_ROWS`: of all that are at hand.
         alone: every row in a group of its own.
     """
     assert slots.positions is not None
@@ -60,7 +62,8 @@ def group_rows(
     real = full.any(1)  # padding is that of the whole row; a slot may be empty in some heads only
     rows = queries.shape[2] if queries is not None else 0
     sizes = torch.stack([real.sum(1), real[:, count - rows :].sum(1)], 1).tolist()
-    keys = [(length, asked, row if alone else 0) for row, (length, asked) in enumerate(sizes)]
+    most = rows if wanted == ALL_ROWS else wanted
+    keys = [(length, min(asked, most), row if alone else 0) for row, (length, asked) in enumerate(sizes)]
     groups = []
     for key in sorted(set(keys)):
         index = [row for row in range(batch) if keys[row] == key]
@@ -89,7 +92,7 @@ def group_rows(
             view.empty = ~pick(full)
         if queries is not None:
             asks = held[:, length - asked :] - (count - rows)  # rows of `queries` that hold a token
-            view.queries = queries if whole else queries[at[:, None], :, asks].transpose(1, 2)
+            view.queries = queries[:, :, rows - asked :] if whole else queries[at[:, None], :, asks].transpose(1, 2)
             if mask is not None:
                 view.rule = replace(rule, mask=_blocks(mask, at, asks, held))
         if rotary is not None:
@@ -134,6 +137,20 @@ class Outcome:
 def fits(groups: list[Group], budgets: Sequence[int]) -> bool:
     """True if no row of the layer has to give up anything."""
     return all(budgets[row] >= group.view.length for group in groups for row in group.index)
+
+
+def observe(method: Method, groups: list[Group], budgets: Sequence[int]) -> list[float]:
+    """Each group's layer weight, all statistics computed and queries released; 0 where nothing has to go.
+
+    Args:
+        budgets: mean entries of a layer, by row of the batch.
+    """
+    weights = []
+    for group in groups:  # of one row each
+        spare = budgets[group.index[0]] >= group.view.length
+        weights.append(0.0 if spare else float(method.observe(group.view)))
+        group.view.release_queries()
+    return weights
 
 
 def compact(

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvweave.compaction import Group, compact, fits, group_rows
-from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.compaction import Group, compact, fits, group_rows, observe
+from kvweave.methods.base import Method
 from kvweave.ops.budget import entries
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted
@@ -52,7 +52,6 @@ def compress_tensors(
     padded = min(lengths) < length
     bytes_per_entry = batch * sum(_entry_bytes(k, v) for k, v in zip(keys, values, strict=True))
     budgets = [entries(method.budget, n, bytes_per_entry) for n in lengths]
-    rows = length if method.query_rows == ALL_ROWS else min(length, method.query_rows)
     rule = AttentionRule(dim**-0.5 if scaling is None else scaling)
 
     layers_of_slots = [Slots(k, v).explicit(prompt.valid) for k, v in zip(keys, values, strict=True)]
@@ -60,18 +59,19 @@ def compress_tensors(
     def view(layer: int) -> list[Group]:
         return group_rows(
             layers_of_slots[layer],
-            queries[layer][:, :, length - rows :] if rows else None,
+            queries[layer] if method.query_rows else None,
             prompt,
             rule,
             layer=layer,
             layers=layers,
             rotary=rotary,
+            wanted=method.query_rows,
             alone=method.plans_rows_alone,
         )
 
     if method.layer_adaptive:
         views = [view(layer) for layer in range(layers)]
-        weights = [[float(method.observe(group.view)) for group in groups] for groups in views]
+        weights = [observe(method, groups, budgets) for groups in views]
         shares = _adaptive(method, views[0], weights, budgets, lengths)
     else:
         views = []

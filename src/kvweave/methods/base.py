@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 from kvweave.layer import LayerView
 from kvweave.methods.options import Option, choice, flag
 from kvweave.ops.budget import Budget, check_budget
+from kvweave.ops.match import nearest
 from kvweave.ops.merge import RULES, merge_weights, segment_sum
+from kvweave.ops.select import chosen, complement
 from kvweave.plan import Merge, Plan
 
 _REGISTRY: dict[str, type["Method"]] = {}
@@ -54,7 +56,7 @@ class Method:
 
     @property
     def plans_rows_alone(self) -> bool:
-        """Counts depend on what a row holds: rows of a batch are planned one at a time, not those of a length together."""
+        """Counts depend on what a row holds, not only on its length: rows of a batch are planned one at a time."""
         return self.layer_adaptive
 
     @property
@@ -131,7 +133,40 @@ class MergingMethod(Method):
         """
         source_mass, kept_mass = view.mass.gather(-1, source), view.mass.gather(-1, keep)
         given = [None, None] if importance is None else [importance.gather(-1, at) for at in (source, keep)]
-        weight, own = merge_weights(self.merge_rule, target, cosine, source_mass, kept_mass, *given)
+        weights = merge_weights(self.merge_rule, target, cosine, source_mass, kept_mass, *given)
+        return self.weighted(view, keep, source, target, *weights)
+
+    def merge_into_nearest(self, view: LayerView, keep: Tensor, importance: Tensor | None = None) -> Plan:
+        """The plan that merges every dropped token into its nearest kept one.
+
+        Args:
+            keep: int64 [batch, kv_heads, kept]; importance: as in `merged`.
+        """
+        source = complement(keep, view.length)
+        target, cosine = nearest(view.keys, source, keep)
+        return self.merged(view, keep, source, target, cosine, importance)
+
+    def merge_uneven(self, view: LayerView, kept: Tensor, importance: Tensor | None = None) -> Plan:
+        """As `merge_into_nearest`, where heads may keep different counts.
+
+        Args:
+            kept: bool [batch, kv_heads, length].
+        """
+        if view.empty is not None:
+            kept = kept & ~view.empty
+        gone = ~kept if view.empty is None else ~kept & ~view.empty
+        keep, source = chosen(kept), chosen(gone)
+        at, goal = source.clamp(min=0), keep.clamp(min=0)
+        everyone = torch.zeros_like(at)
+        target, cosine = nearest(view.keys, at, goal, (keep >= 0)[:, :, None], everyone)
+        plan = self.merged(view, goal, at, target.masked_fill(source < 0, -1), cosine, importance)
+        return replace(plan, keep=keep, uneven=True)
+
+    def weighted(
+        self, view: LayerView, keep: Tensor, source: Tensor, target: Tensor, weight: Tensor, own: Tensor
+    ) -> Plan:
+        """The plan that merges every source into its target with given weights."""
+        source_mass, kept_mass = view.mass.gather(-1, source), view.mass.gather(-1, keep)
         mass = kept_mass + segment_sum(source_mass, target, keep.shape[-1])
         merge = Merge(source, target, weight, own, mass, keys=self.merge_keys, rope_aware=self.rope_aware)
         bias = None
