@@ -58,12 +58,19 @@ def _shrunk(kind, special):
     default = kind()
     renamed = getattr(kind, "attribute_map", {})
     parts = getattr(kind, "sub_configs", {})
-    fields = {name: value for name, value in _SMALL.items() if hasattr(default, name) and name not in renamed}
+    fields = {name: value for name, value in _SMALL.items() if _has(default, name) and name not in renamed}
     fields |= {name: value for name, value in special.items() if name not in parts}
     for name in parts:
         if getattr(default, name, None) is not None:
             fields[name] = _shrunk(type(getattr(default, name)), special.get(name, {}))
     return kind(**{name: value for name, value in fields.items() if value is not DEFAULT})
+
+
+def _has(config, name):
+    try:
+        return hasattr(config, name)
+    except Exception:  # gemma4: a head size of its own for each kind of layer
+        return False
 
 
 def build(config, *, attention="sdpa", dtype=torch.float32, seed=0):
@@ -210,7 +217,9 @@ def _oracle_attention(module, query, key, value, attention_mask, scaling=None, *
     out = torch.zeros(batch, heads, rows, value.shape[-1], dtype=torch.float64)
     number = module.layer_idx
     if getattr(module, "is_kv_shared_layer", False):  # gemma4: reads the keys of an earlier layer
-        number = module.kv_shared_layer_index
+        kinds = module.config.layer_types
+        own = len(kinds) - module.config.num_kv_shared_layers
+        number = max(i for i in range(own) if kinds[i] == kinds[number])
     for row in range(rows):
         k, v = key, value
         extra = torch.zeros(batch, kv_heads, columns, dtype=torch.float64)
