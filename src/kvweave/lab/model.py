@@ -192,7 +192,8 @@ def _read(language: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _norm(norm: Any, states: Tensor) -> Tensor:
-    return F.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    weight = norm.weight.to(states.dtype)
+    return F.rms_norm(states, weight.shape, weight, norm.variance_epsilon)
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
-    AutoImageProcessor,
     AutoProcessor,
     BatchFeature,
     PreTrainedConfig,
@@ -119,6 +118,16 @@ class LabProcessor(ProcessorMixin):
         read["mm_token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in ids]
         return BatchFeature({**read, **seen}, tensor_type=return_tensors)
 
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, path: Any, processor_dict: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """The two parts; transformers would choose another image processor with torchvision than without."""
+        return [
+            LabImageProcessor.from_pretrained(path, **kwargs),
+            PreTrainedTokenizerFast.from_pretrained(path, **kwargs),
+        ]
+
     @property
     def model_input_names(self) -> list[str]:
         """What the model takes from this processor."""
@@ -126,15 +135,13 @@ class LabProcessor(ProcessorMixin):
 
 
 class LabConfig(PreTrainedConfig):
-    """A name for the Auto classes to keep the processor by; the model's configuration is Qwen2.5-VL's."""
+    """A name for `AutoProcessor` to keep the processor by; the model's configuration is Qwen2.5-VL's."""
 
     model_type = "kvweave_lab"
 
 
 def register() -> None:
-    """Let `AutoProcessor` and `AutoImageProcessor` load the lab's, with torchvision or without."""
-    backends = {"pil": LabImageProcessor, "torchvision": LabImageProcessor}
-    AutoImageProcessor.register(LabConfig, image_processor_classes=backends, exist_ok=True)
+    """Let `AutoProcessor` load a folder that holds the lab's processor."""
     AutoProcessor.register(LabConfig, LabProcessor, exist_ok=True)
 
 
