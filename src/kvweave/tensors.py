@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvweave.compaction import Group, Storage, compact, fits, group_rows
+from kvweave.compaction import Group, compact, fits, group_rows
 from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.budget import entries
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted
 from kvweave.prompt import Prompt
+from kvweave.slots import Slots
 
 
 def compress_tensors(
@@ -54,18 +55,18 @@ def compress_tensors(
     rows = length if method.query_rows == ALL_ROWS else min(length, method.query_rows)
     rule = AttentionRule(dim**-0.5 if scaling is None else scaling)
 
-    storages = [_storage(k, v) for k, v in zip(keys, values, strict=True)]
+    layers_of_slots = [Slots(k, v).explicit(prompt.valid) for k, v in zip(keys, values, strict=True)]
 
     def view(layer: int) -> list[Group]:
         return group_rows(
-            storages[layer],
+            layers_of_slots[layer],
             queries[layer][:, :, length - rows :] if rows else None,
             prompt,
             rule,
             layer=layer,
             layers=layers,
             rotary=rotary,
-            alone=method.layer_adaptive,
+            alone=method.plans_rows_alone,
         )
 
     if method.layer_adaptive:
@@ -79,10 +80,12 @@ def compress_tensors(
     for layer in range(layers):
         groups = views[layer] if views else view(layer)
         share = [row[layer] for row in shares]
-        if fits(groups, share) and not padded:
-            done.append(Compacted(**vars(storages[layer])))
+        if fits(groups, share) and not padded:  # the tensors that came in, bit for bit
+            own = keys[layer]
+            positions = torch.arange(length, device=own.device).expand(*own.shape[:2], -1)
+            done.append(Compacted(own, values[layer], positions, torch.ones(positions.shape, device=own.device)))
         else:
-            done.append(compact(method, groups, share).compacted)
+            done.append(compact(method, groups, share, budgets).compacted)
     return done
 
 
@@ -99,13 +102,6 @@ def _adaptive(
 
 def _entry_bytes(keys: Tensor, values: Tensor) -> int:
     return keys.shape[1] * (keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size())
-
-
-def _storage(keys: Tensor, values: Tensor) -> Storage:
-    batch, kv_heads, length, _ = keys.shape
-    positions = torch.arange(length, device=keys.device).expand(batch, kv_heads, -1)
-    mass = torch.ones(batch, kv_heads, length, device=keys.device)
-    return Storage(keys, values, positions, mass)
 
 
 def _checked(

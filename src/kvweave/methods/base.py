@@ -53,6 +53,11 @@ class Method:
         return [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls) if "option" in f.metadata]
 
     @property
+    def plans_rows_alone(self) -> bool:
+        """Counts depend on what a row holds: rows of a batch are planned one at a time, not those of a length together."""
+        return self.layer_adaptive
+
+    @property
     def query_rows(self) -> int:
         """Queries of how many of the last rows the method needs; 0: none; `ALL_ROWS`: all."""
         return 0
