@@ -107,6 +107,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=kind):
             processor(text="list image #1 ?", **{kind: [0]})
 
+    def test_other_pieces_of_a_message(self, processor: Any):
+        message = [{"role": "user", "content": [{"type": "sound", "sound": "beep"}]}]
+        with pytest.raises(Exception, match="texts and images, not sound"):
+            processor.apply_chat_template(message)
+
     def test_text_is_needed(self, processor: Any):
         with pytest.raises(ValueError, match="no text"):
             processor(images=Image.new("RGB", (80, 80)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kvweave.lab import samples, words
 from kvweave.lab.evaluate import answers
-from kvweave.lab.train import CURRICULUM, QUESTIONS, SHARES, Stage, Trainer, draw_batch, train
+from kvweave.lab.model import Forward, create
+from kvweave.lab.train import (
+    CURRICULUM,
+    QUESTIONS,
+    SHARES,
+    Stage,
+    Trainer,
+    draw_batch,
+    loss_and_hits,
+    train,
+)
 from kvweave.lab.world import FAMILIES, SLOT, World
 
 TINY = (
@@ -73,6 +84,23 @@ class TestStages:
             trainer.advance()
         trainer.close()
         assert trainer.step == 3
+
+
+def test_with_even_losses_every_family_weighs_the_same():
+    model = create(0)
+    shares = dict.fromkeys(FAMILIES, 0.0) | {"lookup": 5.0, "text_needle": 1.0}
+    batch = draw_batch(Stage(1, (2,), World(), tokens=600), seed=0, step=0, shares=shares)
+
+    def loss(family: str | None, even: bool) -> float:
+        asked = batch.families >= 0 if family is None else batch.families == FAMILIES.index(family)
+        part = replace(batch, targets=torch.where(asked, batch.targets, words.PAD))
+        with torch.inference_mode():
+            return loss_and_hits(Forward(model), part, even=even)[0].item()
+
+    each = [loss(family, even) for family in ("lookup", "text_needle") for even in (False, True)]
+    assert each[0] == pytest.approx(each[1])
+    assert loss(None, even=True) == pytest.approx((each[0] + each[2]) / 2, rel=1e-5)
+    assert loss(None, even=False) != pytest.approx(loss(None, even=True), rel=1e-4)
 
 
 def test_some_steps_lower_the_loss():

@@ -13,14 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvweave.lab import words
-from kvweave.lab.draw import CELL, CELLS, GRID, SIDE
+from kvweave.lab.draw import CELLS, GRID, MERGE, PATCH, SIDE
 from kvweave.lab.world import PASSAGE, SLOT
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-PATCH = 8
-MERGE = CELL // PATCH  # 2 x 2 patches make one visual token: a cell
 
 
 def configuration() -> Qwen2_5_VLConfig:

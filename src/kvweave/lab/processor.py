@@ -21,13 +21,12 @@ from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kvweave.lab import words
-from kvweave.lab.draw import CELL, CELLS, SIDE
+from kvweave.lab.draw import CELLS, MERGE, PATCH, SIDE
 
 if TYPE_CHECKING:
     import numpy as np
 
 IMAGE_TOKEN = words.VOCABULARY[words.IMAGE]
-PATCH = 8
 
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -148,7 +147,7 @@ def register() -> None:
 def _image_processor() -> LabImageProcessor:
     half = [0.5] * 3  # bytes become [-1, 1]
     return LabImageProcessor(
-        patch_size=PATCH, merge_size=CELL // PATCH, temporal_patch_size=1, image_mean=half, image_std=half,
+        patch_size=PATCH, merge_size=MERGE, temporal_patch_size=1, image_mean=half, image_std=half,
         size={"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE},
     )  # fmt: skip
 
