@@ -1,4 +1,4 @@
-"""The command line: `kvweave run | flow | methods`. Exit codes: 0 done, 2 bad input, 1 anything else."""
+"""The command line: `kvweave run | flow | methods | lab`. Exit codes: 0 done, 2 bad input, 1 anything else."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ import typer
 
 from kvweave.cli.console import BAD_INPUT, UNEXPECTED, BadInput
 from kvweave.cli.flow import flow
+from kvweave.cli.lab import lab
 from kvweave.cli.methods import methods
 from kvweave.cli.run import run
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command("run")(run)
 app.command("flow")(flow)
 app.command("methods")(methods)
+app.add_typer(lab, name="lab")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -65,18 +65,6 @@ def check_out(folder: Path) -> None:
         raise BadInput(f"--out {str(folder)!r}: {there} cannot be written to; allowed is a folder that can")
 
 
-def check_layers(name: str, report: dict[str, Any]) -> None:
-    """Refuse a model of which nothing was compressed, from `Session.report`."""
-    if not report:
-        raise BadInput(f"--model {name!r} kept no cache: allowed is a model that decodes with a KV cache")
-    if not report["totals"]["layers"]:
-        kinds = sorted({layer["kind"] for layer in report["layers"]})
-        raise BadInput(
-            f"--model {name!r} has no layer that can be compressed (its layers are {', '.join(kinds) or 'none'}): "
-            "allowed is a model with full attention layers"
-        )
-
-
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[Path]:
     """A fresh folder whose files move to `folder` once all are written; on an error none does."""

@@ -9,7 +9,6 @@ import typer
 from kvweave.cli import options
 from kvweave.cli.console import (
     bad_input,
-    check_layers,
     check_out,
     command_line,
     dump_json,
@@ -70,7 +69,6 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, theta: flo
     with err().status("measuring"), bad_input(models.ModelError, option=f"--model {name!r}"):
         # One entry is what FlowMM keeps at least: it measures every layer that it cuts.
         made = models.generate(model, processor, inputs, FlowMM(budget=1, theta=theta), max_new_tokens=1)
-    check_layers(name, made.report)
     tokens = collect.tokens_of(processor, model.config, inputs)
     return {
         "model": name,

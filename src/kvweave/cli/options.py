@@ -76,6 +76,14 @@ def load(model: str, dtype: str, device: str, attention: str) -> tuple[Any, Any]
     return loaded
 
 
+def pick_device(device: str) -> str:
+    """The device by this name; with "auto" CUDA where there is one."""
+    from kvweave import models
+
+    with bad_input(models.ModelError, option="--device"):
+        return models.pick_device(device)
+
+
 def encode(processor: Any, ask: Ask) -> Any:
     """The model's inputs."""
     from kvweave import models
@@ -96,7 +104,36 @@ def read_ask(
                     f"{option} {value!r} is for the generated example: allowed is either it, or --image and --prompt"
                 )
         return _own(images or [], prompt)
-    return _example(DEFAULT_IMAGES if number is None else number, DEFAULT_TASK if task is None else task, seed or 0)
+    return read_example(
+        DEFAULT_IMAGES if number is None else number,
+        DEFAULT_TASK if task is None else task,
+        seed or 0,
+    )
+
+
+def check_tasks(names: list[str]) -> list[str]:
+    """The lab's tasks by these names; all if there are none."""
+    from kvweave.lab import TASKS
+
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise BadInput(f"--task {name!r} is unknown{hint}: allowed is one of {', '.join(TASKS)}")
+    return names or list(TASKS)
+
+
+def read_example(number: int, task: str, seed: int) -> Ask:
+    """A hold-out question of the lab's."""
+    from kvweave.lab import example
+
+    check_tasks([task])
+    if seed < 0:
+        raise BadInput(f"--seed {seed} is negative: allowed is an int >= 0")
+    with bad_input(option=f"--images {number}"):
+        sample = example(images=number, seed=seed, task=task)
+    question = sample.question.removeprefix("question: ")
+    return Ask(sample.messages(), sample.images, question, sample.answer)
 
 
 def _own(paths: list[Path], prompt: str | None) -> Ask:
@@ -123,17 +160,3 @@ def _open(path: Path) -> "Image":
             f"--image {str(path)!r} cannot be read as an image ({type(error).__name__}): "
             "allowed is what Pillow opens, such as PNG, JPEG or WebP"
         ) from error
-
-
-def _example(number: int, task: str, seed: int) -> Ask:
-    from kvweave.lab import TASKS, example
-
-    if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise BadInput(f"--task {task!r} is unknown{hint}: allowed is one of {', '.join(TASKS)}")
-    if seed < 0:
-        raise BadInput(f"--seed {seed} is negative: allowed is an int >= 0")
-    with bad_input(option=f"--images {number}"):
-        sample = example(images=number, seed=seed, task=task)
-    return Ask(sample.messages(), sample.images, sample.question.removeprefix("question: "), sample.answer)

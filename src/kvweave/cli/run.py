@@ -8,7 +8,6 @@ import typer
 from kvweave.cli import options
 from kvweave.cli.console import (
     bad_input,
-    check_layers,
     check_out,
     command_line,
     dump_json,
@@ -22,7 +21,6 @@ from kvweave.cli.console import out as stdout
 if TYPE_CHECKING:
     from kvweave.methods import Method
     from kvweave.report.data import Answer, Run
-    from kvweave.report.grids import Grid
 
 
 def run(
@@ -79,71 +77,21 @@ def run(
 def _measure(
     name: str, model: Any, processor: Any, ask: options.Ask, methods: "list[Method]", longest: int, repeats: int
 ) -> "Run":
-    """Generate with the full cache and with each method by turns, `repeats` times each."""
+    """Generate with the full cache and with each method, a progress bar running."""
     from rich.progress import Progress
 
-    from kvweave import models
-    from kvweave.report import collect
-    from kvweave.report.data import Run
+    from kvweave.models import ModelError
+    from kvweave.report.collect import Subject, compare
 
-    inputs = options.encode(processor, ask)
-    asked = [None, *methods]
-    made: list[list[models.Generation]] = [[] for _ in asked]
+    subject = Subject(name, model, processor, options.encode(processor, ask), ask.images, ask.question, ask.right)
     with Progress(console=err(), transient=True) as progress:
-        bar = progress.add_task("answering", total=len(asked) * repeats)
-        for _ in range(repeats):
-            for method, generations in zip(asked, made, strict=True):
-                label = "full cache" if method is None else method.spelling()
-                progress.update(bar, description=f"answering, {label}")
-                with bad_input(models.ModelError, option=f"--model {name!r}"):
-                    generations.append(models.generate(model, processor, inputs, method, longest))
-                if method is not None:
-                    check_layers(name, generations[-1].report)
-                progress.advance(bar)
+        bar = progress.add_task("answering", total=(1 + len(methods)) * repeats)
 
-    before = made[1][-1].report["totals"]["bytes_before"]
-    full = collect.answer_of(made[0], "full cache", "", before)
-    answers = [
-        collect.answer_of(generations, method.spelling(), method.name)
-        for method, generations in zip(methods, made[1:], strict=True)
-    ]
-    tokens = collect.tokens_of(processor, model.config, inputs)
-    grids = collect.grids_of(processor, model.config, inputs, tokens, len(ask.images))
-    return Run(
-        model=name,
-        question=ask.question,
-        right=ask.right,
-        images=ask.images,
-        tokens=tokens,
-        grids=grids,
-        full=full,
-        answers=answers,
-        command=command_line(),
-        machine=collect.machine(str(model.device)),
-        versions=collect.versions(),
-        notes=_notes(name, processor, inputs, grids),
-    )
+        def step(what: str) -> None:
+            progress.update(bar, advance=1, description=f"answered, {what}")
 
-
-def _notes(name: str, processor: Any, inputs: Any, grids: "list[Grid]") -> list[str]:
-    """What a reader should know."""
-    from kvweave.report import collect
-
-    notes = []
-    unknown = collect.unknown_words(processor, inputs)
-    if unknown:
-        notes.append(f"{unknown} tokens of the prompt are not in the model's vocabulary: it cannot read them.")
-    if any(grid.image is None for grid in grids):
-        notes.append(
-            "Which image a visual token belongs to is not known for this model: its runs of visual tokens are drawn "
-            "as grids without a picture."
-        )
-    elif not all(grid.known for grid in grids):
-        notes.append(
-            "This model's processor does not tell how visual tokens lie on an image: they are drawn row by row on a "
-            "grid as near to a square as can be, so a cell may be off."
-        )
-    return notes
+        with bad_input(ModelError, option=f"--model {name!r}"):
+            return compare(subject, methods, longest, repeats, command_line(), step)
 
 
 def _print(run: "Run", folder: Path) -> None:

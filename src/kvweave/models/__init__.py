@@ -1,7 +1,7 @@
 """Models as the command line names them: loaded, given a prompt, and timed."""
 
 from kvweave.models.generating import Generation, generate
-from kvweave.models.loading import LAB, ModelError, check, load, reads_images
+from kvweave.models.loading import LAB, ModelError, check, load, pick_device, reads_images
 from kvweave.models.prompting import PromptError, encode
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "encode",
     "generate",
     "load",
+    "pick_device",
     "reads_images",
 ]

@@ -75,6 +75,7 @@ def generate(model: Any, processor: Any, inputs: Any, method: Method | None, max
             finally:
                 session.detach()
             report = session.report
+            _check_layers(report)
             for layer in report.get("layers", []):
                 if layer["compressed"]:
                     fate = session.cache.layers[layer["layer"]].fate  # type: ignore[union-attr]
@@ -97,3 +98,14 @@ def _attached(model: Any, method: Method) -> Session:
         return session.attach()
     except ValueError as error:
         raise ModelError(str(error)) from error
+
+
+def _check_layers(report: dict[str, Any]) -> None:
+    if not report:
+        raise ModelError("the model kept no cache: allowed is one that decodes with a KV cache")
+    if not report["totals"]["layers"]:
+        kinds = sorted({layer["kind"] for layer in report["layers"]})
+        raise ModelError(
+            f"the model has no layer that can be compressed (its layers are {', '.join(kinds) or 'none'}): "
+            "allowed is one with full attention layers"
+        )

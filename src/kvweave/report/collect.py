@@ -1,16 +1,102 @@
-"""From what a model was given and made of it to what a page shows."""
+"""From a model and a prompt to what a page shows."""
 
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvweave import __version__
-from kvweave.models import Generation
+from kvweave.methods import Method
+from kvweave.models import Generation, generate
 from kvweave.prompt import visual_mask
-from kvweave.report.data import Answer, Speed, Token, layers_of
+from kvweave.report.data import Answer, Run, Speed, Token, layers_of
 from kvweave.report.grids import Grid, grids
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model with a prompt.
+
+    Attributes:
+        inputs: the prompt, as `kvweave.models.encode` gives it; images: the pictures in it, in order.
+        question, right: for people; right is the right answer, where there is one.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    inputs: Any
+    images: "list[Image]"
+    question: str
+    right: str | None = None
+
+
+def compare(
+    subject: Subject,
+    methods: Sequence[Method],
+    max_new_tokens: int,
+    repeats: int,
+    command: str,
+    on_answer: Callable[[str], None] = lambda what: None,
+) -> Run:
+    """Answer with the full cache and with each method by turns, `repeats` times each.
+
+    Raises:
+        ModelError: kvweave cannot compress the model.
+    """
+    asked = [None, *methods]
+    made: list[list[Generation]] = [[] for _ in asked]
+    for _ in range(repeats):
+        for method, generations in zip(asked, made, strict=True):
+            given = subject.model, subject.processor, subject.inputs
+            generations.append(generate(*given, method, max_new_tokens))
+            on_answer("full cache" if method is None else method.spelling())
+    config = subject.model.config
+    tokens = tokens_of(subject.processor, config, subject.inputs)
+    grids = grids_of(subject.processor, config, subject.inputs, tokens, len(subject.images))
+    return Run(
+        model=subject.name,
+        question=subject.question,
+        right=subject.right,
+        images=subject.images,
+        tokens=tokens,
+        grids=grids,
+        full=answer_of(made[0], "full cache", "", made[1][-1].report["totals"]["bytes_before"]),
+        answers=[
+            answer_of(generations, method.spelling(), method.name)
+            for method, generations in zip(methods, made[1:], strict=True)
+        ],
+        command=command,
+        machine=machine(str(subject.model.device)),
+        versions=versions(),
+        notes=_notes(unknown_words(subject.processor, subject.inputs), grids),
+    )
+
+
+def _notes(unknown: int, grids: Sequence[Grid]) -> list[str]:
+    """What a reader should know."""
+    notes = []
+    if unknown:
+        notes.append(
+            f"{unknown} token{'s' if unknown > 1 else ''} of the prompt are not in the model's vocabulary: "
+            "it cannot read them."
+        )
+    if any(grid.image is None for grid in grids):
+        notes.append(
+            "Which image a visual token belongs to is not known for this model: its runs of visual tokens are drawn "
+            "as grids without a picture."
+        )
+    elif not all(grid.known for grid in grids):
+        notes.append(
+            "This model's processor does not tell how visual tokens lie on an image: they are drawn row by row on a "
+            "grid as near to a square as can be, so a cell may be off."
+        )
+    return notes
 
 
 def answer_of(generations: Sequence[Generation], method: str, name: str, cache_bytes: int | None = None) -> Answer:
