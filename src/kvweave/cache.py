@@ -325,6 +325,7 @@ class CompressedLayer(DynamicLayer):
         pending.weights = observe(talk.method, groups, budgets)
         self.pending = pending
 
+    @torch.no_grad()
     def cut(self, pending: Pending, share: list[int]) -> None:
         """Replace the prompt's slots by what the method keeps of them.
 
