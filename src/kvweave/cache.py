@@ -392,7 +392,7 @@ class CompressedCache(Cache):
         for index, place in enumerate(places):
             layers[place] = CompressedLayer(index, self.conversation)
         self._kinds = [
-            "cross_attention" if i in crossed else kind for i, kind in enumerate(_layer_kinds(decoder, len(layers)))
+            "cross_attention" if i in crossed else kind for i, kind in enumerate(_layer_kinds(decoder, layers))
         ]
         super().__init__(layers=layers)
 
@@ -479,9 +479,12 @@ class CompressedCache(Cache):
         return {"method": self.method.to_dict(), "layers": layers, "totals": totals}
 
 
-def _layer_kinds(decoder: Any, layers: int) -> list[str]:
-    kinds = list(getattr(decoder, "layer_types", None) or [])
-    return kinds if len(kinds) == layers else ["full_attention"] * layers
+def _layer_kinds(decoder: Any, layers: Sequence[Any]) -> list[str]:
+    """What each layer's attention is called, by the config, else by transformers' choice of a cache for it."""
+    named = list(getattr(decoder, "layer_types", None) or [])
+    if len(named) == len(layers):
+        return named
+    return ["sliding_attention" if getattr(layer, "is_sliding", False) else "full_attention" for layer in layers]
 
 
 def _described(index: int, layer: Any, kind: str) -> dict[str, Any]:
