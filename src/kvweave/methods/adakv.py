@@ -21,6 +21,10 @@ class AdaKV(SnapKV):
     Heads are stored apart, so that the memory of those that keep little is freed.
     """
 
+    keeps_by = "pooled attention from the last rows"
+    allocates_by = "score over heads (uneven heads)"
+    source = "2407.11550"
+
     safeguard: float = real(0.2, lo=0, hi=1, help="share of the budget that all heads get alike")
 
     def plan(self, view: LayerView, budget: int) -> Plan:

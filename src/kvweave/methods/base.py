@@ -39,6 +39,11 @@ class Method:
     budget: Budget = 0.2
 
     name: ClassVar[str] = ""
+    #: For the table of methods: what it keeps by, merges by, allocates by, and where it was published.
+    keeps_by: ClassVar[str] = ""
+    merges_by: ClassVar[str] = "-"
+    allocates_by: ClassVar[str] = "-"
+    source: ClassVar[str] = ""
     #: Layer budgets depend on all layers' statistics: nothing is cut before the prefill ends.
     layer_adaptive: ClassVar[bool] = False
     #: The plan depends on which tokens are visual.

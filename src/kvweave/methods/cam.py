@@ -23,6 +23,10 @@ class CaM(H2O):
     Keys stay as they are, and so does mass: the tokens count as evicted. It adds value mass, so it is not convex.
     """
 
+    keeps_by = "attention from all rows, and the recent half"
+    merges_by = "values spread over the kept tokens behind"
+    source = "ICML 2024"
+
     window: int = integer(32, minimum=1, help="kept tokens that an evicted value is spread over")
     mode: str = choice("sample", "sample", "expected", help="add with probability p, or p times")
     seed: int = integer(0, minimum=0, help="of the sampling")

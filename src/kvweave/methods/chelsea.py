@@ -39,6 +39,10 @@ class Chelsea(MergingMethod):
     similar pairs merge, at the position of the heaviest member. Chunks that have shrunk to one entry join in pairs.
     """
 
+    keeps_by = "similarity alone"
+    merges_by = "most similar neighbour, round by round"
+    source = "2506.11418, reduced"
+
     chunk: int = integer(64, minimum=1, help="tokens among which a match is sought at first")
     recent: int = integer(32, minimum=0, help="last tokens that stay, at most half of the budget")
     merge_rule: str = choice("average", *RULES, help="weights of the members of a merged entry")

@@ -23,6 +23,11 @@ class D2O(MergingMethod):
     turns. Layers of even attention get more of the budget.
     """
 
+    keeps_by = "attention from all rows"
+    merges_by = "nearest kept token above a similarity"
+    allocates_by = "variance of attention"
+    source = "2406.13035"
+
     var_norm: str = choice(
         "head_minmax", "head_minmax", "none", help="heads' variances scaled to [0, 1], or as printed"
     )

@@ -25,6 +25,10 @@ class FlashCache(Method):
     Layers whose energy lies in high frequencies get more of the budget.
     """
 
+    keeps_by = "deviation from the low frequencies"
+    allocates_by = "energy above the cutoff"
+    source = "2511.16786"
+
     gamma: float = real(0.2, lo=0, hi=1, help="share of the frequencies that count as low")
     per_head: bool = flag(False, help="each KV head keeps tokens of its own (the paper: one set a layer)")
     recent: int = integer(0, minimum=0, help="last tokens that stay, at most half of the mean budget")

@@ -23,6 +23,10 @@ class KVMerger(MergingMethod):
     above the threshold, whatever remains.
     """
 
+    keeps_by = "attention from all rows, in runs of similar keys"
+    merges_by = "the run's pivot, Gaussian weights"
+    source = "2407.08454"
+
     variant: str = choice("budgeted", "budgeted", "threshold", help="join down to the budget, or above a similarity")
     threshold: float = real(0.75, lo=-1, hi=1, help="cosine above which neighbours join (variant threshold)")
     sigma: float = real(5.0, lo=0, hi=float("inf"), open_lo=True, help="width of the Gaussian, in key distance")

@@ -19,6 +19,10 @@ class LookM(MergingMethod):
     `text_prior="exact"` keeps exactly the budget; `"union"`, as the authors' code, keeps all text on top of it.
     """
 
+    keeps_by = "attention from all rows, text first"
+    merges_by = "nearest kept token"
+    source = "2406.18139"
+
     text_prior: str = choice("exact", "exact", "union", "off", help="text before images, within or beyond the budget")
     merge_rule: str = choice("pivotal", *RULES, help="weights of the members of a merged entry")
     recent_frac: float = real(0.5, lo=0, hi=1, help="share of the budget that is recent tokens")

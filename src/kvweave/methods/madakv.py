@@ -19,6 +19,10 @@ from kvweave.plan import Plan
 class MadaKV(Method):
     """Each head divides its budget between modalities as its last tokens divide their attention."""
 
+    keeps_by = "window attention within each modality"
+    allocates_by = "modality shares by head"
+    source = "2506.15724, reduced"
+
     proxies: int = integer(32, minimum=1, help="last tokens whose attention is a token's importance; they stay")
 
     uses_modality = True

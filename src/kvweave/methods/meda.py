@@ -18,6 +18,11 @@ from kvweave.ops.merge import RULES
 class Meda(LookM):
     """LOOK-M within layer budgets: a layer whose modalities look widely at each other keeps more."""
 
+    keeps_by = "attention from all rows, text first"
+    merges_by = "nearest kept token"
+    allocates_by = "cross-modal entropy"
+    source = "2502.17599"
+
     merge_rule: str = choice("average", *RULES, help="weights of the members of a merged entry")
     recent_frac: float = real(0.75, lo=0, hi=1, help="share of the budget that is recent tokens")
     causal: bool = flag(False, help="entropy over earlier tokens only (the paper: over all of the other modality)")

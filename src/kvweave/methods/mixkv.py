@@ -19,6 +19,9 @@ class MixKV(SnapKV):
     The redundancy is computed from the prompt at hand (the released code reads it from tables).
     """
 
+    keeps_by = "window attention mixed with key diversity by head"
+    source = "2510.20707"
+
     def score(self, view: LayerView, recent: int) -> Tensor:
         before = view.length - recent
         received = super().score(view, recent) / min(self.window, view.length)

@@ -16,6 +16,10 @@ from kvweave.plan import Plan
 class PyramidKV(SnapKV):
     """Lower layers, which gather information, keep more; upper ones, where it has gathered, less."""
 
+    keeps_by = "pooled attention from the last rows"
+    allocates_by = "depth: lower layers more"
+    source = "2406.02069"
+
     beta: float = real(20.0, lo=1, hi=float("inf"), help="steepness: the top layer keeps 1/beta of the mean")
 
     def layer_budgets(self, budget: int, length: int, layers: int) -> list[int]:

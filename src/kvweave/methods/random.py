@@ -18,6 +18,9 @@ class Random(Method):
     Seeded by (seed, layer, KV head), alike for every row, so that a row of a batch gives what it gives alone.
     """
 
+    keeps_by = "chance, and the recent window"
+    source = "-"
+
     recent: int = integer(32, minimum=0, help="last tokens that stay, at most half of the budget")
     seed: int = integer(0, minimum=0, help="of the draw")
 

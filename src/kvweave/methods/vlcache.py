@@ -20,6 +20,10 @@ class VLCache(Method):
     A layer in which these rows spread their attention widely gets more of the budget.
     """
 
+    keeps_by = "attention from the rows after the images"
+    allocates_by = "density of those rows"
+    source = "2410.23317"
+
     p: float = real(0.01, lo=0, hi=1, help="share of a row's maximum above which an entry counts as dense")
     recent_frac: float = real(0.1, lo=0, hi=1, help="share of the budget that is recent tokens")
 
