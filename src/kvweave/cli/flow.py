@@ -2,12 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvweave.cli import options
 from kvweave.cli.console import (
+    BadInput,
     bad_input,
     check_out,
     command_line,
@@ -18,6 +19,9 @@ from kvweave.cli.console import (
     writing,
 )
 from kvweave.cli.console import out as stdout
+
+if TYPE_CHECKING:
+    from kvweave.methods import FlowMM
 
 RATIOS = ("literal", "balanced", "nosink")
 
@@ -34,7 +38,7 @@ def flow(
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    attention: options.Attention = "sdpa",
+    attention: options.Attention = "auto",
     out: options.Out = Path("out/flow"),
     json: options.Json = False,
 ) -> None:
@@ -42,12 +46,18 @@ def flow(
 
     Writes flow.png and flow.json.
     """
+    from kvweave.methods import FlowMM
+
+    with bad_input(option="--theta"):
+        method = FlowMM(budget=1, theta=theta)  # one entry is the least: every layer is cut, and so measured
+    if math.isinf(theta):
+        raise BadInput(f"--theta {theta} is not finite: allowed is a number")
     options.check_model(model)
     check_out(out)
     quiet_libraries()
     ask = options.read_ask(image, prompt, images, task, seed)
     loaded, processor = options.load(model, dtype, device, attention)
-    measured = _measure(model, loaded, processor, ask, theta)
+    measured = _measure(model, loaded, processor, ask, method)
 
     from kvweave.report.flow import figure
 
@@ -60,15 +70,14 @@ def flow(
         _print(measured, out)
 
 
-def _measure(name: str, model: Any, processor: Any, ask: options.Ask, theta: float) -> dict[str, Any]:
+def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "FlowMM") -> dict[str, Any]:
     """The three ratios of each layer, as FlowMM computes them; nothing is decoded."""
-    from kvweave import FlowMM, models
+    from kvweave import models
     from kvweave.report import collect
 
     inputs = options.encode(processor, ask)
     with err().status("measuring"), bad_input(models.ModelError, option=f"--model {name!r}"):
-        # One entry is what FlowMM keeps at least: it measures every layer that it cuts.
-        made = models.generate(model, processor, inputs, FlowMM(budget=1, theta=theta), max_new_tokens=1)
+        made = models.generate(model, processor, inputs, method, max_new_tokens=1)
     tokens = collect.tokens_of(processor, model.config, inputs)
     return {
         "model": name,
@@ -78,7 +87,7 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, theta: flo
             "visual": sum(token.visual for token in tokens),
             "images": len(ask.images),
         },
-        "theta": theta,
+        "theta": method.theta,
         "layers": [
             {"layer": layer["layer"], **{ratio: _ratio(layer, ratio) for ratio in RATIOS}, "scope": layer["scope"]}
             for layer in made.report["layers"]
@@ -92,8 +101,9 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, theta: flo
 
 def _ratio(layer: dict[str, Any], ratio: str) -> float | None:
     """None where the prompt has nothing to cross between."""
-    value = layer["flow"] if ratio == "literal" else layer.get(f"flow_{ratio}")
-    return None if value is None or math.isnan(value) else value
+    from kvweave.report.data import finite
+
+    return finite(layer["flow"] if ratio == "literal" else layer.get(f"flow_{ratio}"))
 
 
 def _print(measured: dict[str, Any], folder: Path) -> None:

@@ -74,7 +74,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    attention: options.Attention = "sdpa",
+    attention: options.Attention = "auto",
     out: options.Out = Path("out/lab-eval"),
     json: options.Json = False,
 ) -> None:

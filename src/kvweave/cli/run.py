@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kvweave.methods import Method
     from kvweave.report.data import Answer, Run
 
+_LONG = 40  # characters: longer answers do not fit a table
+
 
 def run(
     model: options.ModelName = "lab",
@@ -43,7 +45,7 @@ def run(
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    attention: options.Attention = "sdpa",
+    attention: options.Attention = "auto",
     out: options.Out = Path("out/run"),
     json: options.Json = False,
 ) -> None:
@@ -111,14 +113,17 @@ def _print(run: "Run", folder: Path) -> None:
     if run.right is not None:
         console.print(f"right answer: [bold]{run.right}[/bold]")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("cache", "answer"):
+    long = any(len(answer.text) > _LONG for answer in (run.full, *run.answers))
+    for heading in ("cache",) if long else ("cache", "answer"):
         table.add_column(heading, overflow="fold")
     for heading in ("decoding", "KV cache", "per token", "of full"):
         table.add_column(heading, justify="right")
     for answer in (run.full, *run.answers):
+        if long:
+            console.print(Text(f"{answer.method}: ", style="bold") + _marked(answer, run))
         table.add_row(
             Text(answer.method),
-            _marked(answer, run),
+            *([] if long else [_marked(answer, run)]),
             speed_text(answer.speed),
             size(answer.cache_bytes),
             size(answer.cache_bytes / len(run.tokens)),
