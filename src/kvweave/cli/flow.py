@@ -77,6 +77,7 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "F
 
     inputs = options.encode(processor, ask)
     with err().status("measuring"), bad_input(models.ModelError, option=f"--model {name!r}"):
+        models.check_compressible(model, method)
         made = models.generate(model, processor, inputs, method, max_new_tokens=1)
     tokens = collect.tokens_of(processor, model.config, inputs)
     return {
