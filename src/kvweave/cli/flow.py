@@ -6,19 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvweave.cli import options
-from kvweave.cli.console import (
-    BadInput,
-    bad_input,
-    check_out,
-    command_line,
-    dump_json,
-    err,
-    print_json,
-    quiet_libraries,
-    writing,
-)
-from kvweave.cli.console import out as stdout
+from kvweave.cli import console, options
 
 if TYPE_CHECKING:
     from kvweave.methods import FlowMM
@@ -48,24 +36,24 @@ def flow(
     """
     from kvweave.methods import FlowMM
 
-    with bad_input(option="--theta"):
+    with console.bad_input(option="--theta"):
         method = FlowMM(budget=1, theta=theta)  # one entry is the least: every layer is cut, and so measured
     if math.isinf(theta):
-        raise BadInput(f"--theta {theta} is not finite: allowed is a number")
+        raise console.BadInput(f"--theta {theta} is not finite: allowed is a number")
     options.check_model(model)
-    check_out(out)
-    quiet_libraries()
+    console.check_out(out)
+    console.quiet_libraries()
     ask = options.read_ask(image, prompt, images, task, seed)
     loaded, processor = options.load(model, dtype, device, attention)
     measured = _measure(model, loaded, processor, ask, method)
 
     from kvweave.report.flow import figure
 
-    with writing(out) as folder:
-        (folder / "flow.json").write_text(dump_json(measured) + "\n", encoding="utf-8")
+    with console.writing(out) as folder:
+        (folder / "flow.json").write_text(console.dump_json(measured) + "\n", encoding="utf-8")
         figure(measured, folder / "flow.png")
     if json:
-        print_json(measured)
+        console.print_json(measured)
     else:
         _print(measured, out)
 
@@ -76,7 +64,7 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "F
     from kvweave.report import collect
 
     inputs = options.encode(processor, ask)
-    with err().status("measuring"), bad_input(models.ModelError, option=f"--model {name!r}"):
+    with console.err().status("measuring"), console.bad_input(models.ModelError, option=f"--model {name!r}"):
         models.check_compressible(model, method)
         made = models.generate(model, processor, inputs, method, max_new_tokens=1)
     tokens = collect.tokens_of(processor, model.config, inputs)
@@ -94,7 +82,7 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "F
             for layer in made.report["layers"]
             if layer["compressed"]
         ],
-        "command": command_line(),
+        "command": console.command_line(),
         "machine": collect.machine(str(model.device)),
         "versions": collect.versions(),
     }
@@ -113,10 +101,10 @@ def _print(measured: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = stdout()
+    screen = console.out()
     prompt = measured["prompt"]
-    console.print(Text(measured["question"], style="bold"))
-    console.print(
+    screen.print(Text(measured["question"], style="bold"))
+    screen.print(
         f"[dim]{measured['model']} · {prompt['tokens']} tokens, {prompt['visual']} of them visual, "
         f"{prompt['images']} images[/dim]"
     )
@@ -130,5 +118,5 @@ def _print(measured: dict[str, Any], folder: Path) -> None:
         numbers = ["–" if layer[ratio] is None else f"{layer[ratio]:.3f}" for ratio in RATIOS]
         bar = ProgressBar(total=1, completed=min(1, max(0, layer["literal"] or 0)), width=24)
         table.add_row(str(layer["layer"]), bar, *numbers, layer["scope"] or "–")
-    console.print(table)
-    console.print(f"drawn: [bold]{folder / 'flow.png'}[/bold] (also flow.json)")
+    screen.print(table)
+    screen.print(f"drawn: [bold]{folder / 'flow.png'}[/bold] (also flow.json)")
