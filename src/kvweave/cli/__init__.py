@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
     """Run a command; errors become one line on stderr."""
+    typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="kvweave", standalone_mode=False)
+        code = app(args=typed, prog_name="kvweave", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except BadInput as error:
         return _fail(str(error), BAD_INPUT)
@@ -42,13 +43,24 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's own errors: unknown options, missing values
         if usage is not None:
-            return _fail(usage(), BAD_INPUT) if usage() else BAD_INPUT
+            return _fail(_given(error, typed) + usage(), BAD_INPUT) if usage() else BAD_INPUT  # none: help was shown
         if os.environ.get("KVWEAVE_DEBUG"):
             raise
         return _fail(
             f"unexpected {type(error).__name__}: {error} (KVWEAVE_DEBUG=1 shows where)",
             UNEXPECTED,
         )
+
+
+def _given(error: Exception, typed: Sequence[str]) -> str:
+    """The option that an error of click's is about, with its value: click names only the option."""
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        for word, following in zip(typed, [*typed[1:], ""], strict=True):
+            if word == option:
+                return f"{option} {following!r}: "
+            if word.startswith(f"{option}="):
+                return f"{option} {word.partition('=')[2]!r}: "
+    return ""
 
 
 def _fail(message: str, code: int) -> int:

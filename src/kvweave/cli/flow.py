@@ -2,22 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvweave.cli import options
-from kvweave.cli.console import (
-    bad_input,
-    check_out,
-    command_line,
-    dump_json,
-    err,
-    print_json,
-    quiet_libraries,
-    writing,
-)
-from kvweave.cli.console import out as stdout
+from kvweave.cli import console, options
+
+if TYPE_CHECKING:
+    from kvweave.methods import FlowMM
 
 RATIOS = ("literal", "balanced", "nosink")
 
@@ -34,7 +26,7 @@ def flow(
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    attention: options.Attention = "sdpa",
+    attention: options.Attention = "auto",
     out: options.Out = Path("out/flow"),
     json: options.Json = False,
 ) -> None:
@@ -42,33 +34,39 @@ def flow(
 
     Writes flow.png and flow.json.
     """
+    from kvweave.methods import FlowMM
+
+    with console.bad_input(option="--theta"):
+        method = FlowMM(budget=1, theta=theta)  # one entry is the least: every layer is cut, and so measured
+    if math.isinf(theta):
+        raise console.BadInput(f"--theta {theta} is not finite: allowed is a number")
     options.check_model(model)
-    check_out(out)
-    quiet_libraries()
+    console.check_out(out)
+    console.quiet_libraries()
     ask = options.read_ask(image, prompt, images, task, seed)
     loaded, processor = options.load(model, dtype, device, attention)
-    measured = _measure(model, loaded, processor, ask, theta)
+    measured = _measure(model, loaded, processor, ask, method)
 
     from kvweave.report.flow import figure
 
-    with writing(out) as folder:
-        (folder / "flow.json").write_text(dump_json(measured) + "\n", encoding="utf-8")
+    with console.writing(out) as folder:
+        (folder / "flow.json").write_text(console.dump_json(measured) + "\n", encoding="utf-8")
         figure(measured, folder / "flow.png")
     if json:
-        print_json(measured)
+        console.print_json(measured)
     else:
         _print(measured, out)
 
 
-def _measure(name: str, model: Any, processor: Any, ask: options.Ask, theta: float) -> dict[str, Any]:
+def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "FlowMM") -> dict[str, Any]:
     """The three ratios of each layer, as FlowMM computes them; nothing is decoded."""
-    from kvweave import FlowMM, models
+    from kvweave import models
     from kvweave.report import collect
 
     inputs = options.encode(processor, ask)
-    with err().status("measuring"), bad_input(models.ModelError, option=f"--model {name!r}"):
-        # One entry is what FlowMM keeps at least: it measures every layer that it cuts.
-        made = models.generate(model, processor, inputs, FlowMM(budget=1, theta=theta), max_new_tokens=1)
+    with console.err().status("measuring"), console.bad_input(models.ModelError, option=f"--model {name!r}"):
+        models.check_compressible(model, method)
+        made = models.generate(model, processor, inputs, method, max_new_tokens=1)
     tokens = collect.tokens_of(processor, model.config, inputs)
     return {
         "model": name,
@@ -78,13 +76,13 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, theta: flo
             "visual": sum(token.visual for token in tokens),
             "images": len(ask.images),
         },
-        "theta": theta,
+        "theta": method.theta,
         "layers": [
             {"layer": layer["layer"], **{ratio: _ratio(layer, ratio) for ratio in RATIOS}, "scope": layer["scope"]}
             for layer in made.report["layers"]
             if layer["compressed"]
         ],
-        "command": command_line(),
+        "command": console.command_line(),
         "machine": collect.machine(str(model.device)),
         "versions": collect.versions(),
     }
@@ -92,8 +90,9 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, theta: flo
 
 def _ratio(layer: dict[str, Any], ratio: str) -> float | None:
     """None where the prompt has nothing to cross between."""
-    value = layer["flow"] if ratio == "literal" else layer.get(f"flow_{ratio}")
-    return None if value is None or math.isnan(value) else value
+    from kvweave.report.data import finite
+
+    return finite(layer["flow"] if ratio == "literal" else layer.get(f"flow_{ratio}"))
 
 
 def _print(measured: dict[str, Any], folder: Path) -> None:
@@ -102,10 +101,10 @@ def _print(measured: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = stdout()
+    screen = console.out()
     prompt = measured["prompt"]
-    console.print(Text(measured["question"], style="bold"))
-    console.print(
+    screen.print(Text(measured["question"], style="bold"))
+    screen.print(
         f"[dim]{measured['model']} · {prompt['tokens']} tokens, {prompt['visual']} of them visual, "
         f"{prompt['images']} images[/dim]"
     )
@@ -119,5 +118,5 @@ def _print(measured: dict[str, Any], folder: Path) -> None:
         numbers = ["–" if layer[ratio] is None else f"{layer[ratio]:.3f}" for ratio in RATIOS]
         bar = ProgressBar(total=1, completed=min(1, max(0, layer["literal"] or 0)), width=24)
         table.add_row(str(layer["layer"]), bar, *numbers, layer["scope"] or "–")
-    console.print(table)
-    console.print(f"drawn: [bold]{folder / 'flow.png'}[/bold] (also flow.json)")
+    screen.print(table)
+    screen.print(f"drawn: [bold]{folder / 'flow.png'}[/bold] (also flow.json)")

@@ -5,18 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvweave.cli import options
-from kvweave.cli.console import (
-    bad_input,
-    check_out,
-    command_line,
-    dump_json,
-    err,
-    print_json,
-    quiet_libraries,
-    writing,
-)
-from kvweave.cli.console import out as stdout
+from kvweave.cli import console, options
 
 lab = typer.Typer(help="The embedded model: train it, examine it, see what it is asked.", no_args_is_help=True)
 
@@ -32,8 +21,8 @@ def train(
     """Train the lab's model from a seed: about an hour on two CPU cores; can be stopped and resumed."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    check_out(out)
-    quiet_libraries()
+    console.check_out(out)
+    console.quiet_libraries()
     device = options.pick_device(device)
     from kvweave.lab import TASKS
     from kvweave.lab.train import CURRICULUM
@@ -47,7 +36,7 @@ def train(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=err()) as progress:
+    with Progress(*columns, console=console.err()) as progress:
         bar = progress.add_task("training", total=steps, note="")
 
         def on_step(record: dict[str, Any]) -> None:
@@ -55,13 +44,13 @@ def train(
             note = f"loss {record['loss']:.3f}, weakest {weakest} {record['accuracy'][weakest]:.2f}"
             progress.update(bar, completed=record["step"], note=note)
 
-        with bad_input(FileExistsError, ValueError, option=f"--out {str(out)!r}"):
+        with console.bad_input(FileExistsError, ValueError, option=f"--out {str(out)!r}"):
             result = train_model(out, seed, device, resume=resume, progress=False, on_step=on_step)
     if json:
-        print_json({"out": str(out), **result})
+        console.print_json({"out": str(out), **result})
     else:
         state = "was trained already" if result["already_finished"] else "is trained"
-        stdout().print(f"{out} {state}: {result['steps']} steps. Examine it: kvweave lab eval --model {out}")
+        console.out().print(f"{out} {state}: {result['steps']} steps. Examine it: kvweave lab eval --model {out}")
 
 
 @lab.command("eval")
@@ -74,7 +63,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    attention: options.Attention = "sdpa",
+    attention: options.Attention = "auto",
     out: options.Out = Path("out/lab-eval"),
     json: options.Json = False,
 ) -> None:
@@ -82,8 +71,8 @@ def evaluate(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     options.check_model(model)
-    check_out(out)
-    quiet_libraries()
+    console.check_out(out)
+    console.quiet_libraries()
     tasks, numbers = options.check_tasks(task or []), images or [8, 12]
     for number in numbers:
         for name in tasks:
@@ -92,7 +81,7 @@ def evaluate(
     from kvweave.lab import evaluate as examine
 
     columns = (TextColumn("examining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err(), transient=True) as progress:
+    with Progress(*columns, console=console.err(), transient=True) as progress:
         bar = progress.add_task("examining", total=None)
         scores = examine.evaluate(
             loaded,
@@ -104,11 +93,11 @@ def evaluate(
             batch,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-    result = {"model": model, **scores, "command": command_line()}
-    with writing(out) as folder:
-        (folder / "scores.json").write_text(dump_json(result) + "\n", encoding="utf-8")
+    result = {"model": model, **scores, "command": console.command_line()}
+    with console.writing(out) as folder:
+        (folder / "scores.json").write_text(console.dump_json(result) + "\n", encoding="utf-8")
     if json:
-        print_json(result)
+        console.print_json(result)
     else:
         _print_scores(result, tasks, numbers, out)
 
@@ -124,12 +113,12 @@ def _print_scores(result: dict[str, Any], tasks: list[str], numbers: list[int], 
     for task in tasks:
         scores = [result["scores"][str(number)][task] for number in numbers]
         table.add_row(task, *(f"{s['exact']:.3f} [dim]({s['low']:.3f}-{s['high']:.3f})[/dim]" for s in scores))
-    console = stdout()
-    console.print(table)
-    console.print(
+    screen = console.out()
+    screen.print(table)
+    screen.print(
         f"[dim]exact matches with the full cache, {result['count']} hold-out albums each, 95 % intervals[/dim]"
     )
-    console.print(f"written: [bold]{out / 'scores.json'}[/bold]")
+    screen.print(f"written: [bold]{out / 'scores.json'}[/bold]")
 
 
 @lab.command("example")
@@ -141,11 +130,11 @@ def example(
     json: options.Json = False,
 ) -> None:
     """Write the pictures and words of one hold-out question, as the model gets them."""
-    check_out(out)
+    console.check_out(out)
     ask = options.read_ask(None, None, images, task, seed)
     pieces: list[dict[str, str]] = []
     names = iter(f"image-{n:02}.png" for n in range(1, len(ask.images) + 1))
-    with writing(out) as folder:
+    with console.writing(out) as folder:
         for piece in ask.messages[0]["content"]:
             if piece["type"] == "image":
                 name = next(names)
@@ -154,12 +143,12 @@ def example(
             else:
                 pieces.append({"text": piece["text"]})
         told = {"question": ask.question, "answer": ask.right, "content": pieces}
-        (folder / "example.json").write_text(dump_json(told) + "\n", encoding="utf-8")
+        (folder / "example.json").write_text(console.dump_json(told) + "\n", encoding="utf-8")
     if json:
-        print_json(told)
+        console.print_json(told)
         return
-    console = stdout()
+    screen = console.out()
     for piece in pieces:
-        console.print(f"[dim]{piece['image']}[/dim]" if "image" in piece else piece["text"], markup="image" in piece)
-    console.print(f"answer: [bold]{ask.right}[/bold]")
-    console.print(f"written: [bold]{out}[/bold] (example.json and {len(ask.images)} pictures)")
+        screen.print(f"[dim]{piece['image']}[/dim]" if "image" in piece else piece["text"], markup="image" in piece)
+    screen.print(f"answer: [bold]{ask.right}[/bold]")
+    screen.print(f"written: [bold]{out}[/bold] (example.json and {len(ask.images)} pictures)")

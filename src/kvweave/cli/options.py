@@ -26,7 +26,7 @@ Task = Annotated[str | None, typer.Option("--task", help="What the generated exa
 Seed = Annotated[int | None, typer.Option("--seed", help="Of the generated example. [default: 0]")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
-Attention = Annotated[str, typer.Option("--attention", help="sdpa or eager.")]
+Attention = Annotated[str, typer.Option("--attention", help="auto, sdpa or eager.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 

@@ -5,22 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvweave.cli import options
-from kvweave.cli.console import (
-    bad_input,
-    check_out,
-    command_line,
-    dump_json,
-    err,
-    print_json,
-    quiet_libraries,
-    writing,
-)
-from kvweave.cli.console import out as stdout
+from kvweave.cli import console, options
 
 if TYPE_CHECKING:
     from kvweave.methods import Method
     from kvweave.report.data import Answer, Run
+
+_LONG = 40  # characters: longer answers do not fit a table
 
 
 def run(
@@ -43,7 +34,7 @@ def run(
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    attention: options.Attention = "sdpa",
+    attention: options.Attention = "auto",
     out: options.Out = Path("out/run"),
     json: options.Json = False,
 ) -> None:
@@ -53,8 +44,8 @@ def run(
     """
     methods = options.parse_methods(method or ["flowmm"], budget)
     options.check_model(model)
-    check_out(out)
-    quiet_libraries()
+    console.check_out(out)
+    console.quiet_libraries()
     ask = options.read_ask(image, prompt, images, task, seed)
     if repeats is None:
         repeats = 10 if model == "lab" else 1
@@ -64,12 +55,12 @@ def run(
     from kvweave.report.page import html
     from kvweave.report.picture import png
 
-    with writing(out) as folder:
-        (folder / "report.json").write_text(dump_json(result.to_json()) + "\n", encoding="utf-8")
+    with console.writing(out) as folder:
+        (folder / "report.json").write_text(console.dump_json(result.to_json()) + "\n", encoding="utf-8")
         (folder / "run.html").write_text(html(result), encoding="utf-8")
         png(result).save(folder / "run.png", optimize=True)
     if json:
-        print_json(result.to_json())
+        console.print_json(result.to_json())
     else:
         _print(result, out)
 
@@ -84,14 +75,14 @@ def _measure(
     from kvweave.report.collect import Subject, compare
 
     subject = Subject(name, model, processor, options.encode(processor, ask), ask.images, ask.question, ask.right)
-    with Progress(console=err(), transient=True) as progress:
+    with Progress(console=console.err(), transient=True) as progress:
         bar = progress.add_task("answering", total=(1 + len(methods)) * repeats)
 
         def step(what: str) -> None:
             progress.update(bar, advance=1, description=f"answered, {what}")
 
-        with bad_input(ModelError, option=f"--model {name!r}"):
-            return compare(subject, methods, longest, repeats, command_line(), step)
+        with console.bad_input(ModelError, option=f"--model {name!r}"):
+            return compare(subject, methods, longest, repeats, console.command_line(), step)
 
 
 def _print(run: "Run", folder: Path) -> None:
@@ -102,39 +93,42 @@ def _print(run: "Run", folder: Path) -> None:
 
     from kvweave.report.data import size, speed_text
 
-    console = stdout()
-    console.print()
-    console.print(Text(run.question, style="bold"))
-    console.print(
+    screen = console.out()
+    screen.print()
+    screen.print(Text(run.question, style="bold"))
+    screen.print(
         f"[dim]{run.model} · {len(run.tokens)} tokens, {run.visual} of them visual, {len(run.images)} images[/dim]"
     )
     if run.right is not None:
-        console.print(f"right answer: [bold]{run.right}[/bold]")
+        screen.print(f"right answer: [bold]{run.right}[/bold]")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("cache", "answer"):
+    long = any(len(answer.text) > _LONG for answer in (run.full, *run.answers))
+    for heading in ("cache",) if long else ("cache", "answer"):
         table.add_column(heading, overflow="fold")
     for heading in ("decoding", "KV cache", "per token", "of full"):
         table.add_column(heading, justify="right")
     for answer in (run.full, *run.answers):
+        if long:
+            screen.print(Text(f"{answer.method}: ", style="bold") + _marked(answer, run))
         table.add_row(
             Text(answer.method),
-            _marked(answer, run),
+            *([] if long else [_marked(answer, run)]),
             speed_text(answer.speed),
             size(answer.cache_bytes),
             size(answer.cache_bytes / len(run.tokens)),
             f"{answer.cache_bytes / run.full.cache_bytes:.1%}",
         )
-    console.print(table)
+    screen.print(table)
     for answer in run.answers:
-        console.print(_layers(answer))
+        screen.print(_layers(answer))
     speed = run.full.speed
-    console.print(
+    screen.print(
         f"[dim]decoding: 1 / median time between tokens, prefill apart; {speed.steps} steps in {speed.repeats} "
         f"generations of the full cache · {run.machine}[/dim]"
     )
     for note in run.notes:
-        console.print(f"[yellow]{note}[/yellow]")
-    console.print(f"what stayed, drawn on the images: [bold]{folder / 'run.html'}[/bold] (also run.png, report.json)")
+        screen.print(f"[yellow]{note}[/yellow]")
+    screen.print(f"what stayed, drawn on the images: [bold]{folder / 'run.html'}[/bold] (also run.png, report.json)")
 
 
 def _marked(answer: "Answer", run: "Run") -> Any:

@@ -1,6 +1,6 @@
 """Models as the command line names them: loaded, given a prompt, and timed."""
 
-from kvweave.models.generating import Generation, generate
+from kvweave.models.generating import Generation, check_compressible, generate
 from kvweave.models.loading import LAB, ModelError, check, load, pick_device, reads_images
 from kvweave.models.prompting import PromptError, encode
 
@@ -10,6 +10,7 @@ __all__ = [
     "ModelError",
     "PromptError",
     "check",
+    "check_compressible",
     "encode",
     "generate",
     "load",

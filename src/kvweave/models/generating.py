@@ -3,6 +3,7 @@
 import itertools
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvweave.attach import Session, compress
+from kvweave.cache import CompressedCache
 from kvweave.methods.base import Method
 from kvweave.models.loading import ModelError
 
@@ -92,6 +94,18 @@ def generate(model: Any, processor: Any, inputs: Any, method: Method | None, max
     )
 
 
+def check_compressible(model: Any, method: Method) -> None:
+    """Refuse a model that kvweave cannot compress, before it is run.
+
+    Raises:
+        ModelError: the message says why.
+    """
+    _attached(model, method).detach()
+    cache = CompressedCache(model.config, method)
+    if not cache.compressed_layers:
+        _refuse(layer["kind"] for layer in cache.report["layers"])
+
+
 def _attached(model: Any, method: Method) -> Session:
     session = compress(model, method, trace=True)
     try:
@@ -101,11 +115,15 @@ def _attached(model: Any, method: Method) -> Session:
 
 
 def _check_layers(report: dict[str, Any]) -> None:
+    """What only a run tells: a model with a cache of its own, or one that transforms keys behind the cache."""
     if not report:
         raise ModelError("the model kept no cache: allowed is one that decodes with a KV cache")
     if not report["totals"]["layers"]:
-        kinds = sorted({layer["kind"] for layer in report["layers"]})
-        raise ModelError(
-            f"the model has no layer that can be compressed (its layers are {', '.join(kinds) or 'none'}): "
-            "allowed is one with full attention layers"
-        )
+        _refuse(layer["kind"] for layer in report["layers"])
+
+
+def _refuse(kinds: Iterable[str]) -> None:
+    raise ModelError(
+        f"the model has no layer that can be compressed (its layers are {', '.join(sorted(set(kinds))) or 'none'}): "
+        "allowed is one with full attention layers"
+    )

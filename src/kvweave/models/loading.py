@@ -6,7 +6,7 @@ from typing import Any
 
 LAB = "lab"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTIONS = ("sdpa", "eager")
+ATTENTIONS = ("auto", "sdpa", "eager")
 
 _ALLOWED = "lab, a folder with a checkpoint, or an id of the Hugging Face hub"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -62,7 +62,7 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention: str = "sdpa") -> tuple[Any, Any]:
+def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> tuple[Any, Any]:
     """A model, ready to generate, and its processor.
 
     A checkpoint that reads text only comes with its tokenizer in the processor's place (see `reads_images`).
@@ -71,7 +71,7 @@ def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention:
         model: a hub's id, a folder, or "lab".
         dtype: of the weights; "auto": as the checkpoint has them.
         device: "auto": CUDA where there is one.
-        attention: "sdpa" or "eager".
+        attention: "sdpa" or "eager"; "auto": what transformers picks, sdpa where the model has it.
     Raises:
         ModelError: it cannot be had; one line says why.
     """
@@ -80,6 +80,7 @@ def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention:
         if value not in allowed:
             raise ModelError(f"{name}={value!r} is not allowed: allowed is one of {', '.join(allowed)}")
     device = pick_device(device)
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
 
     from transformers import (
         AutoConfig,
@@ -109,7 +110,7 @@ def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention:
                 "allowed is what AutoModelForImageTextToText or AutoModelForCausalLM loads"
             )
         processor = kinds[1].from_pretrained(path)
-        loaded = kinds[0].from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        loaded = kinds[0].from_pretrained(path, dtype=dtype, **chosen)
     except ModelError:
         raise
     except ImportError as error:

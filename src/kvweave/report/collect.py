@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvweave import __version__
 from kvweave.methods import Method
-from kvweave.models import Generation, generate
+from kvweave.models import Generation, check_compressible, generate
 from kvweave.prompt import visual_mask
 from kvweave.report.data import Answer, Run, Speed, Token, layers_of
 from kvweave.report.grids import Grid, grids
@@ -49,6 +49,7 @@ def compare(
     Raises:
         ModelError: kvweave cannot compress the model.
     """
+    check_compressible(subject.model, methods[0])
     asked = [None, *methods]
     made: list[list[Generation]] = [[] for _ in asked]
     for _ in range(repeats):

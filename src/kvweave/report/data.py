@@ -1,5 +1,6 @@
 """What a page or a picture of a run shows: plain data, collected elsewhere."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -136,10 +137,15 @@ def layers_of(report: dict[str, Any], fates: list[Any]) -> list[Layer]:
             Layer(
                 index=told["layer"],
                 fate=fate.tolist() if fate is not None else None,
-                **{name: value for name, value in told.items() if name in known},
+                **{name: finite(value) for name, value in told.items() if name in known},
             )
         )
     return layers
+
+
+def finite(value: Any) -> Any:
+    """`value`, or None where it is no number that JSON knows."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def size(count: float) -> str:

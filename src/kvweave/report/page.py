@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _LONGEST_SIDE = 720  # pixels of an embedded image
+_LONG = 80  # characters: longer answers are set as text, not as a headline
 _SMALL = 200 * 200  # pixels up to which an image is embedded without loss
 
 
@@ -74,7 +75,8 @@ def _answer(answer: Answer, run: Run) -> str:
     return (
         f'<article class="answer{" full" if answer is run.full else ""}">'
         f"<h2>{_text(answer.method)}</h2>"
-        f"<p class=said>{_text(answer.text) or '<i>nothing</i>'}{_verdict(answer, run)}</p>"
+        f'<p class="said{" long" if len(answer.text) > _LONG else ""}">'
+        f"{_text(answer.text) or '<i>nothing</i>'}{_verdict(answer, run)}</p>"
         f'<div class=meter role=img aria-label="{share:.1%} of the full cache">'
         f'<i style="width:{share:.2%}"></i></div>'
         f"<dl>{listed}</dl></article>"

@@ -31,8 +31,7 @@ def png(run: Run) -> Image.Image:
     y = canvas.answers(run, y)
     for answer in run.answers:
         y = canvas.board(run, answer, y)
-    whole = canvas.image.crop((0, 0, _WIDTH, y + _MARGIN // 2))
-    return whole.quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
+    return canvas.image.crop((0, 0, _WIDTH, y + _MARGIN // 2))
 
 
 @dataclass(frozen=True)
