@@ -200,11 +200,8 @@ class Albums:
         self, count: int, segments: Sequence[str], rng: np.random.Generator, world: World | None = None
     ) -> None:
         world = world or World()
-        self.count, self.segments, self.images = (
-            count,
-            tuple(segments),
-            sum(FRAMES[kind] for kind in segments),
-        )
+        self.count, self.segments = count, tuple(segments)
+        self.images = sum(FRAMES[kind] for kind in segments)
         self._rows = np.arange(count)
         grid = (count, self.images)
         self.cells = np.full((*grid, CELLS), EMPTY)
