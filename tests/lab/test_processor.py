@@ -37,6 +37,19 @@ def test_an_album_becomes_the_token_layout_that_training_uses(processor: Any):
     assert words.TOKEN[words.UNKNOWN] not in inputs["input_ids"]
 
 
+def test_evidence_points_at_the_answer(processor: Any):
+    needle, digit = (samples(task, 1, 6)[0] for task in ("text_needle", "image_needle"))
+    ids = prepare(processor, needle.messages())["input_ids"][0]
+    passage = processor.decode(ids[needle.evidence])
+    assert passage.startswith("code of ")
+    assert passage.endswith(needle.answer)
+    pixels = prepare(processor, digit.messages())["pixel_values"].unflatten(0, (-1, 4)).clone()
+    visual = prepare(processor, digit.messages())["mm_token_type_ids"][0].cumsum(0) - 1
+    shown = pixels[visual[digit.evidence]]
+    assert shown.median() < -0.9, "a digit stands on black"
+    assert len(digit.evidence) == 1
+
+
 def test_pictures_become_what_training_sees(processor: Any):
     sample = example(images=3)
     inputs = prepare(processor, sample.messages())

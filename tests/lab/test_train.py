@@ -141,6 +141,13 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path):
         train(tmp_path / "parts", seed=1, resume=True, **options)
 
 
+def test_a_model_from_elsewhere_is_not_overwritten(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        train(tmp_path, resume=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
+
+
 def test_a_finished_run_loads_like_any_checkpoint(tmp_path: Path):
     train(tmp_path, device="cpu", curriculum=[Stage(1, (1,), World(), tokens=1)], compiled=False)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)

@@ -1,8 +1,8 @@
-"""Train the lab's model from a seed: about 3,000 steps of packed questions, an hour on two CPU cores.
+"""Train the lab's model from a seed: up to 3,200 steps, each about 0.7 seconds on two free CPU cores.
 
 The curriculum is data (`CURRICULUM`), and its order matters: short albums on plain ground first, frequent
 walks among them; then longer ones; then cells with borders and a second needle, heavy in pairs; then lengths
-up to twelve images. From the first step on twelve images nothing is learnt.
+up to twelve images. Runs that began with borders and two needles left the robot's walk at chance.
 
 Each step's albums follow from the seed and the step alone, and what is asked about them from how well the
 model answered each family until then. A run that was interrupted therefore goes on exactly where it stopped.
@@ -310,17 +310,21 @@ def train(
     """Train the lab's model and write it to the folder `out`, ready for `from_pretrained`.
 
     Beside the model lie `log.jsonl`, one line a step, and `checkpoint.pt`, written every `save_every` steps,
-    from which `resume=True` goes on. `device` is CUDA where there is one. Returns the number of steps,
-    whether the run had ended before, and the running accuracy of each family.
+    from which `resume=True` goes on. `device` is CUDA where there is one. `compiled` takes a quarter off each
+    step and needs a C++ compiler, or Triton on a GPU. Returns the number of steps, whether the run had ended
+    before, and the running accuracy of each family.
 
-    Raises FileExistsError if `out` holds a run and `resume` is not set, ValueError if that run had another
-    seed or curriculum.
+    Raises FileExistsError if `out` holds a run and `resume` is not set, or a model of other origin;
+    ValueError if the run had another seed or curriculum.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     if checkpoint.exists() and not resume:
         raise FileExistsError(f"{out} holds a run: pass resume=True to go on with it, or choose another folder")
+
+    if (out / "model.safetensors").exists() and not checkpoint.exists():
+        raise FileExistsError(f"{out} holds a model that no run here has made: choose another folder")
 
     trainer = Trainer(seed, curriculum, device, compiled=compiled)
     if checkpoint.exists():
@@ -340,8 +344,7 @@ def train(
                     on_step(record)
     finally:
         trainer.close()
-    if not already_finished:
-        export(trainer.model, out)
+    export(trainer.model, out)
     return {"steps": trainer.step, "already_finished": already_finished, "accuracy": dict(trainer.accuracy)}
 
 
