@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvweave.cache import CompressedCache, CompressedLayer, Link
-from kvweave.methods.base import MergingMethod, Method
+from kvweave.methods.base import Method
 from kvweave.ops.statistics import AttentionRule
 from kvweave.prompt import Prompt, visual_mask, visual_token_ids
 from kvweave.slots import Slots
@@ -444,7 +444,7 @@ def _input_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 def _check_bias(method: Method, implementation: str) -> None:
     """Flash attention takes no bias on its logits."""
-    if isinstance(method, MergingMethod) and method.mass_bias and "flash" in implementation:
+    if method.biases_logits and "flash" in implementation:
         raise ValueError("mass_bias=True is not allowed with flash attention: allowed is sdpa or eager")
 
 

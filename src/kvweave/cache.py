@@ -4,6 +4,7 @@ Two lengths are kept apart: the logical one, which transformers is told and posi
 number of slots that memory holds. `kvweave.attach` lets attention know which logical column each slot is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvweave.compaction import Group, Outcome, compact, fits, group_rows, observe
-from kvweave.methods.base import ALL_ROWS, MergingMethod, Method
+from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.budget import entries
 from kvweave.ops.rotary import paired_tables
 from kvweave.ops.statistics import AttentionRule
+from kvweave.packed import PackedSlots, packed
 from kvweave.prompt import Prompt
 from kvweave.slots import Slots, rectangular, stored
 
@@ -50,7 +52,7 @@ class Conversation:
     @property
     def turns_keys(self) -> bool:
         """The method needs the rotary tables."""
-        return isinstance(self.method, MergingMethod) and self.method.rope_aware
+        return self.method.turns_keys
 
     def append_rotary(self, cos: Tensor, sin: Tensor, seen: int, *, interleaved: bool) -> None:
         """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `seen` columns."""
@@ -118,11 +120,12 @@ class CompressedLayer(DynamicLayer):
         super().__init__()
 
     def _clear(self) -> None:
-        self.blocks: list[Slots] = []
+        self.blocks: list[Slots | PackedSlots] = []
         self.seen = 0
         self.kind = "full"
         self.flow: float | None = None
         self.fate: list[Tensor] = []
+        self.memory: Tensor | None = None  # what the method left for a later turn
         self.record: Record | None = None
         self.pending: Pending | None = None
         self.unread = False  # keys handed out that attention has not been seen to read
@@ -138,7 +141,7 @@ class CompressedLayer(DynamicLayer):
         if not self.blocks:
             return None
         prompt = self.conversation.prompt
-        whole = rectangular(self.blocks)
+        whole = rectangular([block.unpacked() for block in self.blocks])
         return whole if prompt is None else whole.explicit(prompt.valid)
 
     def _part(self, name: str) -> Any:
@@ -203,10 +206,11 @@ class CompressedLayer(DynamicLayer):
         self._new = key_states.shape[-2]
         self.seen += self._new
         self.unread = True
-        if len(self.blocks) == 1:
-            key_states, value_states = self.blocks[0].keys, self.blocks[0].values
+        blocks = tuple(block.unpacked() for block in self.blocks)
+        if len(blocks) == 1:
+            key_states, value_states = blocks[0].keys, blocks[0].values
         keys = key_states.view_as(key_states)
-        keys._kvweave = Link(self, tuple(self.blocks))  # type: ignore[attr-defined]
+        keys._kvweave = Link(self, blocks)  # type: ignore[attr-defined]
         return keys, value_states
 
     def get_seq_length(self) -> int:
@@ -245,10 +249,12 @@ class CompressedLayer(DynamicLayer):
         """Keep the given rows of the batch, in that order."""
         self.blocks = [block.rows(indices) for block in self.blocks]
         self._queries = [queries[indices.to(queries.device)] for queries in self._queries]
+        self.memory = self.memory[indices.to(self.memory.device)] if self.memory is not None else None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.blocks:
-            self.batch_select_indices(torch.arange(self.blocks[0].keys.shape[0]).repeat_interleave(repeats))
+            batch = self.blocks[0].unpacked().keys.shape[0]
+            self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
 
     # ---------------------------------------------------------------- compression
 
@@ -293,8 +299,9 @@ class CompressedLayer(DynamicLayer):
         assert talk.prompt is not None
         prompt = talk.prompt.cropped(talk.end).to(self.device)
         lengths = prompt.lengths()
-        first = len(self.blocks) == 1 and self.blocks[0].positions is None
-        slots = rectangular(self.blocks).explicit(talk.prompt.valid)
+        slots = rectangular([block.unpacked() for block in self.blocks])
+        first = slots.positions is None
+        slots = slots.explicit(talk.prompt.valid)
         entry_bytes = talk.layers * slots.nbytes // slots.count
         budgets = [entries(talk.method.budget, n, entry_bytes) for n in lengths]
         share = [
@@ -302,7 +309,7 @@ class CompressedLayer(DynamicLayer):
         ]
         adaptive = talk.method.layer_adaptive
         if first and not adaptive and all(b >= n for b, n in zip(share, lengths, strict=True)):
-            self._note(lengths, self.nbytes, None)  # nothing to give up: not a bit is touched
+            self._store(self.blocks, lengths, None)  # nothing to give up: not a bit is touched
             return
         groups = group_rows(
             slots.first(slots.count - behind),
@@ -312,6 +319,7 @@ class CompressedLayer(DynamicLayer):
             mask=mask,
             layer=self.index,
             layers=talk.layers,
+            memory=self.memory,
             rotary=talk.rotary if talk.turns_keys else None,
             wanted=talk.method.query_rows,
             alone=talk.method.plans_rows_alone,
@@ -333,20 +341,21 @@ class CompressedLayer(DynamicLayer):
             share: entries that each row of the batch keeps in this layer.
         """
         self.pending = None
-        before = self.nbytes
         if fits(pending.groups, share):
-            self._note(pending.lengths, before, None)
+            self._store(self.blocks, pending.lengths, None)
             return
         talk = self.conversation
         outcome = compact(talk.method, pending.groups, share, pending.budgets, trace=talk.trace)
-        self.blocks = stored(outcome.compacted, pending.behind)
         self.flow = outcome.compacted.flow
         self.fate = outcome.fate
-        self._note(pending.lengths, before, outcome)
+        self.memory = outcome.memory
+        self._store(stored(outcome.compacted, pending.behind), pending.lengths, outcome)
 
-    def _note(self, lengths: list[int], before: int, outcome: Outcome | None) -> None:
-        """Keep what the report will say."""
-        slots, end = self.slots, self.conversation.end
+    def _store(self, blocks: Sequence[Slots | PackedSlots], lengths: list[int], outcome: Outcome | None) -> None:
+        """Let memory hold `blocks`, and keep what the report will say."""
+        before, end, storage = self.nbytes, self.conversation.end, self.conversation.method.storage
+        self.blocks = [packed(x, storage) if storage and isinstance(x, Slots) else x for x in blocks]
+        slots = self.slots
         assert slots is not None
         assert slots.positions is not None
         assert slots.mass is not None

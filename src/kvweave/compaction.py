@@ -38,6 +38,7 @@ def group_rows(
     layer: int = 0,
     layers: int = 1,
     rotary: tuple[Tensor, Tensor] | None = None,
+    memory: Tensor | None = None,
     wanted: int = ALL_ROWS,
     alone: bool = False,
 ) -> list[Group]:
@@ -49,6 +50,7 @@ def group_rows(
         slots: with positions written out.
         mask: the model's own, [batch or 1, heads or 1, rows, slots], boolean or additive; None: causal.
         rotary: (cos, sin), [batch, columns, rotary_dim] each.
+        memory: [batch, ...], what the turn before left.
         wanted: queries of how many of the last tokens a view gets; `ALL_ROWS`: of all that are at hand.
         alone: every row in a group of its own.
     """
@@ -85,6 +87,7 @@ def group_rows(
             visual=pick(visual),
             rule=rule,
             bias=pick(slots.bias) if slots.bias is not None else None,
+            memory=memory[at] if memory is not None else None,
             layer=layer,
             layers=layers,
         )
@@ -127,11 +130,13 @@ class Outcome:
         compacted: its tensors, rows of unequal length padded in front.
         rows: for each row of the batch, what the report says of it.
         fate: for each row int64 [kv_heads, length], the slot that each slot lives on in, -1: evicted; with `trace`.
+        memory: [batch, ...], what the method wants to see on a later turn, or None.
     """
 
     compacted: Compacted
     rows: list[dict[str, Any]]
     fate: list[Tensor]
+    memory: Tensor | None
 
 
 def fits(groups: list[Group], budgets: Sequence[int]) -> bool:
@@ -165,6 +170,7 @@ def compact(
     pieces: dict[int, Compacted] = {}
     rows: dict[int, dict[str, Any]] = {}
     fates: dict[int, Tensor] = {}
+    memories: dict[int, Tensor] = {}
     for group in groups:
         view, budget = group.view, budgets[group.index[0]]
         view.mean_budget = means[group.index[0]]
@@ -176,11 +182,14 @@ def compact(
             rows[row] = _described(plan, n)
             if fate is not None:
                 fates[row] = fate[n]
+            if plan.memory is not None:
+                memories[row] = plan.memory[n]
     order = range(len(pieces))
     flows = [row["flow"] for row in rows.values() if "flow" in row]
     flow = sum(flows) / len(flows) if flows else None
     compacted = _rectangular([pieces[row] for row in order], flow)
-    return Outcome(compacted, [rows[row] for row in order], [fates[row] for row in order] if trace else [])
+    memory = torch.stack([memories[row] for row in order]) if len(memories) == len(order) else None
+    return Outcome(compacted, [rows[row] for row in order], [fates[row] for row in order] if trace else [], memory)
 
 
 def _everything(view: LayerView) -> Plan:

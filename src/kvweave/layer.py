@@ -28,6 +28,7 @@ class LayerView:
         bias: float [batch, kv_heads, length], what decoding has added to the slots' logits so far, or None.
         empty: bool [batch, kv_heads, length], slots that hold nothing, where heads hold different counts (a later
             turn of a method that keeps different counts by head); None: there are none.
+        memory: [batch, ...], what the plan of the turn before left (`Plan.memory`), or None.
         mean_budget: entries of a layer on average, before they were shared out over layers.
         layer, layers: this layer's number among the compressed ones, and how many there are.
         rotary: (cos, sin), [batch, kv_heads, length, rotary_dim] each, where a method turns keys.
@@ -44,6 +45,7 @@ class LayerView:
     rule: AttentionRule
     bias: Tensor | None = None
     empty: Tensor | None = None
+    memory: Tensor | None = None
     mean_budget: int = 0
     layer: int = 0
     layers: int = 1

@@ -80,6 +80,7 @@ class Plan:
         added: [batch, kv_heads, kept, dim], added to the kept values, which stay one token's (CaM).
         flow: [batch], the flow ratio that the method went by.
         scope: a word for each row of the batch on how the layer was treated, such as "cross".
+        memory: [batch, ...], what the method wants to see as `LayerView.memory` on a later turn.
         uneven: heads keep different counts.
         log: further numbers for the report, [batch] each.
     """
@@ -90,6 +91,7 @@ class Plan:
     added: Tensor | None = None
     flow: Tensor | None = None
     scope: tuple[str, ...] | None = None
+    memory: Tensor | None = None
     uneven: bool = False
     log: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -36,14 +36,17 @@ class Slots:
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
 
+    def unpacked(self) -> "Slots":
+        """All slots in full precision: themselves."""
+        return self
+
     def appended(self, keys: Tensor, values: Tensor, column: int) -> "Slots":
         """These slots and new ones, [batch, kv_heads, new, dim], of columns from `column` on."""
+        shape = keys.shape[:3]
         keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         if self.positions is None or self.mass is None:
             return Slots(keys, values)
-        batch, kv_heads, old = self.positions.shape
-        shape = (batch, kv_heads, keys.shape[2] - old)
-        columns = torch.arange(column, column + shape[2], device=self.positions.device).expand(shape)
+        columns = torch.arange(column, column + shape[2], device=keys.device).expand(shape)
         return Slots(
             keys,
             values,

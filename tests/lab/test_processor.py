@@ -98,9 +98,7 @@ class TestRefusals:
 
     def test_truncation_must_not_cut_a_picture(self, processor: Any):
         with pytest.raises(ValueError, match="truncation"):
-            processor(
-                images=Image.new("RGB", (80, 80)), text=processor.image_token, truncation=True, max_length=9
-            )
+            processor(images=Image.new("RGB", (80, 80)), text=processor.image_token, truncation=True, max_length=9)
 
     @pytest.mark.parametrize("kind", ["videos", "audio"])
     def test_other_modalities(self, processor: Any, kind: str):

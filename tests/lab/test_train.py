@@ -128,8 +128,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path):
 
     assert (result["steps"], result["already_finished"]) == (8, False)
     whole, parts = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
-        for name in ("whole", "parts")
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "parts")
     )
     for name, weight in whole.items():
         torch.testing.assert_close(parts[name], weight, atol=1e-6, rtol=1e-5, msg=name)

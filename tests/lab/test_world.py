@@ -84,9 +84,7 @@ class TestAnswersCanBeReadOff:
 
     def test_listing(self):
         for albums, row, question, image in albums_and_questions("listing"):
-            assert question.answer == " ".join(
-                describe(int(code)) for code in albums.cells[row, image] if code
-            )
+            assert question.answer == " ".join(describe(int(code)) for code in albums.cells[row, image] if code)
 
     @pytest.mark.parametrize("images", [3, 4, 5, 12])
     @pytest.mark.parametrize("task", [*TASKS, *AUXILIARY])
@@ -113,9 +111,7 @@ class TestSeeds:
         assert [s.images[0].tobytes() for s in few] == [s.images[0].tobytes() for s in many[:2]]
 
     def test_seeds_tasks_and_indices_differ(self):
-        pictures = {
-            s.images[0].tobytes() for seed in (0, 1) for task in TASKS for s in samples(task, 3, 4, seed)
-        }
+        pictures = {s.images[0].tobytes() for seed in (0, 1) for task in TASKS for s in samples(task, 3, 4, seed)}
         assert len(pictures) == 2 * len(TASKS) * 3
 
     def test_training_and_holdout_share_no_random_numbers(self):

@@ -118,9 +118,7 @@ class LabProcessor(ProcessorMixin):
         return BatchFeature({**read, **seen}, tensor_type=return_tensors)
 
     @classmethod
-    def _get_arguments_from_pretrained(
-        cls, path: Any, processor_dict: Any = None, **kwargs: Any
-    ) -> list[Any]:
+    def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
         """The two parts; transformers would choose another image processor with torchvision than without."""
         return [
             LabImageProcessor.from_pretrained(path, **kwargs),

@@ -23,6 +23,7 @@ from kvweave.methods.madakv import MadaKV
 from kvweave.methods.meda import Meda
 from kvweave.methods.mixkv import MixKV
 from kvweave.methods.pyramidkv import PyramidKV
+from kvweave.methods.quantized import Quantized
 from kvweave.methods.random import Random
 from kvweave.methods.snapkv import SnapKV
 from kvweave.methods.streaming_llm import StreamingLLM
@@ -45,6 +46,7 @@ __all__ = [
     "Method",
     "MixKV",
     "PyramidKV",
+    "Quantized",
     "Random",
     "SnapKV",
     "StreamingLLM",

@@ -15,10 +15,12 @@ from kvweave.methods.options import Option, choice, flag
 from kvweave.ops.budget import Budget, check_budget
 from kvweave.ops.match import nearest
 from kvweave.ops.merge import RULES, merge_weights, segment_sum
+from kvweave.ops.quantize import Quantization
 from kvweave.ops.select import chosen, complement
 from kvweave.plan import Merge, Plan
 
 _REGISTRY: dict[str, type["Method"]] = {}
+_WRAPPERS: dict[str, type["Method"]] = {}
 M = TypeVar("M", bound=type["Method"])
 
 #: `Method.query_rows` of a method that needs the queries of all rows.
@@ -50,6 +52,16 @@ class Method:
                 raise ValueError(f"{field}={value!r} is not allowed for {self.name}: allowed is {option.allowed}")
 
     @classmethod
+    def build(cls, **options: Any) -> "Method":
+        """The method with options as a dictionary or the command line gives them."""
+        return cls(**options)
+
+    @classmethod
+    def takes(cls, given: dict[str, Any]) -> dict[str, Option]:
+        """The options that may be given beside `given`, the budget not among them."""
+        return dict(cls.options())
+
+    @classmethod
     def options(cls) -> list[tuple[str, Option]]:
         """Names and descriptions of the method's own options, in order."""
         return [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls) if "option" in f.metadata]
@@ -58,6 +70,21 @@ class Method:
     def plans_rows_alone(self) -> bool:
         """Counts depend on what a row holds, not only on its length: rows of a batch are planned one at a time."""
         return self.layer_adaptive
+
+    @property
+    def turns_keys(self) -> bool:
+        """The plan needs the rotary tables."""
+        return False
+
+    @property
+    def biases_logits(self) -> bool:
+        """Decoding adds a bias to the logits."""
+        return False
+
+    @property
+    def storage(self) -> Quantization | None:
+        """How what is kept is stored; None: in the dtype of the cache."""
+        return None
 
     @property
     def query_rows(self) -> int:
@@ -114,6 +141,14 @@ class MergingMethod(Method):
             raise ValueError(
                 "mass_kind='attention' is not allowed here: it goes with merge_rule='importance' and merge_keys=False"
             )
+
+    @property
+    def turns_keys(self) -> bool:
+        return self.rope_aware
+
+    @property
+    def biases_logits(self) -> bool:
+        return self.mass_bias
 
     def merged(
         self,
@@ -178,12 +213,12 @@ class MergingMethod(Method):
         return Plan(keep, merge, bias)
 
 
-def register(name: str) -> Any:
-    """Class decorator: make a method known under `name`."""
+def register(name: str, *, wrapper: bool = False) -> Any:
+    """Class decorator: make a method known under `name`; a wrapper of other methods is not listed among them."""
 
     def decorate(cls: M) -> M:
         cls.name = name
-        _REGISTRY[name] = cls
+        (_WRAPPERS if wrapper else _REGISTRY)[name] = cls
         return cls
 
     return decorate
@@ -196,24 +231,23 @@ def list_methods() -> list[str]:
 
 def method_class(name: str) -> type[Method]:
     """The class registered under `name`; a ValueError names the nearest one."""
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"method={name!r} is unknown{_nearest(name, _REGISTRY)}: allowed is one of {_names(_REGISTRY)}"
-        )
-    return _REGISTRY[name]
+    known = _REGISTRY | _WRAPPERS
+    if name not in known:
+        raise ValueError(f"method={name!r} is unknown{_nearest(name, known)}: allowed is one of {_names(known)}")
+    return known[name]
 
 
 def get_method(name: str, **options: Any) -> Method:
     """A method by its name, with options; an unknown option's error names the nearest one."""
     cls = method_class(name)
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = ["budget", *cls.takes(options)]
     for option, value in options.items():
         if option not in known:
             raise ValueError(
                 f"{option}={value!r} is no option of {name}{_nearest(option, known)}: "
                 f"allowed is one of {_names(known)}"
             )
-    return cls(**options)
+    return cls.build(**options)
 
 
 def method_from_dict(data: dict[str, Any]) -> Method:
@@ -231,20 +265,24 @@ def parse_method(text: str, **defaults: Any) -> Method:
         defaults: options that hold where `text` does not say otherwise.
     """
     name, _, rest = text.strip().partition(":")
-    parsers = {field: option.parse for field, option in method_class(name).options()}
-    options = dict(defaults)
+    words = {}
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ValueError(f"{item!r} in method {text!r} is not an option: allowed is name=value")
+        words[key] = value
+    takes = method_class(name).takes(words)
+    options = dict(defaults)
+    for key, value in words.items():
         if key == "budget":
             options[key] = parse_budget(value)
-        elif key in parsers:
+        elif key in takes:
             try:
-                options[key] = parsers[key](value)
+                options[key] = takes[key].parse(value)
             except ValueError:
-                allowed = dict(method_class(name).options())[key].allowed
-                raise ValueError(f"{key}={value!r} is not allowed for {name}: allowed is {allowed}") from None
+                raise ValueError(
+                    f"{key}={value!r} is not allowed for {name}: allowed is {takes[key].allowed}"
+                ) from None
         else:
             options[key] = value  # get_method says what is wrong with it
     return get_method(name, **options)

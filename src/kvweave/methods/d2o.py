@@ -19,8 +19,8 @@ from kvweave.plan import Plan
 class D2O(MergingMethod):
     """Keeps heavy hitters and recent tokens; a dropped token merges only if it is similar enough.
 
-    The threshold is the mean similarity of the KV head's dropped tokens to their nearest kept one. Layers of even
-    attention get more of the budget.
+    The threshold is the mean similarity of the KV head's dropped tokens to their nearest kept one, averaged over
+    turns. Layers of even attention get more of the budget.
     """
 
     var_norm: str = choice(
@@ -54,5 +54,7 @@ class D2O(MergingMethod):
         source = complement(keep, view.length)
         target, cosine = nearest(view.keys, source, keep)
         threshold = cosine.mean(-1, keepdim=True)
+        if view.memory is not None:  # a later turn: an exponential moving average
+            threshold = self.beta * threshold + (1 - self.beta) * view.memory
         target = target.masked_fill(cosine < threshold, -1)
-        return self.merged(view, keep, source, target, cosine, mass)
+        return replace(self.merged(view, keep, source, target, cosine, mass), memory=threshold)
