@@ -1,0 +1,59 @@
+"""Methods that only tests need, registered as a user would register theirs."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvweave import LayerView, Method, Plan
+from kvweave.methods import register
+from kvweave.methods.options import integer
+from kvweave.ops.select import top_and_recent
+
+
+@register("heavier")
+@dataclass(frozen=True)
+class Heavier(Method):
+    """Layer-adaptive: each layer's budget grows with its number, whatever the statistics say; window scores."""
+
+    window: int = integer(4, minimum=1, help="last rows that vote")
+
+    layer_adaptive = True
+
+    @property
+    def query_rows(self) -> int:
+        return self.window
+
+    def layer_weight(self, view: LayerView):
+        view.window_attention(self.window)
+        return (view.layer + 1.0) * view.keys.new_ones(view.batch)
+
+    def allocate(self, weights, budget, length):
+        """Each two layers of neighbouring weight: one gives three entries to the other."""
+        order = sorted(range(len(weights)), key=lambda i: weights[i])
+        shares = [budget] * len(weights)
+        for light, heavy in zip(order[::2], order[1::2], strict=False):
+            moved = min(3, budget - 1, length - budget)
+            shares[light] -= moved
+            shares[heavy] += moved
+        return shares
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        return Plan(top_and_recent(view.window_attention(self.window), budget, budget // 2))
+
+
+@register("biased")
+@dataclass(frozen=True)
+class Biased(Method):
+    """Keeps the first and the last tokens and adds to each entry's logit a number of its column and head."""
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        first = budget // 2
+        slots = torch.cat([torch.arange(first), torch.arange(view.length - (budget - first), view.length)])
+        keep = slots.expand(view.batch, view.kv_heads, -1)
+        return Plan(keep, bias=self.bias(view.positions.gather(-1, keep)))
+
+    @staticmethod
+    def bias(columns: torch.Tensor) -> torch.Tensor:
+        """Of columns [batch, kv_heads, n]."""
+        head = torch.arange(columns.shape[1])[None, :, None]
+        return ((columns * 7 + head * 3) % 5 - 2.0) / 2

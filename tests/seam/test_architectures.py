@@ -1,0 +1,376 @@
+"""Every architecture: full-attention layers are compressed, exactly; the rest is left alone, and said so."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from methods_for_tests import Heavier
+from tiny import (
+    DEFAULT,
+    IMAGE,
+    MROPE,
+    assert_close,
+    build,
+    cut_of,
+    decode,
+    masked,
+    picture_inputs,
+    text_inputs,
+    text_model,
+    tiny_config,
+    vision_model,
+)
+
+import kvweave
+
+LENGTHS = (24, 19)  # the second row is left-padded
+FULL = ["full_attention", "full_attention"]
+SLIDING = ["sliding_attention", "full_attention"]
+
+
+def rotary(*sections):
+    return {
+        "rope_type": "default",
+        "rope_theta": 100.0,
+        "mrope_section": list(sections),
+        "partial_rotary_factor": 1.0,
+    }
+
+
+@dataclass
+class Architecture:
+    """How to build it tiny, and the kinds of its layers as the report should name them."""
+
+    special: dict
+    kinds: tuple = ("full_attention", "full_attention")
+    attention: str = "sdpa"
+
+
+def text(**special):
+    return {"text_config": special}
+
+
+CODEBOOK = {"base_channels": 32, "embed_dim": 8, "latent_channels": 32, "channel_multiplier": [1]}
+ARCHITECTURES = {
+    "qwen2_vl": Architecture(text(rope_parameters=MROPE)),
+    "qwen2_5_vl": Architecture(text(rope_parameters=MROPE)),
+    "qwen3_vl": Architecture(text(rope_parameters=MROPE)),
+    "qwen3_vl_moe": Architecture(text(rope_parameters=MROPE)),
+    "qwen3_5": Architecture(
+        text(
+            layer_types=["linear_attention", "full_attention"],
+            rope_parameters=rotary(2, 1, 1),
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        ),
+        ("linear_attention", "full_attention"),
+    ),
+    "qwen2_5_omni_thinker": Architecture(
+        text(rope_parameters=MROPE)
+        | {
+            "vision_start_token_id": 7,
+            "audio_config": {
+                "d_model": 32,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 32,
+                "n_window": 10,
+                "output_dim": 32,
+                "num_mel_bins": 16,
+            },
+        }
+    ),
+    "glm4v": Architecture(text(rope_parameters=rotary(2, 1, 1))),
+    "glm4v_moe": Architecture(text(rope_parameters=rotary(2, 1, 1))),
+    "ernie4_5_vl_moe": Architecture(text(rope_parameters=rotary(1, 1, 2), moe_intermediate_size=[16, 16])),
+    "video_llama_3": Architecture({}),
+    "llava": Architecture({}),
+    "llava_next": Architecture({}),
+    "llava_onevision": Architecture({}),
+    "video_llava": Architecture({}),
+    "internvl": Architecture({}),
+    "ovis2": Architecture({}),
+    "got_ocr2": Architecture({}, attention="eager"),
+    "gemma3": Architecture(text(layer_types=SLIDING, sliding_window=6), tuple(SLIDING)),
+    "paligemma": Architecture({}),
+    "idefics2": Architecture(
+        text(sliding_window=None)
+        | {
+            "vision_config": {"hidden_size": 32},
+            "perceiver_config": {"num_key_value_heads": 2, "resampler_n_heads": 4, "resampler_head_dim": 8},
+        }
+    ),
+    "idefics3": Architecture({}),
+    "smolvlm": Architecture({}),
+    "mistral3": Architecture(text(sliding_window=None)),
+    "llama4": Architecture(
+        text(
+            layer_types=["chunked_attention", "full_attention"],
+            num_local_experts=2,
+            intermediate_size_mlp=48,
+            attention_chunk_size=8,
+        )
+        | {"vision_config": {"intermediate_size": 64, "vision_output_dim": 32, "projector_input_dim": 32}},
+        ("chunked_attention", "full_attention"),
+    ),
+    "aria": Architecture({}),
+    "phi4_multimodal": Architecture({}),
+    "cohere2_vision": Architecture(text(layer_types=SLIDING, sliding_window=6), tuple(SLIDING)),
+    "aya_vision": Architecture(text(layer_types=SLIDING, sliding_window=6), tuple(SLIDING)),
+    "chameleon": Architecture(
+        {
+            "vocabulary_map": {"<image>": IMAGE, **{f"IMGIMGBS{chr(65 + i)}Z": 20 + i for i in range(8)}},
+            "vq_config": CODEBOOK | {"num_embeddings": 8, "num_res_blocks": 1},
+        }
+    ),
+    "deepseek_vl": Architecture({}),
+    "emu3": Architecture(
+        {
+            "vocabulary_map": {
+                "<image>": IMAGE,
+                "<|extra_200|>": 9,
+                **{f"<|visual token {i:06d}|>": 20 + i for i in range(8)},
+            },
+            "vq_config": {"base_channels": 32, "codebook_size": 8, "channel_multiplier": [1]},
+        }
+    ),
+    "janus": Architecture({"vq_config": {"base_channels": 32, "num_embeddings": 8, "channel_multiplier": [1]}}),
+    "fuyu": Architecture({}),
+    "lfm2_vl": Architecture(text(layer_types=["conv", "full_attention"]), ("conv", "full_attention")),
+    "mllama": Architecture({}),
+    "gpt_oss": Architecture({"layer_types": SLIDING, "sliding_window": 6}, tuple(SLIDING), "eager"),
+    "blip-2": Architecture({"num_query_tokens": 8, "text_config": {"ffn_dim": 32, "word_embed_proj_dim": 32}}),
+    "gemma4": Architecture(
+        text(
+            num_hidden_layers=4,
+            layer_types=SLIDING * 2,
+            sliding_window=6,
+            num_kv_shared_layers=2,
+            head_dim=8,
+            global_head_dim=8,
+            num_global_key_value_heads=2,
+            vocab_size_per_layer_input=96,
+            hidden_size_per_layer_input=8,
+        )
+        | {"audio_config": None},
+        ("sliding_attention", "full_attention", "sliding_attention", "full_attention"),
+    ),
+}
+SHARED = {"gemma4": {2, 3}}  # layers that read the keys of an earlier one
+
+
+@cache
+def tiny(name):
+    case = ARCHITECTURES[name]
+    return build(tiny_config(name, **case.special), attention=case.attention)
+
+
+def inputs_for(name):
+    inputs = text_inputs(LENGTHS)
+    if name == "blip-2":  # its generate asks for pictures
+        inputs = text_inputs(LENGTHS, images=())
+        inputs["input_ids"][:, 8:16] = IMAGE
+        inputs["pixel_values"] = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return inputs
+
+
+@pytest.fixture(params=ARCHITECTURES, scope="module")
+def name(request):
+    return request.param
+
+
+def compressed_numbers(name):
+    kinds = ARCHITECTURES[name].kinds
+    return [i for i, kind in enumerate(kinds) if kind == "full_attention" and i not in SHARED.get(name, ())]
+
+
+def test_full_attention_layers_keep_the_floor_and_decode_equals_the_oracle(name):
+    model, inputs = tiny(name), inputs_for(name)
+    _, plain = decode(model, inputs)
+    with kvweave.compress(model, kvweave.SnapKV(budget=0.3, window=4)) as session:
+        tokens, logits = decode(model, inputs)
+    layers = session.report["layers"]
+    assert [layer["kind"] for layer in layers if layer["layer"] not in SHARED.get(name, ())] == [
+        kind for i, kind in enumerate(ARCHITECTURES[name].kinds) if i not in SHARED.get(name, ())
+    ]
+    for number in range(len(ARCHITECTURES[name].kinds)):
+        if number not in compressed_numbers(name):
+            assert number >= len(layers) or not layers[number]["compressed"]
+            continue
+        positions = session.cache.layers[number].positions
+        for row, length in enumerate(LENGTHS):
+            kept = ((positions[row] >= 0) & (positions[row] < max(LENGTHS))).sum(-1)
+            assert kept.tolist() == [int(0.3 * length)] * positions.shape[1]
+            assert ((positions[row] < 0) | (positions[row] >= max(LENGTHS) - length)).all()
+    json.dumps(session.report)
+    assert torch.equal(logits[:, 0], plain[:, 0])
+    assert (logits - plain)[:, 1:].abs().max() > 1e-2  # the cut is felt, so that agreement means something
+    with masked(model, cut_of(session.cache, max(LENGTHS))):
+        same_tokens, expected = decode(model, inputs)
+    assert torch.equal(tokens, same_tokens)
+    assert_close(logits, expected)
+
+
+def test_budget_one_is_bit_identical(name):
+    model, inputs = tiny(name), inputs_for(name)
+    tokens, logits = decode(model, inputs)
+    with kvweave.compress(model, kvweave.SnapKV(budget=1.0)):
+        mine, mine_logits = decode(model, inputs)
+    assert torch.equal(mine, tokens)
+    assert torch.equal(mine_logits, logits)
+
+
+def test_layer_adaptive_methods_cut_every_full_attention_layer(name):
+    model = tiny(name)
+    with kvweave.compress(model, Heavier(budget=0.25)) as session:
+        _, logits = decode(model, inputs_for(name), 3)
+    cut = [layer["layer"] for layer in session.report["layers"] if layer["compressed"]]
+    assert cut == compressed_numbers(name)
+    totals = [0, 0]
+    for number in cut:
+        positions = session.cache.layers[number].positions
+        for row in range(2):
+            counts = ((positions[row] >= 0) & (positions[row] < max(LENGTHS))).sum(-1)
+            assert counts.unique().numel() == 1
+            totals[row] += int(counts[0])
+    assert totals == [len(cut) * int(0.25 * length) for length in LENGTHS]
+    with masked(model, cut_of(session.cache, max(LENGTHS))):
+        assert_close(logits, decode(model, inputs_for(name), 3)[1])
+
+
+# -------------------------------------------------------------------- pictures themselves
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_models_that_are_given_pictures(kind):
+    model = vision_model(kind=kind)
+    inputs = picture_inputs((24, 19))
+    plain = decode(model, inputs)[1]
+    with kvweave.compress(model, kvweave.SnapKV(budget=0.3, window=4)) as session:
+        logits = decode(model, inputs)[1]
+    assert torch.equal(session.cache.prompt.visual[:, :24], inputs["input_ids"] == IMAGE)
+    assert torch.equal(logits[:, 0], plain[:, 0])
+    assert (logits - plain)[:, 1:].abs().max() > 1e-2
+    with masked(model, cut_of(session.cache, 24)):
+        assert_close(logits, decode(model, inputs)[1])
+
+
+def mllama(attention="sdpa"):
+    vision = {
+        "num_global_layers": 1,
+        "max_num_tiles": 1,
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 64,
+        "attention_heads": 2,
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    special = {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}, "vision_config": vision}
+    return build(tiny_config("mllama", **special), attention=attention)
+
+
+@pytest.mark.parametrize("length", [5, 8, 24])  # five vision keys, eight with their padding
+def test_cross_attention_layers_are_left_alone_whatever_the_prompts_length(length):
+    model = mllama()
+    inputs = text_inputs((length,), images=((0, 1),)) | {
+        "pixel_values": torch.randn(1, 1, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(1, length, 1, 1, dtype=torch.long),
+    }
+    _, plain = decode(model, inputs)
+    with kvweave.compress(model, kvweave.SnapKV(budget=0.4, window=4)) as session:
+        _, logits = decode(model, inputs)
+    layers = session.report["layers"]
+    assert [layer["compressed"] for layer in layers] == [True, False, True]
+    assert layers[1]["kind"] == "cross_attention"
+    assert [layer["kept"] for layer in layers if layer["compressed"]] == [int(0.4 * length)] * 2
+    assert torch.equal(logits[:, 0], plain[:, 0])
+    with masked(model, cut_of(session.cache, length)):
+        assert_close(logits, decode(model, inputs)[1])
+
+
+# -------------------------------------------------------------------- those that cannot
+
+
+def opaque(kind):
+    if kind == "git":
+        return text_model("git", attention="eager")
+    return text_model(
+        "deepseek_v3",
+        head_dim=DEFAULT,
+        num_key_value_heads=4,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+    )
+
+
+@pytest.mark.parametrize("kind", ["git", "deepseek_v3"])
+def test_a_model_without_a_layer_to_compress_warns_and_runs_as_it_would_alone(kind):
+    model = opaque(kind)
+    tokens, logits = decode(model, text_inputs())
+    with (
+        kvweave.compress(model, kvweave.SnapKV(budget=0.3, window=4)) as session,
+        pytest.warns(UserWarning, match=f"compressed no layer of {type(model).__name__}"),
+    ):
+        mine, mine_logits = decode(model, text_inputs())
+    assert torch.equal(mine, tokens)
+    assert torch.equal(mine_logits, logits)
+    assert not any(layer["compressed"] for layer in session.report["layers"])
+    assert session.report["totals"]["layers"] == 0
+
+
+def test_a_model_of_sliding_layers_alone_is_warned_about_and_reported_by_their_kind():
+    model = text_model("mistral", sliding_window=6)
+    with (
+        kvweave.compress(model, kvweave.SnapKV(budget=0.3)) as session,
+        pytest.warns(UserWarning, match="compressed no layer.*sliding"),
+    ):
+        decode(model, text_inputs())
+    assert [layer["kind"] for layer in session.report["layers"]] == ["sliding_attention"] * 2
+
+
+@pytest.mark.parametrize("kind", ["t5", "florence2"])
+def test_encoder_decoders_are_refused_by_name(kind):
+    vision = {
+        "patch_size": DEFAULT,
+        "embed_dim": [8] * 4,
+        "num_heads": [1] * 4,
+        "num_groups": [1] * 4,
+        "depths": [1] * 4,
+    }
+    inner = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    special = {"vision_config": vision, "text_config": inner} if kind == "florence2" else {}
+    model = build(tiny_config(kind, **special), attention="eager")
+    with pytest.raises(ValueError, match="encoder-decoder"), kvweave.compress(model, kvweave.H2O(budget=0.5)):
+        pass
+
+
+def test_flex_attention_is_refused_by_name():
+    model = text_model()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="flex_attention"), kvweave.compress(model, kvweave.H2O(budget=0.5)):
+        pass
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_what_is_no_transformers_model_is_refused():
+    with pytest.raises(TypeError, match="Linear"), kvweave.compress(torch.nn.Linear(2, 2), kvweave.H2O(budget=0.5)):
+        pass
+
+
+def test_no_warning_where_layers_were_compressed():
+    model = text_model()
+    with warnings.catch_warnings(), kvweave.compress(model, kvweave.SnapKV(budget=0.3)):
+        warnings.simplefilter("error")
+        decode(model, text_inputs())
