@@ -35,16 +35,21 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(runs: Mapping[str, Run], rounds: int, device: torch.device | None = None) -> dict[str, list[float]]:
-    """Seconds of each function in each round; a round calls all of them once, so that they meet the same load."""
+    """Seconds of each function in each round; a round calls all of them once, so that they meet the same load.
+
+    On a CPU these are seconds of this process' own work (of all its threads together): what else runs on the machine
+    slows it a little through the shared cache, but is not counted. On a GPU they are the clock's.
+    """
     device = device or torch.device("cpu")
+    now = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             synchronize(device)
-            started = time.perf_counter()
+            started = now()
             run()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(now() - started)
     return seconds
 
 

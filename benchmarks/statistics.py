@@ -141,9 +141,9 @@ def runs(shape: Shape, length: int, methods: Sequence[str]) -> dict[str, Callabl
 def measured(shape: Shape, length: int, methods: Sequence[str], patience: float) -> list[Figure]:
     """Figures of one shape and length; about `patience` seconds where two rounds do not take longer."""
     what = runs(shape, length, methods)
-    started = time.perf_counter()
+    started = time.process_time()
     peaks = {name: measure.peak_bytes(run) for name, run in what.items()}  # warms up, too
-    rounds = max(2, min(9, int(patience / (time.perf_counter() - started))))
+    rounds = max(2, min(9, int(patience / (time.process_time() - started))))
     seconds = measure.interleaved(what, rounds)
     return [
         Figure(
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress.advance(task)
 
     columns = ["", *(f"L={n}" for n in lengths), "exponent"]
-    caption = f"ms · times attention · MiB above inputs; float32, 1 thread, methods at budget {BUDGET:g}"
+    caption = f"ms · times attention · MiB above inputs; float32, CPU time of 1 thread, methods at budget {BUDGET:g}"
     text = [f"# Statistics and methods against one attention call\n\nEach cell: {caption}.\n"]
     for shape in (SMALL, QWEN):
         rows = cells(figures, shape, lengths)
