@@ -1,23 +1,22 @@
-"""Methods that only tests need, registered as a user would register theirs."""
+"""Methods that only tests need; not registered, so that other tests do not list them."""
 
 from dataclasses import dataclass
 
 import torch
 
 from kvweave import LayerView, Method, Plan
-from kvweave.methods import register
 from kvweave.methods.options import integer
 from kvweave.ops.select import top_and_recent
 
 
-@register("heavier")
 @dataclass(frozen=True)
 class Heavier(Method):
     """Layer-adaptive: each layer's budget grows with its number, whatever the statistics say; window scores."""
 
-    window: int = integer(4, minimum=1, help="last rows that vote")
-
+    name = "heavier"
     layer_adaptive = True
+
+    window: int = integer(4, minimum=1, help="last rows that vote")
 
     @property
     def query_rows(self) -> int:
@@ -41,10 +40,11 @@ class Heavier(Method):
         return Plan(top_and_recent(view.window_attention(self.window), budget, budget // 2))
 
 
-@register("biased")
 @dataclass(frozen=True)
 class Biased(Method):
     """Keeps the first and the last tokens and adds to each entry's logit a number of its column and head."""
+
+    name = "biased"
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         first = budget // 2
