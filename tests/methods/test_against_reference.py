@@ -108,6 +108,18 @@ def test_rows_of_different_length_in_one_padded_batch(name, sizes):
         assert_matches(layers, expected, row=number, offset=front)
 
 
+@pytest.mark.parametrize("name", registered("d2o", "vlcache"))
+def test_the_least_layer_budget_binds(name):
+    """2.3: floor(L / 100), here two: one layer's statistic is far from the others', the budget is small."""
+    options = {"d2o": {"var_norm": "none"}, "vlcache": {"p": 0.9}}[name]
+    sharp = random_case([i % 9 < 4 for i in range(207)], layers=1, heads=1, kv_heads=1, dim=4, seed=1, sharpness=9.0)
+    flat = random_case([i % 9 < 4 for i in range(207)], layers=1, heads=1, kv_heads=1, dim=4, seed=2, sharpness=0.0)
+    case = replace(sharp, queries=sharp.queries + flat.queries, keys=sharp.keys * 2, values=sharp.values * 2)
+    expected = reference.compress(name, reference_layers(case), 5, **options)
+    assert [len(layer.heads[0].positions) for layer in expected] == [2, 8]
+    assert_matches(compress(name, case, 5, **options), expected)
+
+
 # One row of uniform attention is the same number in every column, whatever the order of summation.
 ONE_ROW = {
     "snapkv": {"window": 1, "kernel": 1},
