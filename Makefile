@@ -29,8 +29,8 @@ format: $(READY)
 bench: $(READY)  ## statistics and methods against one attention call
 	$(BIN)/python -m benchmarks.statistics
 
-table: $(READY)  ## README's table: methods x the lab's tasks x budgets
-	$(BIN)/kvweave lab table
+table: $(READY)  ## README's tables: all methods x the lab's tasks x budgets, question seen and not (resumes)
+	$(BIN)/kvweave eval --protocol seen,unseen --out docs/results/eval
 
 gpu:  ## everything that needs a GPU, in one call, with the Python at hand
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu

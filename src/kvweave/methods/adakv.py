@@ -1,4 +1,4 @@
-"""AdaKV: SnapKV with budgets of each head's own (Feng et al., 2407.11550; METHODS 10.5)."""
+"""AdaKV: SnapKV with budgets of each head's own (Feng et al., 2407.11550; SPEC 10.5)."""
 
 from dataclasses import dataclass
 

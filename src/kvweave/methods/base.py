@@ -132,7 +132,7 @@ class Method:
 
 @dataclass(frozen=True)
 class MergingMethod(Method):
-    """Base of methods that merge dropped tokens into kept ones (METHODS 2.2 and 4)."""
+    """Base of methods that merge dropped tokens into kept ones (SPEC 2.2 and 4)."""
 
     merge_rule: str = choice("similarity", *RULES, help="weights of the members of a merged entry")
     merge_keys: bool = flag(True, help="merge keys as well as values")

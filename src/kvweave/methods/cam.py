@@ -1,4 +1,4 @@
-"""CaM: evicted values are spread over the kept tokens that follow (ICML 2024; METHODS 10.8)."""
+"""CaM: evicted values are spread over the kept tokens that follow (ICML 2024; SPEC 10.8)."""
 
 from dataclasses import dataclass, replace
 

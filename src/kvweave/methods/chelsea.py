@@ -1,4 +1,4 @@
-"""Chelsea-style: chunked soft matching, round by round (2506.11418, reduced to its abstract; METHODS 9.1)."""
+"""Chelsea-style: chunked soft matching, round by round (2506.11418, reduced to its abstract; SPEC 9.1)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""D2O: layer budgets by the variance of attention, merges above a similarity (Wan et al., 2406.13035; METHODS 8)."""
+"""D2O: layer budgets by the variance of attention, merges above a similarity (Wan et al., 2406.13035; SPEC 8)."""
 
 import math
 from dataclasses import dataclass, replace

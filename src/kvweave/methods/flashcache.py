@@ -1,7 +1,7 @@
 """FlashCache: tokens that deviate from the low frequencies of their sequence.
 
 Source: Revisiting Multimodal KV Cache Compression: A Frequency-Domain-Guided Outlier-KV-Aware Approach (2511.16786);
-METHODS 5. Reads no attention at all.
+SPEC 5. Reads no attention at all.
 """
 
 from dataclasses import dataclass

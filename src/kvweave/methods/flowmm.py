@@ -1,7 +1,7 @@
 """FlowMM: cross-modal information flow guides the merge, sensitivity guards it.
 
 Source: FlowMM: Cross-Modal Information Flow Guided KV Cache Merging (2511.05534), Sec. 3.3, Eqs. 6-10;
-the open points and our readings are in METHODS 3.1 and docs/ERRATA.md.
+the open points and our readings are in SPEC 3.1 and docs/ERRATA.md.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""H2O: heavy hitters and a recent window (Zhang et al., 2306.14048; METHODS 10.2)."""
+"""H2O: heavy hitters and a recent window (Zhang et al., 2306.14048; SPEC 10.2)."""
 
 from dataclasses import dataclass
 

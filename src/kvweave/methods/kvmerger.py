@@ -1,4 +1,4 @@
-"""KVMerger: runs of similar keys become one entry (Wang et al., 2407.08454; METHODS 9)."""
+"""KVMerger: runs of similar keys become one entry (Wang et al., 2407.08454; SPEC 9)."""
 
 from dataclasses import dataclass, replace
 

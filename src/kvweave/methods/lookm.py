@@ -1,4 +1,4 @@
-"""LOOK-M: text first, and the rest merged (Wan et al., 2406.18139; METHODS 6)."""
+"""LOOK-M: text first, and the rest merged (Wan et al., 2406.18139; SPEC 6)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""MadaKV-style: modality preference by head (2506.15724, reduced; METHODS 10.9).
+"""MadaKV-style: modality preference by head (2506.15724, reduced; SPEC 10.9).
 
 The paper's hierarchical compensation between layers is not part of this.
 """

@@ -1,4 +1,4 @@
-"""MEDA: layer budgets by cross-modal entropy (Wan et al., 2502.17599; METHODS 7)."""
+"""MEDA: layer budgets by cross-modal entropy (Wan et al., 2502.17599; SPEC 7)."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""MixKV: importance mixed with diversity (2510.20707; METHODS 10.7)."""
+"""MixKV: importance mixed with diversity (2510.20707; SPEC 10.7)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""PyramidKV: SnapKV with budgets that fall with depth (Cai et al., 2406.02069; METHODS 10.4)."""
+"""PyramidKV: SnapKV with budgets that fall with depth (Cai et al., 2406.02069; SPEC 10.4)."""
 
 from dataclasses import dataclass
 

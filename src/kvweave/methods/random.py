@@ -1,4 +1,4 @@
-"""Random eviction: the floor that a method has to beat (METHODS 10.10)."""
+"""Random eviction: the floor that a method has to beat (SPEC 10.10)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""SnapKV: what the end of the prompt looks at (Li et al., 2404.14469; METHODS 10.3)."""
+"""SnapKV: what the end of the prompt looks at (Li et al., 2404.14469; SPEC 10.3)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""StreamingLLM: attention sinks and a recent window (Xiao et al., 2309.17453; METHODS 10.1)."""
+"""StreamingLLM: attention sinks and a recent window (Xiao et al., 2309.17453; SPEC 10.1)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""VL-Cache: what the text after the images looks at, layers by the density of that (2410.23317; METHODS 10.6)."""
+"""VL-Cache: what the text after the images looks at, layers by the density of that (2410.23317; SPEC 10.6)."""
 
 from dataclasses import dataclass
 

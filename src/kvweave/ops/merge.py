@@ -1,4 +1,4 @@
-"""How much of each member a merged entry is made of, and its sum over members (METHODS 2.2)."""
+"""How much of each member a merged entry is made of, and its sum over members (SPEC 2.2)."""
 
 import math
 
@@ -45,7 +45,7 @@ def merge_weights(
     """Weights of the members and of the kept token itself in each merged entry.
 
     An entry that stands for several tokens already (a later turn) counts as that many; with mass 1 everywhere
-    this is the table of METHODS 2.2.
+    this is the table of SPEC 2.2.
 
     Args:
         rule: one of `RULES`.
