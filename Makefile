@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test lint format bench gpu table clean
+.PHONY: run test lint format bench table errata docs gpu clean
 
 run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
 	$(BIN)/kvweave run
@@ -31,6 +31,12 @@ bench: $(READY)  ## statistics and methods against one attention call
 
 table: $(READY)  ## README's tables: all methods x the lab's tasks x budgets, question seen and not (resumes)
 	$(BIN)/kvweave eval --protocol seen,unseen --out docs/results/eval
+
+errata: $(READY)  ## docs/results/errata.md: what our readings of the papers change (resumes)
+	$(BIN)/kvweave eval --protocol seen,unseen --budgets 0.2 --methods "$$(cat docs/results/errata.txt)" --out docs/results/errata
+
+docs: $(READY)  ## docs/METHODS.md from the registry
+	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md
 
 gpu:  ## everything that needs a GPU, in one call, with the Python at hand
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu

@@ -260,10 +260,11 @@ class Session:
         self._undo.append(before.remove)
         after = part.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
         self._undo.append(after.remove)
-        for module in part.modules():
-            if isinstance(getattr(module, "layer_idx", None), int) and part is self.model:
-                noted = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
-                self._undo.append(noted.remove)
+        if part is self.model and (self.method is None or self.method.turns_keys):
+            for module in part.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    noted = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+                    self._undo.append(noted.remove)
         if not hasattr(part, "generate"):
             return
         own = part.__dict__.get("generate")

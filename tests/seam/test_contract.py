@@ -87,7 +87,9 @@ def test_the_flow_of_a_prompt_is_what_compress_tensors_computes_of_its_queries_a
     with kvweave.compress(model, FLOW) as session:
         decode(model, inputs, 1)
     queries, keys, values, scaling = captured(model, inputs)
-    alone = kvweave.compress_tensors(FLOW, queries, keys, values, visual=inputs["input_ids"] == IMAGE, scaling=scaling)
+    alone = kvweave.compress_tensors(
+        FLOW, queries, keys, values, visual=inputs["input_ids"] == IMAGE, scaling=scaling
+    )
     for layer, tensors in zip(session.cache.layers, alone, strict=True):
         assert layer.flow == pytest.approx(tensors.flow, abs=1e-6)
         assert torch.equal(layer.positions, tensors.positions)

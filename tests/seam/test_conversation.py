@@ -51,7 +51,8 @@ def say(model, cache, ids, mask=None, **options):
 def kept(cache, end):
     """For each layer, row and head the set of columns below `end`."""
     return [
-        [[{int(p) for p in head if 0 <= p < end} for head in row] for row in layer.positions] for layer in cache.layers
+        [[{int(p) for p in head if 0 <= p < end} for head in row] for row in layer.positions]
+        for layer in cache.layers
     ]
 
 
@@ -212,7 +213,9 @@ def test_sessions_compress_conversations_too():
     with kvweave.compress(model, SNAP) as session:
         out = model.generate(**inputs, max_new_tokens=5, return_dict_in_generate=True)
         ids = torch.cat([out.sequences, words(1, 11, seed=9)], 1)
-        again = model.generate(ids, max_new_tokens=2, past_key_values=out.past_key_values, return_dict_in_generate=True)
+        again = model.generate(
+            ids, max_new_tokens=2, past_key_values=out.past_key_values, return_dict_in_generate=True
+        )
     assert again.past_key_values is out.past_key_values is session.cache
     assert session.report["totals"] | {"bytes": 0, "bytes_before": 0} == {
         "length": 92,
@@ -345,7 +348,9 @@ def test_drafts_are_really_verified_several_at_a_time():
     ids = words(1, 12, seed=1).repeat(1, 3)
     widths = []
     hook = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(kwargs["inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"].shape[1]),
+        lambda module, args, kwargs: widths.append(
+            kwargs["inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"].shape[1]
+        ),
         with_kwargs=True,
     )
     with kvweave.compress(model, SNAP):
@@ -470,7 +475,9 @@ def test_crop_of_nothing_is_nothing(attached):
     cache, _, _ = filled(attached, SNAP)
     before = snapshot(cache)
     cache.crop(0)
-    assert all(torch.equal(a, b) for x, y in zip(before, snapshot(cache), strict=True) for a, b in zip(x, y, strict=True))
+    assert all(
+        torch.equal(a, b) for x, y in zip(before, snapshot(cache), strict=True) for a, b in zip(x, y, strict=True)
+    )
     kvweave.CompressedCache(attached.config, SNAP).crop(-3)
 
 
@@ -569,7 +576,9 @@ def test_the_next_position_is_the_logical_one_whatever_the_budget():
     seen = {}
     for budget in (1.0, 0.5, 0.1):
         cosines = seen.setdefault(budget, [])
-        hook = model.model.rotary_emb.register_forward_hook(lambda module, args, out, into=cosines: into.append(out[0]))
+        hook = model.model.rotary_emb.register_forward_hook(
+            lambda module, args, out, into=cosines: into.append(out[0])
+        )
         with kvweave.compress(model, kvweave.SnapKV(budget=budget, window=4)):
             decode(model, inputs, 4)
         hook.remove()

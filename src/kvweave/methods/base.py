@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -118,7 +119,7 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `method_from_dict` reads it back."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        return {"name": self.address(), **dataclasses.asdict(self)}
 
     def spelling(self) -> str:
         """The command line's spelling, with the options that differ from their defaults."""
@@ -127,7 +128,13 @@ class Method:
             for f in dataclasses.fields(self)
             if f.name == "budget" or getattr(self, f.name) != f.default
         }
-        return f"{self.name}:" + ",".join(f"{key}={value}" for key, value in changed.items())
+        return f"{self.address()}:" + ",".join(f"{key}={value}" for key, value in changed.items())
+
+    @classmethod
+    def address(cls) -> str:
+        """The name by which any process finds the method: with its module if it is not one of kvweave's own."""
+        outside = not cls.__module__.startswith(f"{__package__}.")
+        return f"{cls.__module__}.{cls.name}" if outside else cls.name
 
 
 @dataclass(frozen=True)
@@ -235,11 +242,20 @@ def list_methods() -> list[str]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The class registered under `name`; a ValueError names the nearest one."""
+    """The class registered under `name`; a ValueError names the nearest one.
+
+    A method of another package is named with its module, which is then imported: `my_package.my_module.my_method`.
+    """
+    module, _, short = name.rpartition(".")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"method={name!r} cannot be imported: {error}") from None
     known = _REGISTRY | _WRAPPERS
-    if name not in known:
-        raise ValueError(f"method={name!r} is unknown{_nearest(name, known)}: allowed is one of {_names(known)}")
-    return known[name]
+    if short not in known:
+        raise ValueError(f"method={name!r} is unknown{_nearest(short, known)}: allowed is one of {_names(known)}")
+    return known[short]
 
 
 def get_method(name: str, **options: Any) -> Method:
