@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from kvweave.cli.console import BAD_INPUT, UNEXPECTED, BadInput
+from kvweave.cli.console import BAD_INPUT, STOPPED, UNEXPECTED, BadInput
 from kvweave.cli.flow import flow
 from kvweave.cli.lab import lab
 from kvweave.cli.methods import methods
@@ -35,11 +35,13 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = app(args=typed, prog_name="kvweave", standalone_mode=False)
+        if code == STOPPED:  # typer's own answer to Ctrl-C
+            return _fail("stopped", STOPPED)
         return code if isinstance(code, int) else 0
     except BadInput as error:
         return _fail(str(error), BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("stopped", 130)
+        return _fail("stopped", STOPPED)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's own errors: unknown options, missing values
         if usage is not None:
