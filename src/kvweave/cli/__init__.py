@@ -1,4 +1,4 @@
-"""The command line: `kvweave run | flow | methods | lab`. Exit codes: 0 done, 2 bad input, 1 anything else."""
+"""The command line: `kvweave run | eval | flow | methods | lab`. Exit codes: 0 done, 2 bad input, 1 anything else."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from kvweave.cli.console import BAD_INPUT, STOPPED, UNEXPECTED, BadInput
+from kvweave.cli.eval import evaluate
 from kvweave.cli.flow import flow
 from kvweave.cli.lab import lab
 from kvweave.cli.methods import methods
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run)
+app.command("eval")(evaluate)
 app.command("flow")(flow)
 app.command("methods")(methods)
 app.add_typer(lab, name="lab")
@@ -46,6 +48,8 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         usage = getattr(error, "format_message", None)  # click's own errors: unknown options, missing values
         if usage is not None:
             return _fail(_given(error, typed) + usage(), BAD_INPUT) if usage() else BAD_INPUT  # none: help was shown
+        if isinstance(error, ValueError) and "allowed is" in str(error):  # how the library refuses an option
+            return _fail(str(error), BAD_INPUT)
         if os.environ.get("KVWEAVE_DEBUG"):
             raise
         return _fail(
