@@ -313,7 +313,9 @@ class Session:
         seen, new = cache.get_seq_length(), inputs.shape[1]
         talk.prompt = self._prompt(talk.prompt, ids, inputs, kwargs, seen)
         end = getattr(running, "end", None) or talk.declared
-        if end is not None:
+        if talk.frozen:
+            pass
+        elif end is not None:
             talk.end = end
         elif new > 1 or seen == 0:
             talk.end = seen + new
