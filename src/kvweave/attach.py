@@ -313,12 +313,11 @@ class Session:
         seen, new = cache.get_seq_length(), inputs.shape[1]
         talk.prompt = self._prompt(talk.prompt, ids, inputs, kwargs, seen)
         end = getattr(running, "end", None) or talk.declared
-        if talk.frozen:
-            pass
-        elif end is not None:
-            talk.end = end
-        elif new > 1 or seen == 0:
-            talk.end = seen + new
+        if not talk.frozen:
+            if end is not None:
+                talk.end = end
+            elif new > 1 or seen == 0:
+                talk.end = seen + new
         if talk.declared is not None and seen + new >= talk.declared:
             talk.declared = None
         return args, kwargs
