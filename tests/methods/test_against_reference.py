@@ -120,6 +120,15 @@ def test_the_least_layer_budget_binds(name):
     assert_matches(compress(name, case, 5, **options), expected)
 
 
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("name", registered("mixkv"))
+def test_redundancy_of_few_similar_keys(name, seed):
+    """10.7: on short prompts with keys that lean one way, r decides, and so does its divisor L - 1."""
+    case = random_case([False] * (5 + seed % 4), layers=2, seed=seed, sharpness=0.1)
+    case = replace(case, keys=[k + 0.8 for k in case.keys])
+    assert_matches(compress(name, case, 2, window=1), reference.compress(name, reference_layers(case), 2, window=1))
+
+
 # One row of uniform attention is the same number in every column, whatever the order of summation.
 ONE_ROW = {
     "snapkv": {"window": 1, "kernel": 1},
