@@ -32,7 +32,12 @@ SLIDING = ["sliding_attention", "full_attention"]
 
 
 def rotary(*sections):
-    return {"rope_type": "default", "rope_theta": 100.0, "mrope_section": list(sections), "partial_rotary_factor": 1.0}
+    return {
+        "rope_type": "default",
+        "rope_theta": 100.0,
+        "mrope_section": list(sections),
+        "partial_rotary_factor": 1.0,
+    }
 
 
 @dataclass
@@ -337,7 +342,13 @@ def test_a_model_of_sliding_layers_alone_is_warned_about_and_reported_by_their_k
 
 @pytest.mark.parametrize("kind", ["t5", "florence2"])
 def test_encoder_decoders_are_refused_by_name(kind):
-    vision = {"patch_size": DEFAULT, "embed_dim": [8] * 4, "num_heads": [1] * 4, "num_groups": [1] * 4, "depths": [1] * 4}
+    vision = {
+        "patch_size": DEFAULT,
+        "embed_dim": [8] * 4,
+        "num_heads": [1] * 4,
+        "num_groups": [1] * 4,
+        "depths": [1] * 4,
+    }
     inner = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     special = {"vision_config": vision, "text_config": inner} if kind == "florence2" else {}
     model = build(tiny_config(kind, **special), attention="eager")

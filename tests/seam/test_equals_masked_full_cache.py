@@ -220,7 +220,9 @@ def test_a_mask_of_the_users_own_is_read_at_the_kept_columns():
         return torch.zeros(rows, columns).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
 
     def run(cache):
-        cache = model(input_ids=ids, attention_mask=mask(26, 26), past_key_values=cache, use_cache=True).past_key_values
+        cache = model(
+            input_ids=ids, attention_mask=mask(26, 26), past_key_values=cache, use_cache=True
+        ).past_key_values
         steps = [
             model(input_ids=follow[:, n : n + 1], attention_mask=mask(1, 27 + n), past_key_values=cache).logits[:, -1]
             for n in range(4)

@@ -162,9 +162,7 @@ def picture_inputs(lengths=(24,), *, pictures=2, seed=0, dtype=torch.float32):
 
 def decode(model, inputs, steps=4, **options):
     """Greedy tokens [batch, steps] and the raw logits of each step [batch, steps, vocabulary]."""
-    out = model.generate(
-        **inputs, max_new_tokens=steps, return_dict_in_generate=True, output_logits=True, **options
-    )
+    out = model.generate(**inputs, max_new_tokens=steps, return_dict_in_generate=True, output_logits=True, **options)
     return out.sequences[:, -steps:], torch.stack(out.logits, 1)
 
 
