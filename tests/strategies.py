@@ -11,7 +11,7 @@ import kvweave
 import reference
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """One list entry per layer: [batch, heads, length, dim], and [batch, kv_heads, length, dim] twice."""
 
@@ -22,6 +22,15 @@ class Case:
     valid: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     scaling: float | None = None
+
+    def __repr__(self) -> str:
+        """Short enough to be read in a failing property's report."""
+        modalities = "".join("TV"[v] for v in self.visual[0].tolist())
+        heads = f"{self.queries[0].shape[1]} heads on {self.kv_heads}, dim {self.queries[0].shape[-1]}"
+        return f"Case({modalities}, {len(self.keys)} layers, {heads}, {self.keys[0].dtype})"
+
+    def _repr_pretty_(self, printer, cycle) -> None:  # hypothesis asks this first
+        printer.text(repr(self))
 
     @property
     def length(self) -> int:
@@ -162,15 +171,18 @@ class Kept:
     keys: torch.Tensor
     values: torch.Tensor
     mass: list[float]
+    bias: torch.Tensor  # zeros where the method has none
 
 
 def kept(layer, row: int, kv: int, offset: int = 0) -> Kept:
     filled = layer.positions[row, kv] >= 0
+    bias = torch.zeros_like(layer.mass) if layer.bias is None else layer.bias
     return Kept(
         (layer.positions[row, kv][filled] - offset).tolist(),
         layer.keys[row, kv][filled],
         layer.values[row, kv][filled],
         layer.mass[row, kv][filled].tolist(),
+        bias[row, kv][filled],
     )
 
 
@@ -185,7 +197,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float,
 
 
 def assert_matches(layers, expected: list[reference.LayerResult], *, row: int = 0, offset: int = 0, tolerance=1e-5):
-    """Positions and mass exactly, keys and values up to the tolerance."""
+    """Positions and mass exactly, keys, values and bias up to the tolerance."""
     assert len(layers) == len(expected)
     for number, (heads, wanted) in enumerate(zip(heads_of(layers, row, offset), expected, strict=True)):
         for kv, (head, want) in enumerate(zip(heads, wanted.heads, strict=True)):
@@ -195,9 +207,10 @@ def assert_matches(layers, expected: list[reference.LayerResult], *, row: int = 
             shape = (len(want.positions), layers[number].keys.shape[-1])
             assert_close(head.keys, torch.tensor(want.keys).reshape(shape), tolerance, f"{where}, keys")
             assert_close(head.values, torch.tensor(want.values).reshape(shape), tolerance, f"{where}, values")
+            assert_close(head.bias, torch.tensor(want.bias), tolerance, f"{where}, bias")
 
 
-def assert_same(actual: list[list[Kept]], expected: list[list[Kept]], *, tolerance: float = 0.0) -> None:
+def assert_same(actual: list[list[Kept]], expected: list[list[Kept]], *, tolerance=0.0, bias=True) -> None:
     """Two results of kvweave; tolerance 0 is bit for bit."""
     assert len(actual) == len(expected)
     for number, (heads, wanted) in enumerate(zip(actual, expected, strict=True)):
@@ -207,6 +220,8 @@ def assert_same(actual: list[list[Kept]], expected: list[list[Kept]], *, toleran
             assert head.mass == want.mass, where
             assert_close(head.keys, want.keys, tolerance, f"{where}, keys")
             assert_close(head.values, want.values, tolerance, f"{where}, values")
+            if bias:
+                assert_close(head.bias, want.bias, tolerance, f"{where}, bias")
 
 
 # ---------------------------------------------------------------- the options each method is tried with
@@ -336,6 +351,10 @@ def uses_budget(name: str, options: dict) -> bool:
 def names_and_options() -> list[tuple[str, dict]]:
     """Every registered method with every set of options it is tried with."""
     return [(name, options) for name in kvweave.list_methods() for options in OPTIONS.get(name, [{}])]
+
+
+def registered(*names: str) -> list[str]:
+    return [name for name in names if name in kvweave.list_methods()]
 
 
 def spelled(options: dict) -> str:

@@ -20,9 +20,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvweave.cache import CompressedCache, CompressedLayer, Link
-from kvweave.methods.base import MergingMethod, Method
+from kvweave.methods.base import Method
 from kvweave.ops.statistics import AttentionRule
 from kvweave.prompt import Prompt, visual_mask, visual_token_ids
+from kvweave.slots import Slots
 
 _PREFIX = "kvweave_"
 
@@ -37,31 +38,32 @@ def _base_attention(module: nn.Module, base: str) -> Callable[..., Any]:
     return table.get_interface(base, getattr(home, "eager_attention_forward", None))
 
 
-def _slot_mask(link: Link, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+def _slot_mask(slots: Slots, mask: Tensor | None, queries: Tensor) -> Tensor | None:
     """The model's mask, which speaks of logical columns, at the slots that a compressed layer holds.
 
     Args:
         mask: [batch or 1, heads or 1, new, columns], boolean or additive; or [batch, columns] (flash attention);
             None: causal.
+        queries: [batch, heads, new, dim].
     Returns:
         [batch, heads, new, slots], or [batch, slots] for a two-dimensional mask, or None where every slot is seen.
     """
-    positions = link.positions
+    positions = slots.positions
     if positions is None:
         return mask
-    batch, kv_heads, slots = positions.shape
+    batch, kv_heads, count = positions.shape
     heads, new = queries.shape[1], queries.shape[2]
-    empty = positions < 0 if link.has_empty else None
+    empty = positions < 0 if slots.has_empty else None
     if mask is not None and mask.dim() == 2:
         return None if empty is None else ~empty[:, 0]
     if mask is None:
-        if empty is None and link.bias is None and new == 1:
+        if empty is None and slots.bias is None and new == 1:
             return None
-        row = torch.arange(slots - new, slots, device=positions.device)[:, None]
-        seen = torch.arange(slots, device=positions.device) <= row  # every old slot, and the new ones so far
-        seen = seen.expand(batch, kv_heads, new, slots)
+        row = torch.arange(count - new, count, device=positions.device)[:, None]
+        seen = torch.arange(count, device=positions.device) <= row  # every old slot, and the new ones so far
+        seen = seen.expand(batch, kv_heads, new, count)
     else:
-        columns = positions.clamp(min=0)[:, :, None].expand(batch, kv_heads, new, slots)
+        columns = positions.clamp(min=0)[:, :, None].expand(batch, kv_heads, new, count)
         if mask.shape[1] not in (1, kv_heads):  # a mask of its own for each query head
             columns = columns.repeat_interleave(heads // kv_heads, 1)
         seen = mask.expand(batch, columns.shape[1], new, mask.shape[-1]).gather(-1, columns)
@@ -69,8 +71,8 @@ def _slot_mask(link: Link, mask: Tensor | None, queries: Tensor) -> Tensor | Non
     if empty is not None:
         hidden = _by_head(empty[:, :, None], heads)
         seen = seen & ~hidden if seen.dtype == torch.bool else seen.masked_fill(hidden, torch.finfo(seen.dtype).min)
-    if link.bias is not None:
-        bias = _by_head(link.bias[:, :, None].to(queries.dtype), heads)
+    if slots.bias is not None:
+        bias = _by_head(slots.bias[:, :, None].to(queries.dtype), heads)
         least = torch.finfo(queries.dtype).min
         return torch.where(seen, bias, least) if seen.dtype == torch.bool else seen + bias
     return seen
@@ -81,6 +83,58 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
+def _attend(
+    function: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slots: Slots,
+    options: dict[str, Any],
+) -> tuple[Any, Tensor | None]:
+    """Attention to one block's slots, and the mask that it used."""
+    mask = _slot_mask(slots, mask, query)
+    if slots.positions is not None and mask is not None:
+        options = options | {"is_causal": False}  # the mask says it all
+    return function(module, query, key, value, mask, **options), mask
+
+
+def _attend_by_head(
+    function: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    mask: Tensor | None,
+    blocks: tuple[Slots, ...],
+    options: dict[str, Any],
+) -> tuple[Any, Tensor | None]:
+    """Attention where each KV head holds a count of its own: a call for each, so that only what is kept is read."""
+    group = query.shape[1] // len(blocks)
+    count = max(block.count for block in blocks)
+    outs, masks = [], []
+    for head, block in enumerate(blocks):
+        part = slice(head * group, (head + 1) * group)
+        own = mask[:, part] if mask is not None and mask.dim() == 4 and mask.shape[1] > 1 else mask
+        given = options
+        if options.get("s_aux") is not None:
+            given = options | {"s_aux": options["s_aux"][part]}
+        out, used = _attend(function, module, query[:, part], block.keys, block.values, own, block, given)
+        outs.append(out)
+        masks.append(used)
+    weights = None  # attention weights of heads that hold different counts do not make a tensor
+    out = torch.cat([o[0] for o in outs], 2)
+    if query.shape[2] == 1 or any(m is None for m in masks):
+        return (out, weights), None
+    padded = [_hidden_in_front(m, count) for m in masks if m is not None]
+    return (out, weights), torch.cat(padded, 1)
+
+
+def _hidden_in_front(mask: Tensor, count: int) -> Tensor:
+    """`mask` [batch, heads, new, slots] for `count` slots, those added in front unseen."""
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return torch.nn.functional.pad(mask, (count - mask.shape[-1], 0), value=hidden)
+
+
 def _attention(base: str) -> Callable[..., Any]:
     def kvweave_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -89,16 +143,17 @@ def _attention(base: str) -> Callable[..., Any]:
         link: Link | None = getattr(key, "_kvweave", None)
         if link is None:
             return function(module, query, key, value, attention_mask, **kwargs)
-        mask = _slot_mask(link, attention_mask, query)
-        if link.positions is not None and mask is not None:
-            kwargs["is_causal"] = False  # the mask says it all
-        out = function(module, query, key, value, mask, **kwargs)
+        if len(link.blocks) == 1:
+            out, mask = _attend(function, module, query, key, value, attention_mask, link.blocks[0], kwargs)
+        else:
+            out, mask = _attend_by_head(function, module, query, attention_mask, link.blocks, kwargs)
         scaling = kwargs.get("scaling")
         rule = AttentionRule(
             query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
         )
+        link.layer.rotated = getattr(module, "use_rope", True) not in (False, 0)
         link.layer.after_attention(query, rule, mask if mask is not None and mask.dim() == 4 else None)
         return out
 
@@ -112,6 +167,14 @@ def _register(base: str) -> str:
     AttentionInterface.register(name, _attention(base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
+
+
+def _interleaved(module: nn.Module) -> bool:
+    """How the module's own file pairs channels in rotary: (2m, 2m + 1), else (m, m + dim / 2)."""
+    home = sys.modules[type(module).__module__]
+    names = ("rotate_half_llm", "rotate_half_text", "rotate_half")
+    swap = next((getattr(home, name) for name in names if hasattr(home, name)), None)
+    return swap is not None and bool(swap(torch.arange(1.0, 5.0)).tolist() == [-2.0, 1.0, -4.0, 3.0])
 
 
 # -------------------------------------------------------------------- the model
@@ -197,6 +260,10 @@ class Session:
         self._undo.append(before.remove)
         after = part.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
         self._undo.append(after.remove)
+        for module in part.modules():
+            if isinstance(getattr(module, "layer_idx", None), int) and part is self.model:
+                noted = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+                self._undo.append(noted.remove)
         if not hasattr(part, "generate"):
             return
         own = part.__dict__.get("generate")
@@ -252,6 +319,17 @@ class Session:
         if talk.declared is not None and seen + new >= talk.declared:
             talk.declared = None
         return args, kwargs
+
+    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the rotary tables, for methods that turn keys."""
+        cache, tables = self.cache, kwargs.get("position_embeddings")
+        if cache is None or not cache.conversation.turns_keys or not isinstance(tables, tuple):
+            return
+        layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None  # type: ignore
+        if not isinstance(layer, CompressedLayer) or layer.index or not getattr(module, "is_causal", True):
+            return  # all compressed layers are turned by the same tables; a vision tower has its own
+        cos, sin = (_one_axis(table, self.model.config.get_text_config(decoder=True)) for table in tables)
+        cache.conversation.append_rotary(cos, sin, layer.seen, interleaved=_interleaved(module))
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self._running.depth -= 1
@@ -366,8 +444,17 @@ def _input_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 def _check_bias(method: Method, implementation: str) -> None:
     """Flash attention takes no bias on its logits."""
-    if isinstance(method, MergingMethod) and method.mass_bias and "flash" in implementation:
+    if method.biases_logits and "flash" in implementation:
         raise ValueError("mass_bias=True is not allowed with flash attention: allowed is sdpa or eager")
+
+
+def _one_axis(table: Tensor, config: Any) -> Tensor:
+    """Rotary tables of several axes, [axes, batch, columns, dim], as attention combines them (older transformers)."""
+    if table.dim() != 4:
+        return table
+    rope = getattr(config, "rope_parameters", None) or config.rope_scaling
+    parts = table.split([2 * n for n in rope["mrope_section"]], -1)
+    return torch.cat([part[axis % len(table)] for axis, part in enumerate(parts)], -1)
 
 
 # -------------------------------------------------------------------- what users call

@@ -4,6 +4,7 @@ Two lengths are kept apart: the logical one, which transformers is told and posi
 number of slots that memory holds. `kvweave.attach` lets attention know which logical column each slot is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvweave.compaction import Group, Outcome, Storage, compact, fits, group_rows
+from kvweave.compaction import Group, Outcome, compact, fits, group_rows, observe
 from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.budget import entries
+from kvweave.ops.rotary import paired_tables
 from kvweave.ops.statistics import AttentionRule
+from kvweave.packed import PackedSlots, packed
 from kvweave.prompt import Prompt
+from kvweave.slots import Slots, rectangular, stored
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Conversation:
         declared: the prompt's end as the user told it, for prompts that come in pieces outside `generate`.
         layers: how many layers are compressed.
         trace: keep each layer's fate, for pictures.
+        rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
+        interleaved: how rotary pairs channels.
         attached: a model that knows how to read this cache is running.
     """
 
@@ -39,7 +45,24 @@ class Conversation:
     declared: int | None = None
     layers: int = 0
     trace: bool = False
+    rotary: tuple[Tensor, Tensor] | None = None
+    interleaved: bool = False
     attached: bool = False
+
+    @property
+    def turns_keys(self) -> bool:
+        """The method needs the rotary tables."""
+        return self.method.turns_keys
+
+    def append_rotary(self, cos: Tensor, sin: Tensor, seen: int, *, interleaved: bool) -> None:
+        """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `seen` columns."""
+        tables = [paired_tables(table, interleaved=interleaved) for table in (cos, sin)]
+        if self.prompt is not None:
+            tables = [table.expand(self.prompt.valid.shape[0], -1, -1) for table in tables]
+        if self.rotary is not None and seen:
+            tables = [torch.cat([old[:, :seen], new], 1) for old, new in zip(self.rotary, tables, strict=True)]
+        self.rotary = tables[0], tables[1]
+        self.interleaved = interleaved
 
 
 @dataclass
@@ -54,14 +77,12 @@ class Record:
     rows: list[dict[str, Any]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Link:
-    """Goes with the keys from `update` to attention: whose they are, and which columns they stand for then."""
+    """Goes with the keys from `update` to attention: whose they are, and what lies in memory at that moment."""
 
     layer: "CompressedLayer"
-    positions: Tensor | None
-    bias: Tensor | None
-    has_empty: bool
+    blocks: tuple[Slots, ...]
 
 
 @dataclass
@@ -72,52 +93,99 @@ class Pending:
         groups: what the method sees, rows of equal length together.
         weights: of each group, for layer-adaptive methods.
         budgets, lengths: mean entries of a layer and real tokens, by row of the batch.
-        body: slots of the prompt; those behind it are not cut.
+        behind: slots behind the prompt, which are not cut.
     """
 
     groups: list[Group]
     weights: list[float]
     budgets: list[int]
     lengths: list[int]
-    body: int
+    behind: Slots
 
 
 class CompressedLayer(DynamicLayer):
     """One layer's keys and values, compressed once the prompt that fills it ends.
 
     Attributes:
-        keys, values: [batch, kv_heads, slots, dim].
-        positions: int64 [batch, kv_heads, slots], logical column of each slot, -1: empty.
-        mass: float32 [batch, kv_heads, slots], tokens a slot stands for.
+        blocks: what memory holds: one block for all KV heads, or one for each where heads keep different counts.
         flow: the layer's flow ratio at the last cut, mean over rows, or None.
+        fate: with `trace`, for each row int64 [kv_heads, length], the slot that a slot lives on in, -1: evicted.
         kind: "full" for a layer that is compressed, else why it is not.
     """
 
     def __init__(self, index: int, conversation: Conversation) -> None:
-        super().__init__()
         self.index = index
         self.conversation = conversation
         self._clear()
+        super().__init__()
 
     def _clear(self) -> None:
-        self.keys: Tensor
-        self.values: Tensor
-        self.is_initialized: bool
+        self.blocks: list[Slots | PackedSlots] = []
         self.seen = 0
         self.kind = "full"
         self.flow: float | None = None
-        self.bias: Tensor | None = None
-        self.has_empty = False
-        self.record: Record | None = None
         self.fate: list[Tensor] = []
+        self.memory: Tensor | None = None  # what the method left for a later turn
+        self.record: Record | None = None
+        self.pending: Pending | None = None
         self.unread = False  # keys handed out that attention has not been seen to read
-        self._positions: Tensor | None = None  # None: slot j is column j
-        self._mass: Tensor | None = None
+        self.rotated = True  # keys carry a rotary phase
         self._new = 0
         self._queries: list[Tensor] = []
-        self.pending: Pending | None = None
+
+    # ---------------------------------------------------------------- what users ask
+
+    @property
+    def slots(self) -> Slots | None:
+        """What memory holds, positions written out, heads that hold less padded in front; None: nothing yet."""
+        if not self.blocks:
+            return None
+        prompt = self.conversation.prompt
+        whole = rectangular([block.unpacked() for block in self.blocks])
+        return whole if prompt is None else whole.explicit(prompt.valid)
+
+    def _part(self, name: str) -> Any:
+        slots = self.slots
+        return None if slots is None else getattr(slots, name)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[batch, kv_heads, slots, dim]."""
+        return self._part("keys")
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """For transformers' constructor, which sets them to None."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """[batch, kv_heads, slots, dim]."""
+        return self._part("values")
+
+    @values.setter
+    def values(self, value: None) -> None:
+        """For transformers' constructor, which sets them to None."""
+
+    @property
+    def positions(self) -> Tensor | None:
+        """int64 [batch, kv_heads, slots], logical column of each slot, ascending; -1: empty, those come first."""
+        return self._part("positions")
+
+    @property
+    def mass(self) -> Tensor | None:
+        """float32 [batch, kv_heads, slots], tokens that a slot stands for."""
+        return self._part("mass")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that memory holds."""
+        return sum(block.nbytes for block in self.blocks)
 
     # ---------------------------------------------------------------- what transformers asks
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens; the keys carry a `Link` to attention."""
@@ -128,27 +196,22 @@ class CompressedLayer(DynamicLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[-2]
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
-        if self._positions is not None:
-            self._append_slots(new)
-        self.seen += new
-        self._new = new
+        if not self.blocks:
+            self.blocks = [Slots(key_states, value_states)]
+        elif len(self.blocks) == 1:
+            self.blocks = [self.blocks[0].appended(key_states, value_states, self.seen)]
+        else:
+            heads = zip(self.blocks, key_states.split(1, 1), value_states.split(1, 1), strict=True)
+            self.blocks = [block.appended(keys, values, self.seen) for block, keys, values in heads]
+        self._new = key_states.shape[-2]
+        self.seen += self._new
         self.unread = True
-        keys = self.keys.view_as(self.keys)
-        keys._kvweave = Link(self, self._positions, self.bias, self.has_empty)  # type: ignore[attr-defined]
-        return keys, self.values
-
-    def _append_slots(self, new: int) -> None:
-        assert self._positions is not None
-        assert self._mass is not None
-        batch, kv_heads, _ = self._positions.shape
-        columns = torch.arange(self.seen, self.seen + new, device=self._positions.device)
-        self._positions = torch.cat([self._positions, columns.expand(batch, kv_heads, new)], -1)
-        self._mass = torch.cat([self._mass, self._mass.new_ones(batch, kv_heads, new)], -1)
-        if self.bias is not None:
-            self.bias = torch.cat([self.bias, self.bias.new_zeros(batch, kv_heads, new)], -1)
+        blocks = tuple(block.unpacked() for block in self.blocks)
+        if len(blocks) == 1:
+            key_states, value_states = blocks[0].keys, blocks[0].values
+        keys = key_states.view_as(key_states)
+        keys._kvweave = Link(self, blocks)  # type: ignore[attr-defined]
+        return keys, value_states
 
     def get_seq_length(self) -> int:
         """Logical length: every token seen."""
@@ -159,87 +222,43 @@ class CompressedLayer(DynamicLayer):
         return self.seen + query_length, 0
 
     def reset(self) -> None:
-        super().reset()
+        """Forget everything."""
+        self.is_initialized = False
         self._clear()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; a positive number is the length to crop to (transformers before 5.20)."""
-        gone = self.seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        if gone <= 0 or not self.is_initialized:
-            return
-        self.seen -= gone
-        if self._positions is None:
-            self._truncate(gone)
-            return
-        # Decoded tokens lie at the end of every head; a cut prompt's may lie anywhere.
-        tail = int((self._positions >= self.seen).sum(-1).min())
-        self._truncate(tail)
-        dead = self._positions >= self.seen
-        if bool(dead.any()):
-            assert self._mass is not None
-            self._positions = self._positions.masked_fill(dead, -1)
-            self._mass = self._mass.masked_fill(dead, 0)
-            self.has_empty = True
+    def offload(self) -> None:
+        """Refused: the blocks stay where attention reads them."""
+        raise ValueError("a CompressedCache cannot be offloaded")
 
-    def _truncate(self, slots: int) -> None:
-        stop = self.slots - slots
-        self.keys, self.values = self.keys[..., :stop, :], self.values[..., :stop, :]
-        if self._positions is not None and self._mass is not None:
-            self._positions, self._mass = self._positions[..., :stop], self._mass[..., :stop]
-            self.bias = self.bias[..., :stop] if self.bias is not None else None
-        elif self._queries:
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; a positive number is the length to crop to (older transformers)."""
+        gone = self.seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if gone <= 0 or not self.blocks:
+            return
+        column = self.seen - gone
+        self.blocks = [block.before(column, self.seen) for block in self.blocks]
+        if self._queries:
             rows = torch.cat(self._queries, 2)
-            self._queries = [rows[:, :, : rows.shape[2] - slots]]
+            self._queries = [rows[:, :, : rows.shape[2] - gone]]
+        self.seen = column
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(indices)
+        """Keep the given rows of the batch, in that order."""
+        self.blocks = [block.rows(indices) for block in self.blocks]
+        self._queries = [queries[indices.to(queries.device)] for queries in self._queries]
+        self.memory = self.memory[indices.to(self.memory.device)] if self.memory is not None else None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._select(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
-
-    def _select(self, rows: Tensor) -> None:
-        """Keep the given rows of the batch, in that order."""
-        if not self.is_initialized:
-            return
-        rows = rows.to(self.keys.device)
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        self._queries = [queries[rows] for queries in self._queries]
-        if self._positions is not None and self._mass is not None:
-            self._positions, self._mass = self._positions[rows], self._mass[rows]
-            self.bias = self.bias[rows] if self.bias is not None else None
-
-    # ---------------------------------------------------------------- what users ask
-
-    @property
-    def slots(self) -> int:
-        """Entries that memory holds, for each row and KV head."""
-        return self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
-
-    @property
-    def positions(self) -> Tensor | None:
-        if self._positions is not None or not self.slots:
-            return self._positions
-        batch, kv_heads = self.keys.shape[:2]
-        columns = torch.arange(self.slots, device=self.keys.device).expand(batch, kv_heads, -1)
-        prompt = self.conversation.prompt
-        if prompt is None:
-            return columns
-        valid = prompt.valid[:, None, : self.slots].to(columns.device)
-        return columns.masked_fill(~valid, -1)
-
-    @property
-    def mass(self) -> Tensor | None:
-        if self._mass is not None or not self.slots:
-            return self._mass
-        positions = self.positions
-        return (positions >= 0).to(torch.float32) if positions is not None else None
+        if self.blocks:
+            batch = self.blocks[0].unpacked().keys.shape[0]
+            self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
 
     # ---------------------------------------------------------------- compression
 
+    @torch.no_grad()
     def after_attention(self, queries: Tensor, rule: AttentionRule, mask: Tensor | None) -> None:
         """Called once attention has read the keys of a forward pass; cuts the layer when the prompt is complete.
 
@@ -266,100 +285,85 @@ class CompressedLayer(DynamicLayer):
                 self._queries = [torch.cat(self._queries, 2)[:, :, -wanted:].clone()]
         if self.seen < talk.end:
             return
-        body = self.slots - (self.seen - talk.end)  # candidates of assisted decoding may lie behind the prompt
+        behind = self.seen - talk.end  # candidates of assisted decoding
         asked = torch.cat(self._queries, 2) if self._queries else None
         self._queries = []
-        if asked is not None and wanted != ALL_ROWS:
-            asked = asked[:, :, -wanted:]
-        rows = asked.shape[2] if asked is not None else 0
         # Of a prompt that came in pieces only the last one's mask is at hand: the whole counts as causal.
-        mask = mask[:, :, real - rows : real, :body] if mask is not None and 0 < rows <= real else None
-        self._prompt_complete(asked, rule, mask, body)
+        whole = asked is not None and asked.shape[2] == real
+        mask = mask[:, :, :real, : mask.shape[-1] - behind] if mask is not None and whole else None
+        self._prompt_complete(asked, rule, mask, behind)
 
-    def _prompt_complete(self, queries: Tensor | None, rule: AttentionRule, mask: Tensor | None, body: int) -> None:
-        """Cut the layer's first `body` slots, or with a layer-adaptive method prepare for `cut`."""
+    def _prompt_complete(self, queries: Tensor | None, rule: AttentionRule, mask: Tensor | None, behind: int) -> None:
+        """Cut all slots but the last `behind`, or with a layer-adaptive method prepare for `cut`."""
         talk = self.conversation
         assert talk.prompt is not None
-        prompt = talk.prompt.cropped(talk.end).to(self.keys.device)
+        prompt = talk.prompt.cropped(talk.end).to(self.device)
         lengths = prompt.lengths()
-        budgets = [entries(talk.method.budget, n, self._entry_bytes() * talk.layers) for n in lengths]
-        storage = Storage(
-            self.keys[:, :, :body],
-            self.values[:, :, :body],
-            self._columns()[..., :body],
-            self._masses()[..., :body],
-            None if self.bias is None else self.bias[..., :body],
-        )
+        slots = rectangular([block.unpacked() for block in self.blocks])
+        first = slots.positions is None
+        slots = slots.explicit(talk.prompt.valid)
+        entry_bytes = talk.layers * slots.nbytes // slots.count
+        budgets = [entries(talk.method.budget, n, entry_bytes) for n in lengths]
+        share = [
+            talk.method.layer_budgets(b, n, talk.layers)[self.index] for b, n in zip(budgets, lengths, strict=True)
+        ]
         adaptive = talk.method.layer_adaptive
-        layered = [talk.method.layer_budgets(b, n, talk.layers) for b, n in zip(budgets, lengths, strict=True)]
-        share = [row[self.index] for row in layered]
-        if not adaptive and self._positions is None and all(b >= n for b, n in zip(share, lengths, strict=True)):
-            self._note(lengths, self._bytes(), None)  # nothing to give up: not a bit is touched
+        if first and not adaptive and all(b >= n for b, n in zip(share, lengths, strict=True)):
+            self._store(self.blocks, lengths, None)  # nothing to give up: not a bit is touched
             return
         groups = group_rows(
-            storage, queries, prompt, rule, mask=mask, layer=self.index, layers=talk.layers, alone=adaptive
+            slots.first(slots.count - behind),
+            queries,
+            prompt,
+            rule,
+            mask=mask,
+            layer=self.index,
+            layers=talk.layers,
+            memory=self.memory,
+            rotary=talk.rotary if talk.turns_keys else None,
+            wanted=talk.method.query_rows,
+            alone=talk.method.plans_rows_alone,
         )
-        pending = Pending(groups, [], budgets, lengths, body)
+        for group in groups:
+            group.view.interleaved, group.view.rotated = talk.interleaved, self.rotated
+        pending = Pending(groups, [], budgets, lengths, slots.after(slots.count - behind))
         if not adaptive:
             self.cut(pending, share)
             return
-        pending.weights = [float(talk.method.observe(group.view)) for group in groups]
-        for group in groups:
-            group.view.release_queries()
+        pending.weights = observe(talk.method, groups, budgets)
         self.pending = pending
 
-    def cut(self, pending: "Pending", share: list[int]) -> None:
+    @torch.no_grad()
+    def cut(self, pending: Pending, share: list[int]) -> None:
         """Replace the prompt's slots by what the method keeps of them.
 
         Args:
             share: entries that each row of the batch keeps in this layer.
         """
         self.pending = None
-        before = self._bytes()
         if fits(pending.groups, share):
-            self._note(pending.lengths, before, None)
+            self._store(self.blocks, pending.lengths, None)
             return
         talk = self.conversation
-        outcome = compact(talk.method, pending.groups, share, trace=talk.trace)
-        done, body = outcome.compacted, pending.body
-        tail = slice(body, None)  # slots behind the prompt stay as they are
-        positions, mass = self._columns()[..., tail], self._masses()[..., tail]
-        bias = self.bias[..., tail] if self.bias is not None else torch.zeros_like(mass)
-        self.keys = torch.cat([done.keys, self.keys[:, :, tail]], 2)
-        self.values = torch.cat([done.values, self.values[:, :, tail]], 2)
-        self._positions = torch.cat([done.positions, positions], -1)
-        self._mass = torch.cat([done.mass, mass], -1)
-        self.bias = torch.cat([done.bias, bias], -1) if done.bias is not None else None
-        self.has_empty = bool((done.positions < 0).any())
-        self.flow = done.flow
+        outcome = compact(talk.method, pending.groups, share, pending.budgets, trace=talk.trace)
+        self.flow = outcome.compacted.flow
         self.fate = outcome.fate
-        self._note(pending.lengths, before, outcome)
+        self.memory = outcome.memory
+        self._store(stored(outcome.compacted, pending.behind), pending.lengths, outcome)
 
-    def _note(self, lengths: list[int], before: int, outcome: Outcome | None) -> None:
-        """Keep what the report will say."""
-        positions, mass = self._columns(), self._masses()
-        assert self.conversation.end is not None
-        prompt = (positions >= 0) & (positions < self.conversation.end)
-        represented = (mass * prompt).sum(-1)
+    def _store(self, blocks: Sequence[Slots | PackedSlots], lengths: list[int], outcome: Outcome | None) -> None:
+        """Let memory hold `blocks`, and keep what the report will say."""
+        before, end, storage = self.nbytes, self.conversation.end, self.conversation.method.storage
+        self.blocks = [packed(x, storage) if storage and isinstance(x, Slots) else x for x in blocks]
+        slots = self.slots
+        assert slots is not None
+        assert slots.positions is not None
+        assert slots.mass is not None
+        assert end is not None
+        prompt = (slots.positions >= 0) & (slots.positions < end)
         rows = outcome.rows if outcome else [{} for _ in lengths]
-        self.record = Record(lengths, prompt.sum(-1), represented, before, self._bytes(), rows)
-
-    def _columns(self) -> Tensor:
-        positions = self.positions
-        assert positions is not None
-        return positions
-
-    def _masses(self) -> Tensor:
-        mass = self.mass
-        assert mass is not None
-        return mass
-
-    def _bytes(self) -> int:
-        return self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
-
-    def _entry_bytes(self) -> int:
-        """Bytes of one token's keys and values over the batch."""
-        return self._bytes() // self.slots
+        represented = (slots.mass * prompt).sum(-1)
+        self.record = Record(lengths, prompt.sum(-1), represented, before, self.nbytes, rows)
 
 
 class CompressedCache(Cache):
@@ -388,7 +392,7 @@ class CompressedCache(Cache):
         for index, place in enumerate(places):
             layers[place] = CompressedLayer(index, self.conversation)
         self._kinds = [
-            "cross_attention" if i in crossed else kind for i, kind in enumerate(_layer_kinds(decoder, len(layers)))
+            "cross_attention" if i in crossed else kind for i, kind in enumerate(_layer_kinds(decoder, layers))
         ]
         super().__init__(layers=layers)
 
@@ -435,7 +439,7 @@ class CompressedCache(Cache):
         """Forget everything."""
         super().reset()
         talk = self.conversation
-        talk.prompt = talk.end = talk.declared = None
+        talk.prompt = talk.end = talk.declared = talk.rotary = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -453,6 +457,9 @@ class CompressedCache(Cache):
     def _select_prompt(self, rows: Tensor) -> None:
         if self.prompt is not None:
             self.conversation.prompt = self.prompt.rows(rows)
+        if self.conversation.rotary is not None:
+            cos, sin = (table[rows.to(table.device)] for table in self.conversation.rotary)
+            self.conversation.rotary = cos, sin
 
     @property
     def report(self) -> dict[str, Any]:
@@ -472,9 +479,12 @@ class CompressedCache(Cache):
         return {"method": self.method.to_dict(), "layers": layers, "totals": totals}
 
 
-def _layer_kinds(decoder: Any, layers: int) -> list[str]:
-    kinds = list(getattr(decoder, "layer_types", None) or [])
-    return kinds if len(kinds) == layers else ["full_attention"] * layers
+def _layer_kinds(decoder: Any, layers: Sequence[Any]) -> list[str]:
+    """What each layer's attention is called, by the config, else by transformers' choice of a cache for it."""
+    named = list(getattr(decoder, "layer_types", None) or [])
+    if len(named) == len(layers):
+        return named
+    return ["sliding_attention" if getattr(layer, "is_sliding", False) else "full_attention" for layer in layers]
 
 
 def _described(index: int, layer: Any, kind: str) -> dict[str, Any]:

@@ -12,29 +12,12 @@ import torch
 from torch import Tensor
 
 from kvweave.layer import LayerView
-from kvweave.methods.base import Method
+from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.select import last
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted, Plan
 from kvweave.prompt import Prompt
-
-
-@dataclass(frozen=True)
-class Storage:
-    """One layer's slots, those of a batch of rows side by side.
-
-    Attributes:
-        keys, values: [batch, kv_heads, slots, dim].
-        positions: int64 [batch, kv_heads, slots], columns of the padded input, -1: empty.
-        mass: float32 [batch, kv_heads, slots].
-        bias: float32 [batch, kv_heads, slots] or None.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    mass: Tensor
-    bias: Tensor | None = None
+from kvweave.slots import Slots
 
 
 @dataclass
@@ -46,7 +29,7 @@ class Group:
 
 
 def group_rows(
-    storage: Storage,
+    slots: Slots,
     queries: Tensor | None,
     prompt: Prompt,
     rule: AttentionRule,
@@ -55,57 +38,64 @@ def group_rows(
     layer: int = 0,
     layers: int = 1,
     rotary: tuple[Tensor, Tensor] | None = None,
+    memory: Tensor | None = None,
+    wanted: int = ALL_ROWS,
     alone: bool = False,
 ) -> list[Group]:
     """Views of a layer without its padding.
 
     Args:
         queries: [batch, heads, rows, dim] of the last `rows` slots, or None.
-        prompt: modalities and padding over the columns that `storage.positions` speaks of.
+        prompt: modalities and padding over the columns that `slots.positions` speaks of.
+        slots: with positions written out.
         mask: the model's own, [batch or 1, heads or 1, rows, slots], boolean or additive; None: causal.
         rotary: (cos, sin), [batch, columns, rotary_dim] each.
+        memory: [batch, ...], what the turn before left.
+        wanted: queries of how many of the last tokens a view gets; `ALL_ROWS`: of all that are at hand.
         alone: every row in a group of its own.
     """
-    batch, _, slots = storage.positions.shape
-    column = storage.positions.clamp(min=0).flatten(1)
-    empty = storage.positions < 0
-    real = prompt.valid.gather(1, column).view_as(empty).logical_and(~empty)[:, 0]  # alike in every head
-    visual = prompt.visual.gather(1, column).view_as(empty)
+    assert slots.positions is not None
+    assert slots.mass is not None
+    batch, _, count = slots.positions.shape
+    column = slots.positions.clamp(min=0).flatten(1)
+    empty = slots.positions < 0
+    full = prompt.valid.gather(1, column).view_as(empty).logical_and(~empty)
+    visual = prompt.visual.gather(1, column).view_as(empty) & full
+    real = full.any(1)  # padding is that of the whole row; a slot may be empty in some heads only
     rows = queries.shape[2] if queries is not None else 0
-    lengths = real.sum(1).tolist()
-    asking = real[:, slots - rows :].sum(1).tolist()
-    keys = [
-        (length, asked, row if alone else 0) for row, (length, asked) in enumerate(zip(lengths, asking, strict=True))
-    ]
+    sizes = torch.stack([real.sum(1), real[:, count - rows :].sum(1)], 1).tolist()
+    most = rows if wanted == ALL_ROWS else wanted
+    keys = [(length, min(asked, most), row if alone else 0) for row, (length, asked) in enumerate(sizes)]
     groups = []
     for key in sorted(set(keys)):
         index = [row for row in range(batch) if keys[row] == key]
         length, asked, _ = key
-        whole = len(index) == batch and length == slots
+        whole = len(index) == batch and length == count
         at = torch.tensor(index, device=real.device)
-        held = (
-            (~real[at]).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :length]
-        )  # slots with a token, ascending
+        held = (~real[at]).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :length]  # ascending
 
         def pick(x: Tensor, at: Tensor = at, held: Tensor = held, whole: bool = whole) -> Tensor:
             """These rows' held slots of `x` [batch, heads, slots, ...]."""
             return x if whole else x[at[:, None], :, held].transpose(1, 2)
 
         view = LayerView(
-            keys=pick(storage.keys),
-            values=pick(storage.values),
+            keys=pick(slots.keys),
+            values=pick(slots.values),
             queries=None,
-            positions=pick(storage.positions),
-            mass=pick(storage.mass),
+            positions=pick(slots.positions),
+            mass=pick(slots.mass),
             visual=pick(visual),
             rule=rule,
-            bias=pick(storage.bias) if storage.bias is not None else None,
+            bias=pick(slots.bias) if slots.bias is not None else None,
+            memory=memory[at] if memory is not None else None,
             layer=layer,
             layers=layers,
         )
+        if slots.has_empty and not bool(pick(full).all()):
+            view.empty = ~pick(full)
         if queries is not None:
-            asks = held[:, length - asked :] - (slots - rows)  # rows of `queries` that hold a token
-            view.queries = queries if whole else queries[at[:, None], :, asks].transpose(1, 2)
+            asks = held[:, length - asked :] - (count - rows)  # rows of `queries` that hold a token
+            view.queries = queries[:, :, rows - asked :] if whole else queries[at[:, None], :, asks].transpose(1, 2)
             if mask is not None:
                 view.rule = replace(rule, mask=_blocks(mask, at, asks, held))
         if rotary is not None:
@@ -140,11 +130,13 @@ class Outcome:
         compacted: its tensors, rows of unequal length padded in front.
         rows: for each row of the batch, what the report says of it.
         fate: for each row int64 [kv_heads, length], the slot that each slot lives on in, -1: evicted; with `trace`.
+        memory: [batch, ...], what the method wants to see on a later turn, or None.
     """
 
     compacted: Compacted
     rows: list[dict[str, Any]]
     fate: list[Tensor]
+    memory: Tensor | None
 
 
 def fits(groups: list[Group], budgets: Sequence[int]) -> bool:
@@ -152,17 +144,36 @@ def fits(groups: list[Group], budgets: Sequence[int]) -> bool:
     return all(budgets[row] >= group.view.length for group in groups for row in group.index)
 
 
-def compact(method: Method, groups: list[Group], budgets: Sequence[int], *, trace: bool = False) -> Outcome:
+def observe(method: Method, groups: list[Group], budgets: Sequence[int]) -> list[float]:
+    """Each group's layer weight, all statistics computed and queries released; 0 where nothing has to go.
+
+    Args:
+        budgets: mean entries of a layer, by row of the batch.
+    """
+    weights = []
+    for group in groups:  # of one row each
+        spare = budgets[group.index[0]] >= group.view.length
+        weights.append(0.0 if spare else float(method.observe(group.view)))
+        group.view.release_queries()
+    return weights
+
+
+def compact(
+    method: Method, groups: list[Group], budgets: Sequence[int], means: Sequence[int], *, trace: bool = False
+) -> Outcome:
     """Plan and cut one layer.
 
     Args:
         budgets: entries that each row of the batch keeps in this layer; alike within a group.
+        means: the mean over layers of each row's budgets.
     """
     pieces: dict[int, Compacted] = {}
     rows: dict[int, dict[str, Any]] = {}
     fates: dict[int, Tensor] = {}
+    memories: dict[int, Tensor] = {}
     for group in groups:
         view, budget = group.view, budgets[group.index[0]]
+        view.mean_budget = means[group.index[0]]
         plan = method.plan(view, budget) if budget < view.length else _everything(view)
         done = plan.apply(view)
         fate = plan.fate(view) if trace else None
@@ -171,11 +182,14 @@ def compact(method: Method, groups: list[Group], budgets: Sequence[int], *, trac
             rows[row] = _described(plan, n)
             if fate is not None:
                 fates[row] = fate[n]
+            if plan.memory is not None:
+                memories[row] = plan.memory[n]
     order = range(len(pieces))
     flows = [row["flow"] for row in rows.values() if "flow" in row]
     flow = sum(flows) / len(flows) if flows else None
     compacted = _rectangular([pieces[row] for row in order], flow)
-    return Outcome(compacted, [rows[row] for row in order], [fates[row] for row in order] if trace else [])
+    memory = torch.stack([memories[row] for row in order]) if len(memories) == len(order) else None
+    return Outcome(compacted, [rows[row] for row in order], [fates[row] for row in order] if trace else [], memory)
 
 
 def _everything(view: LayerView) -> Plan:

@@ -1,13 +1,13 @@
 """One layer of the cache as a method sees it: keys, values, queries, modalities, and statistics on demand."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvweave.ops import statistics
+from kvweave.ops import spread, statistics
 from kvweave.ops.statistics import AttentionRule, Flow
 
 
@@ -26,8 +26,14 @@ class LayerView:
         visual: bool [batch, kv_heads, length].
         rule: how queries and keys become attention.
         bias: float [batch, kv_heads, length], what decoding has added to the slots' logits so far, or None.
+        empty: bool [batch, kv_heads, length], slots that hold nothing, where heads hold different counts (a later
+            turn of a method that keeps different counts by head); None: there are none.
+        memory: [batch, ...], what the plan of the turn before left (`Plan.memory`), or None.
+        mean_budget: entries of a layer on average, before they were shared out over layers.
         layer, layers: this layer's number among the compressed ones, and how many there are.
         rotary: (cos, sin), [batch, kv_heads, length, rotary_dim] each, where a method turns keys.
+        interleaved: how rotary pairs channels: (2m, 2m + 1), else (m, m + rotary_dim / 2).
+        rotated: the layer's keys are rotated at all.
     """
 
     keys: Tensor
@@ -38,9 +44,14 @@ class LayerView:
     visual: Tensor
     rule: AttentionRule
     bias: Tensor | None = None
+    empty: Tensor | None = None
+    memory: Tensor | None = None
+    mean_budget: int = 0
     layer: int = 0
     layers: int = 1
     rotary: tuple[Tensor, Tensor] | None = None
+    interleaved: bool = False
+    rotated: bool = True
     _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -62,7 +73,7 @@ class LayerView:
 
     def window_attention(self, window: int) -> Tensor:
         """Attention received from the last `window` rows: [batch, kv_heads, length] (METHODS 2.1, `I`)."""
-        return self._once(
+        return self.once(
             ("window", window),
             lambda: statistics.window_attention(self._queries(), self.keys, self.rule, window),
         )
@@ -75,7 +86,7 @@ class LayerView:
             kinds = torch.stack([~visual, visual], 1)
             return statistics.column_sums(self._queries(), self.keys, self.rule, kinds)
 
-        return self._once("columns", compute)
+        return self.once("columns", compute)
 
     def column_mass(self) -> Tensor:
         """Attention received by each token from all rows: [batch, kv_heads, length] (METHODS 2.1, `C`)."""
@@ -84,7 +95,26 @@ class LayerView:
 
     def flow(self) -> Flow:
         """The layer's cross-modal flow ratios, [batch] each (METHODS 3, step 1)."""
-        return self._once("flow", lambda: statistics.flow_ratio(self.column_sums(), self.visual, self.row_visual()))
+        return self.once("flow", lambda: statistics.flow_ratio(self.column_sums(), self.visual, self.row_visual()))
+
+    def cross_entropy(self, *, causal: bool) -> Tensor:
+        """Entropy of attention restricted to the other modality, nats: [batch] (METHODS 7)."""
+        return self.once(
+            ("entropy", causal),
+            lambda: spread.cross_entropy(
+                self._queries(), self.keys, self.rule, self.visual, self.row_visual(), causal=causal
+            ),
+        )
+
+    def density(self, rows: int, share: float) -> Tensor:
+        """Fraction of what the last `rows` see that reaches `share` of their maximum: [batch] (METHODS 10.6)."""
+        first = self._queries().shape[2] - rows
+        mask = self.rule.mask
+        rule = self.rule if mask is None else replace(self.rule, mask=lambda i, j: mask(first + i, first + j))
+        return self.once(
+            ("density", rows, share),
+            lambda: spread.row_density(self._queries()[:, :, first:], self.keys, rule, share),
+        )
 
     def row_visual(self) -> Tensor:
         """Modality of the rows whose queries are at hand: bool [batch, rows]."""
@@ -99,7 +129,8 @@ class LayerView:
             raise RuntimeError("this statistic needs queries, and the method asked for none (Method.query_rows)")
         return self.queries
 
-    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What `compute` returned when it was first called for this key."""
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]

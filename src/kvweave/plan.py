@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kvweave.layer import LayerView
 from kvweave.ops.match import take
-from kvweave.ops.merge import merge
-from kvweave.ops.rotary import phase_difference, rotate
+from kvweave.ops.merge import merge, segment_sum
+from kvweave.ops.rotary import phase_difference, rotate, unit_tables
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Merge:
         mass: float32 [batch, kv_heads, kept], tokens that each entry stands for afterwards.
         keys: merge keys too, not only values.
         rope_aware: bring members' keys to the target's phase before they are averaged.
+        value_scale: [batch, kv_heads, kept], factor of merged values (KVMerger), or None.
     """
 
     source: Tensor
@@ -33,6 +34,7 @@ class Merge:
     mass: Tensor
     keys: bool = True
     rope_aware: bool = False
+    value_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,52 +57,76 @@ class Compacted:
     flow: float | None = None
     bias: Tensor | None = None
 
+    def emptied(self, empty: Tensor) -> "Compacted":
+        """With the slots `empty` [batch, kv_heads, kept] holding nothing."""
+        return Compacted(
+            self.keys.masked_fill(empty[..., None], 0),
+            self.values.masked_fill(empty[..., None], 0),
+            self.positions.masked_fill(empty, -1),
+            self.mass.masked_fill(empty, 0),
+            self.flow,
+            None if self.bias is None else self.bias.masked_fill(empty, 0),
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
     """What a method decided for the rows of a `LayerView`.
 
     Attributes:
-        keep: int64 [batch, kv_heads, kept], ascending slots.
+        keep: int64 [batch, kv_heads, kept], ascending slots; heads that keep less have -1 in front.
         merge: where the others go; None: they are evicted.
         bias: float32 [batch, kv_heads, kept], added to the entries' logits in decode; None: nothing is.
+        added: [batch, kv_heads, kept, dim], added to the kept values, which stay one token's (CaM).
         flow: [batch], the flow ratio that the method went by.
         scope: a word for each row of the batch on how the layer was treated, such as "cross".
+        memory: [batch, ...], what the method wants to see as `LayerView.memory` on a later turn.
+        uneven: heads keep different counts.
         log: further numbers for the report, [batch] each.
     """
 
     keep: Tensor
     merge: Merge | None = None
     bias: Tensor | None = None
+    added: Tensor | None = None
     flow: Tensor | None = None
     scope: tuple[str, ...] | None = None
+    memory: Tensor | None = None
+    uneven: bool = False
     log: Mapping[str, Tensor] = field(default_factory=dict)
 
     def apply(self, view: LayerView) -> Compacted:
         """The kept entries of `view`, merged with what the plan merges into them."""
-        positions = view.positions.gather(-1, self.keep)
+        keep = self.keep.clamp(min=0)
         flow = float(self.flow.mean()) if self.flow is not None else None
         plan = self.merge
         if plan is None:
-            keys, values = take(view.keys, self.keep), take(view.values, self.keep)
-            return Compacted(keys, values, positions, view.mass.gather(-1, self.keep), flow, self.bias)
-
-        def combine(x: Tensor) -> Tensor:
-            return merge(x, self.keep, plan.source, plan.target, plan.weight, plan.own)
-
-        keys = self._merged_keys(view, plan) if plan.rope_aware else view.keys
-        keys = combine(keys).to(view.keys.dtype) if plan.keys else take(view.keys, self.keep)
-        return Compacted(keys, combine(view.values), positions, plan.mass, flow, self.bias)
+            keys, values, mass = take(view.keys, keep), take(view.values, keep), view.mass.gather(-1, keep)
+        else:
+            keys = self._merged_keys(view, plan) if plan.rope_aware and view.rotated else view.keys
+            members = keep, plan.source, plan.target, plan.weight, plan.own
+            keys = merge(keys, *members).to(view.keys.dtype) if plan.keys else take(view.keys, keep)
+            values, mass = merge(view.values, *members), plan.mass
+            if plan.value_scale is not None:
+                values = (values.to(plan.weight.dtype) * plan.value_scale[..., None]).to(values.dtype)
+        if self.added is not None:
+            sums = (values.to(self.added.dtype) + self.added).to(values.dtype)
+            values = torch.where((self.added != 0).any(-1, keepdim=True), sums, values)
+        done = Compacted(keys, values, view.positions.gather(-1, keep), mass, flow, self.bias)
+        return done.emptied(self.keep < 0) if self.uneven else done
 
     def _merged_keys(self, view: LayerView, plan: Merge) -> Tensor:
         """Keys, float32 or wider, with every source turned to its target's phase (METHODS 4.2)."""
         if view.rotary is None:
-            raise ValueError("rope_aware=True needs the rotary tables: pass rotary=(cos, sin)")
-        cos, sin = view.rotary
-        goal = self.keep.gather(-1, plan.target.clamp(min=0))
+            raise ValueError(
+                "rope_aware=True needs the rotary tables: compress_tensors takes them as rotary=(cos, sin), "
+                "and this model does not hand them to its attention"
+            )
+        cos, sin = unit_tables(*view.rotary)
+        goal = self.keep.gather(-1, plan.target.clamp(min=0)).clamp(min=0)
         angle = phase_difference(take(cos, goal), take(sin, goal), take(cos, plan.source), take(sin, plan.source))
         keys = view.keys.to(plan.weight.dtype)
-        turned = rotate(take(keys, plan.source), *angle).to(keys.dtype)
+        turned = rotate(take(keys, plan.source), *angle, interleaved=view.interleaved).to(keys.dtype)
         index = plan.source[..., None].expand(*plan.source.shape, keys.shape[-1])
         return keys.scatter(2, index, turned)
 
@@ -111,9 +137,10 @@ class Plan:
             int64 [batch, kv_heads, length].
         """
         fate = torch.full_like(view.positions, -1)
-        fate.scatter_(-1, self.keep, self.keep)
         if self.merge is not None:
             target = self.merge.target
             lives = self.keep.gather(-1, target.clamp(min=0)).masked_fill_(target < 0, -1)
             fate.scatter_(-1, self.merge.source, lives)
-        return fate
+        kept = segment_sum(torch.ones_like(self.keep), self.keep, view.length) > 0
+        slots = torch.arange(view.length, device=fate.device).expand_as(fate)
+        return torch.where(kept, slots, fate)

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvweave.compaction import Group, Storage, compact, fits, group_rows
-from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.compaction import Group, compact, fits, group_rows, observe
+from kvweave.methods.base import Method
 from kvweave.ops.budget import entries
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted
 from kvweave.prompt import Prompt
+from kvweave.slots import Slots
 
 
+@torch.no_grad()
 def compress_tensors(
     method: Method,
     queries: Sequence[Tensor],
@@ -51,26 +53,26 @@ def compress_tensors(
     padded = min(lengths) < length
     bytes_per_entry = batch * sum(_entry_bytes(k, v) for k, v in zip(keys, values, strict=True))
     budgets = [entries(method.budget, n, bytes_per_entry) for n in lengths]
-    rows = length if method.query_rows == ALL_ROWS else min(length, method.query_rows)
     rule = AttentionRule(dim**-0.5 if scaling is None else scaling)
 
-    storages = [_storage(k, v) for k, v in zip(keys, values, strict=True)]
+    layers_of_slots = [Slots(k, v).explicit(prompt.valid) for k, v in zip(keys, values, strict=True)]
 
     def view(layer: int) -> list[Group]:
         return group_rows(
-            storages[layer],
-            queries[layer][:, :, length - rows :] if rows else None,
+            layers_of_slots[layer],
+            queries[layer] if method.query_rows else None,
             prompt,
             rule,
             layer=layer,
             layers=layers,
             rotary=rotary,
-            alone=method.layer_adaptive,
+            wanted=method.query_rows,
+            alone=method.plans_rows_alone,
         )
 
     if method.layer_adaptive:
         views = [view(layer) for layer in range(layers)]
-        weights = [[float(method.observe(group.view)) for group in groups] for groups in views]
+        weights = [observe(method, groups, budgets) for groups in views]
         shares = _adaptive(method, views[0], weights, budgets, lengths)
     else:
         views = []
@@ -79,10 +81,12 @@ def compress_tensors(
     for layer in range(layers):
         groups = views[layer] if views else view(layer)
         share = [row[layer] for row in shares]
-        if fits(groups, share) and not padded:
-            done.append(Compacted(**vars(storages[layer])))
+        if fits(groups, share) and not padded:  # the tensors that came in, bit for bit
+            own = keys[layer]
+            positions = torch.arange(length, device=own.device).expand(*own.shape[:2], -1)
+            done.append(Compacted(own, values[layer], positions, torch.ones(positions.shape, device=own.device)))
         else:
-            done.append(compact(method, groups, share).compacted)
+            done.append(compact(method, groups, share, budgets).compacted)
     return done
 
 
@@ -99,13 +103,6 @@ def _adaptive(
 
 def _entry_bytes(keys: Tensor, values: Tensor) -> int:
     return keys.shape[1] * (keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size())
-
-
-def _storage(keys: Tensor, values: Tensor) -> Storage:
-    batch, kv_heads, length, _ = keys.shape
-    positions = torch.arange(length, device=keys.device).expand(batch, kv_heads, -1)
-    mass = torch.ones(batch, kv_heads, length, device=keys.device)
-    return Storage(keys, values, positions, mass)
 
 
 def _checked(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvweave
-from strategies import PATTERNS, compress, random_case
+from strategies import PATTERNS, compress, random_case, registered
 
 REFUSED = (ValueError, TypeError)
 
@@ -17,7 +17,7 @@ def refusal(name, **options) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["flowmm", "h2o", "meda", "adakv"])
+@pytest.mark.parametrize("name", registered("flowmm", "h2o", "meda", "adakv"))
 @pytest.mark.parametrize("budget", [0, 0.0, -0.2, -3, 1.5, math.nan, math.inf, "12 parsecs", "", "0MiB", "-1KiB"])
 def test_budgets(name, budget):
     with pytest.raises(ValueError) as caught:

@@ -19,6 +19,8 @@ GRID = 5
 CELL = 16
 SIDE = GRID * CELL
 CELLS = GRID * GRID
+PATCH = 8
+MERGE = CELL // PATCH  # 2 x 2 patches make one visual token: a cell
 
 EMPTY = 0
 ROBOT = 1 + len(SHAPES) * len(COLOURS)

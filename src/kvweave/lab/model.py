@@ -13,14 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvweave.lab import words
-from kvweave.lab.draw import CELL, CELLS, GRID, SIDE
+from kvweave.lab.draw import CELLS, GRID, MERGE, PATCH, SIDE
 from kvweave.lab.world import PASSAGE, SLOT
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-PATCH = 8
-MERGE = CELL // PATCH  # 2 x 2 patches make one visual token: a cell
 
 
 def configuration() -> Qwen2_5_VLConfig:
@@ -192,7 +189,8 @@ def _read(language: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _norm(norm: Any, states: Tensor) -> Tensor:
-    return F.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    weight = norm.weight.to(states.dtype)
+    return F.rms_norm(states, weight.shape, weight, norm.variance_epsilon)
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
-    AutoImageProcessor,
     AutoProcessor,
     BatchFeature,
     PreTrainedConfig,
@@ -22,13 +21,12 @@ from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kvweave.lab import words
-from kvweave.lab.draw import CELL, CELLS, SIDE
+from kvweave.lab.draw import CELLS, MERGE, PATCH, SIDE
 
 if TYPE_CHECKING:
     import numpy as np
 
 IMAGE_TOKEN = words.VOCABULARY[words.IMAGE]
-PATCH = 8
 
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -119,6 +117,14 @@ class LabProcessor(ProcessorMixin):
         read["mm_token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in ids]
         return BatchFeature({**read, **seen}, tensor_type=return_tensors)
 
+    @classmethod
+    def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
+        """The two parts; transformers would choose another image processor with torchvision than without."""
+        return [
+            LabImageProcessor.from_pretrained(path, **kwargs),
+            PreTrainedTokenizerFast.from_pretrained(path, **kwargs),
+        ]
+
     @property
     def model_input_names(self) -> list[str]:
         """What the model takes from this processor."""
@@ -126,22 +132,20 @@ class LabProcessor(ProcessorMixin):
 
 
 class LabConfig(PreTrainedConfig):
-    """A name for the Auto classes to keep the processor by; the model's configuration is Qwen2.5-VL's."""
+    """A name for `AutoProcessor` to keep the processor by; the model's configuration is Qwen2.5-VL's."""
 
     model_type = "kvweave_lab"
 
 
 def register() -> None:
-    """Let `AutoProcessor` and `AutoImageProcessor` load the lab's, with torchvision or without."""
-    backends = {"pil": LabImageProcessor, "torchvision": LabImageProcessor}
-    AutoImageProcessor.register(LabConfig, image_processor_classes=backends, exist_ok=True)
+    """Let `AutoProcessor` load a folder that holds the lab's processor."""
     AutoProcessor.register(LabConfig, LabProcessor, exist_ok=True)
 
 
 def _image_processor() -> LabImageProcessor:
     half = [0.5] * 3  # bytes become [-1, 1]
     return LabImageProcessor(
-        patch_size=PATCH, merge_size=CELL // PATCH, temporal_patch_size=1, image_mean=half, image_std=half,
+        patch_size=PATCH, merge_size=MERGE, temporal_patch_size=1, image_mean=half, image_std=half,
         size={"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE},
     )  # fmt: skip
 

@@ -99,6 +99,15 @@ class Sample:
         """The album's pictures, in order."""
         return [piece for piece in self.content if not isinstance(piece, str)]
 
+    @property
+    def evidence(self) -> list[int]:
+        """Where the answer stands: columns of the unpadded prompt's `input_ids`, ascending."""
+        cells = [1 + image * SLOT + 3 + row * GRID + column for image, row, column in self.cells]
+        passages = [
+            1 + (image + 1) * SLOT - PASSAGE + word for image in self.passages for word in range(PASSAGE)
+        ]
+        return sorted(cells + passages)
+
     def messages(self) -> list[dict[str, Any]]:
         """One user turn for `apply_chat_template`: texts and images interleaved, the question last."""
         pieces = [
@@ -189,11 +198,8 @@ class Albums:
         self, count: int, segments: Sequence[str], rng: np.random.Generator, world: World | None = None
     ) -> None:
         world = world or World()
-        self.count, self.segments, self.images = (
-            count,
-            tuple(segments),
-            sum(FRAMES[kind] for kind in segments),
-        )
+        self.count, self.segments = count, tuple(segments)
+        self.images = sum(FRAMES[kind] for kind in segments)
         self._rows = np.arange(count)
         grid = (count, self.images)
         self.cells = np.full((*grid, CELLS), EMPTY)

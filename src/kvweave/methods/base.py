@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,10 +13,14 @@ from torch import Tensor
 from kvweave.layer import LayerView
 from kvweave.methods.options import Option, choice, flag
 from kvweave.ops.budget import Budget, check_budget
+from kvweave.ops.match import nearest
 from kvweave.ops.merge import RULES, merge_weights, segment_sum
+from kvweave.ops.quantize import Quantization
+from kvweave.ops.select import chosen, complement
 from kvweave.plan import Merge, Plan
 
 _REGISTRY: dict[str, type["Method"]] = {}
+_WRAPPERS: dict[str, type["Method"]] = {}
 M = TypeVar("M", bound=type["Method"])
 
 #: `Method.query_rows` of a method that needs the queries of all rows.
@@ -35,6 +39,11 @@ class Method:
     budget: Budget = 0.2
 
     name: ClassVar[str] = ""
+    #: For the table of methods: what it keeps by, merges by, allocates by, and where it was published.
+    keeps_by: ClassVar[str] = ""
+    merges_by: ClassVar[str] = "-"
+    allocates_by: ClassVar[str] = "-"
+    source: ClassVar[str] = ""
     #: Layer budgets depend on all layers' statistics: nothing is cut before the prefill ends.
     layer_adaptive: ClassVar[bool] = False
     #: The plan depends on which tokens are visual.
@@ -48,9 +57,39 @@ class Method:
                 raise ValueError(f"{field}={value!r} is not allowed for {self.name}: allowed is {option.allowed}")
 
     @classmethod
+    def build(cls, **options: Any) -> "Method":
+        """The method with options as a dictionary or the command line gives them."""
+        return cls(**options)
+
+    @classmethod
+    def takes(cls, given: dict[str, Any]) -> dict[str, Option]:
+        """The options that may be given beside `given`, the budget not among them."""
+        return dict(cls.options())
+
+    @classmethod
     def options(cls) -> list[tuple[str, Option]]:
         """Names and descriptions of the method's own options, in order."""
         return [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls) if "option" in f.metadata]
+
+    @property
+    def plans_rows_alone(self) -> bool:
+        """Counts depend on what a row holds, not only on its length: rows of a batch are planned one at a time."""
+        return self.layer_adaptive
+
+    @property
+    def turns_keys(self) -> bool:
+        """The plan needs the rotary tables."""
+        return False
+
+    @property
+    def biases_logits(self) -> bool:
+        """Decoding adds a bias to the logits."""
+        return False
+
+    @property
+    def storage(self) -> Quantization | None:
+        """How what is kept is stored; None: in the dtype of the cache."""
+        return None
 
     @property
     def query_rows(self) -> int:
@@ -108,6 +147,14 @@ class MergingMethod(Method):
                 "mass_kind='attention' is not allowed here: it goes with merge_rule='importance' and merge_keys=False"
             )
 
+    @property
+    def turns_keys(self) -> bool:
+        return self.rope_aware
+
+    @property
+    def biases_logits(self) -> bool:
+        return self.mass_bias
+
     def merged(
         self,
         view: LayerView,
@@ -126,7 +173,40 @@ class MergingMethod(Method):
         """
         source_mass, kept_mass = view.mass.gather(-1, source), view.mass.gather(-1, keep)
         given = [None, None] if importance is None else [importance.gather(-1, at) for at in (source, keep)]
-        weight, own = merge_weights(self.merge_rule, target, cosine, source_mass, kept_mass, *given)
+        weights = merge_weights(self.merge_rule, target, cosine, source_mass, kept_mass, *given)
+        return self.weighted(view, keep, source, target, *weights)
+
+    def merge_into_nearest(self, view: LayerView, keep: Tensor, importance: Tensor | None = None) -> Plan:
+        """The plan that merges every dropped token into its nearest kept one.
+
+        Args:
+            keep: int64 [batch, kv_heads, kept]; importance: as in `merged`.
+        """
+        source = complement(keep, view.length)
+        target, cosine = nearest(view.keys, source, keep)
+        return self.merged(view, keep, source, target, cosine, importance)
+
+    def merge_uneven(self, view: LayerView, kept: Tensor, importance: Tensor | None = None) -> Plan:
+        """As `merge_into_nearest`, where heads may keep different counts.
+
+        Args:
+            kept: bool [batch, kv_heads, length].
+        """
+        if view.empty is not None:
+            kept = kept & ~view.empty
+        gone = ~kept if view.empty is None else ~kept & ~view.empty
+        keep, source = chosen(kept), chosen(gone)
+        at, goal = source.clamp(min=0), keep.clamp(min=0)
+        everyone = torch.zeros_like(at)
+        target, cosine = nearest(view.keys, at, goal, (keep >= 0)[:, :, None], everyone)
+        plan = self.merged(view, goal, at, target.masked_fill(source < 0, -1), cosine, importance)
+        return replace(plan, keep=keep, uneven=True)
+
+    def weighted(
+        self, view: LayerView, keep: Tensor, source: Tensor, target: Tensor, weight: Tensor, own: Tensor
+    ) -> Plan:
+        """The plan that merges every source into its target with given weights."""
+        source_mass, kept_mass = view.mass.gather(-1, source), view.mass.gather(-1, keep)
         mass = kept_mass + segment_sum(source_mass, target, keep.shape[-1])
         merge = Merge(source, target, weight, own, mass, keys=self.merge_keys, rope_aware=self.rope_aware)
         bias = None
@@ -138,12 +218,12 @@ class MergingMethod(Method):
         return Plan(keep, merge, bias)
 
 
-def register(name: str) -> Any:
-    """Class decorator: make a method known under `name`."""
+def register(name: str, *, wrapper: bool = False) -> Any:
+    """Class decorator: make a method known under `name`; a wrapper of other methods is not listed among them."""
 
     def decorate(cls: M) -> M:
         cls.name = name
-        _REGISTRY[name] = cls
+        (_WRAPPERS if wrapper else _REGISTRY)[name] = cls
         return cls
 
     return decorate
@@ -156,24 +236,23 @@ def list_methods() -> list[str]:
 
 def method_class(name: str) -> type[Method]:
     """The class registered under `name`; a ValueError names the nearest one."""
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"method={name!r} is unknown{_nearest(name, _REGISTRY)}: allowed is one of {_names(_REGISTRY)}"
-        )
-    return _REGISTRY[name]
+    known = _REGISTRY | _WRAPPERS
+    if name not in known:
+        raise ValueError(f"method={name!r} is unknown{_nearest(name, known)}: allowed is one of {_names(known)}")
+    return known[name]
 
 
 def get_method(name: str, **options: Any) -> Method:
     """A method by its name, with options; an unknown option's error names the nearest one."""
     cls = method_class(name)
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = ["budget", *cls.takes(options)]
     for option, value in options.items():
         if option not in known:
             raise ValueError(
                 f"{option}={value!r} is no option of {name}{_nearest(option, known)}: "
                 f"allowed is one of {_names(known)}"
             )
-    return cls(**options)
+    return cls.build(**options)
 
 
 def method_from_dict(data: dict[str, Any]) -> Method:
@@ -191,20 +270,24 @@ def parse_method(text: str, **defaults: Any) -> Method:
         defaults: options that hold where `text` does not say otherwise.
     """
     name, _, rest = text.strip().partition(":")
-    parsers = {field: option.parse for field, option in method_class(name).options()}
-    options = dict(defaults)
+    words = {}
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ValueError(f"{item!r} in method {text!r} is not an option: allowed is name=value")
+        words[key] = value
+    takes = method_class(name).takes(words)
+    options = dict(defaults)
+    for key, value in words.items():
         if key == "budget":
             options[key] = parse_budget(value)
-        elif key in parsers:
+        elif key in takes:
             try:
-                options[key] = parsers[key](value)
+                options[key] = takes[key].parse(value)
             except ValueError:
-                allowed = dict(method_class(name).options())[key].allowed
-                raise ValueError(f"{key}={value!r} is not allowed for {name}: allowed is {allowed}") from None
+                raise ValueError(
+                    f"{key}={value!r} is not allowed for {name}: allowed is {takes[key].allowed}"
+                ) from None
         else:
             options[key] = value  # get_method says what is wrong with it
     return get_method(name, **options)

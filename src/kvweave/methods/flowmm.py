@@ -29,6 +29,10 @@ class FlowMM(MergingMethod):
     sensitivity, `sensitivity_quantile=None`; misaligned, `flow="misaligned"`.
     """
 
+    keeps_by = "attention from the last rows"
+    merges_by = "nearest insensitive pivot; across modalities where flow is high"
+    source = "2511.05534"
+
     theta: float = real(0.25, lo=-math.inf, hi=math.inf, help="flow ratio above which a layer is cross-modal")
     proxies: int = integer(32, minimum=1, help="last tokens whose attention is a token's importance")
     sensitivity_quantile: float | None = real(

@@ -14,6 +14,9 @@ from kvweave.plan import Plan
 class Full(Method):
     """Keeps everything, whatever the budget says."""
 
+    keeps_by = "everything"
+    source = "-"
+
     budget: Budget = 1.0
 
     def layer_budgets(self, budget: int, length: int, layers: int) -> list[int]:

@@ -13,6 +13,9 @@ from kvweave.plan import Plan
 class H2O(Method):
     """Keeps the tokens that received most attention from all rows, and as many recent ones."""
 
+    keeps_by = "attention from all rows, and the recent half"
+    source = "2306.14048"
+
     @property
     def query_rows(self) -> int:
         return ALL_ROWS

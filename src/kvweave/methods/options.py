@@ -60,6 +60,17 @@ def integer(default: int, *, minimum: int, odd: bool = False, help: str) -> Any:
     return _field(default, Option(f"{kind} >= {minimum}", help, check, int))
 
 
+def one_of(default: int, *numbers: int, help: str) -> Any:
+    """One of some ints."""
+    allowed = "one of " + ", ".join(map(str, numbers))
+    return _field(default, Option(allowed, help, lambda v: not isinstance(v, bool) and v in numbers, int))
+
+
+def wrapped(default: Callable[[], Any], *, allowed: str, help: str, check: Callable[[Any], bool]) -> Any:
+    """Something else that a wrapper holds, given by its name on the command line."""
+    return dataclasses.field(default_factory=default, metadata={"option": Option(allowed, help, check, str)})
+
+
 def real(
     default: float | None, *, lo: float, hi: float, open_lo: bool = False, optional: bool = False, help: str
 ) -> Any:

@@ -19,6 +19,9 @@ class SnapKV(Method):
     The recent window is at most half of the budget (the paper keeps it whatever the budget).
     """
 
+    keeps_by = "pooled attention from the last rows"
+    source = "2404.14469"
+
     window: int = integer(32, minimum=1, help="last rows that vote; they stay, at most half of the budget")
     kernel: int = integer(5, minimum=1, odd=True, help="tokens that a vote is averaged over")
 

@@ -19,6 +19,9 @@ class StreamingLLM(Method):
     Kept entries keep their rotary phase (the paper re-indexes them).
     """
 
+    keeps_by = "place: sinks and the recent window"
+    source = "2309.17453"
+
     sinks: int = integer(4, minimum=0, help="first tokens that stay, at most budget - 1")
 
     def plan(self, view: LayerView, budget: int) -> Plan:

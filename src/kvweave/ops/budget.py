@@ -104,3 +104,8 @@ def allocate(weights: Sequence[float], total: int, lo: int, hi: int) -> list[int
         middle = (low + high) / 2
         low, high = (middle, high) if sum(shares(middle)) < total else (low, middle)
     return largest_remainder(shares(high), total, [hi] * n)
+
+
+def least(budget: int, length: int) -> int:
+    """Entries that a layer keeps at least where budgets follow a statistic (METHODS 2.3)."""
+    return min(budget, max(1, floor(0.01 * length)))

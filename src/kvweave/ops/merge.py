@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvweave.ops.match import take
@@ -21,10 +22,15 @@ def segment_sum(x: Tensor, segment: Tensor, segments: int) -> Tensor:
     batch, kv_heads, n = segment.shape
     tail = x.shape[3:]
     sums = x.new_zeros(batch * kv_heads * (segments + 1), *tail)
-    offset = torch.arange(batch * kv_heads, device=x.device).view(batch, kv_heads, 1) * (segments + 1)
-    index = segment.remainder(segments + 1) + offset  # -1 goes to a last segment of its own
-    sums.index_add_(0, index.flatten(), x.reshape(batch * kv_heads * n, *tail))
+    sums.index_add_(0, _places(segment, segments), x.reshape(batch * kv_heads * n, *tail))
     return sums.view(batch, kv_heads, segments + 1, *tail)[:, :, :segments]
+
+
+def _places(segment: Tensor, segments: int) -> Tensor:
+    """Row of each member among all heads' segments laid end to end; -1 goes to a last segment of its head."""
+    batch, kv_heads, _ = segment.shape
+    offset = torch.arange(batch * kv_heads, device=segment.device).view(batch, kv_heads, 1) * (segments + 1)
+    return (segment.remainder(segments + 1) + offset).flatten()
 
 
 def merge_weights(
@@ -94,12 +100,13 @@ def merge(
     Returns:
         [batch, kv_heads, kept, dim] in the dtype of `x`, accumulated in float32 or wider.
     """
+    kept = keep.shape[-1]
     original = take(x, keep)
-    sums = original.to(weight.dtype) * own[..., None]
-    members = torch.zeros_like(own)
+    sums = F.pad(original.to(weight.dtype) * own[..., None], (0, 0, 0, 1))  # and a place for the evicted
+    flat = sums.flatten(0, 2)
     for start in range(0, source.shape[-1], dim_block):
         part = slice(start, start + dim_block)
         rows = take(x, source[..., part]).to(weight.dtype) * weight[..., part, None]
-        sums += segment_sum(rows, target[..., part], keep.shape[-1])
-        members += segment_sum(torch.ones_like(weight[..., part]), target[..., part], keep.shape[-1])
-    return torch.where((members > 0)[..., None], sums.to(x.dtype), original)
+        flat.index_add_(0, _places(target[..., part], kept), rows.flatten(0, 2))
+    alone = segment_sum(torch.ones_like(weight), target, kept) == 0
+    return torch.where(alone[..., None], original, sums[:, :, :kept].to(x.dtype))

@@ -4,19 +4,30 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn `x` by the angles of `cos` and `sin`, half-split pairs (x_m, x_{m + dim / 2}).
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Turn `x` by the angles of `cos` and `sin`.
 
     Args:
         x: [..., dim]; channels beyond the tables' width are left as they are (partial rotary).
-        cos, sin: [..., rotary_dim], both halves alike.
+        cos, sin: [..., rotary_dim], the same number for both channels of a pair.
+        interleaved: pairs are (x_2m, x_2m+1); else half-split, (x_m, x_(m + rotary_dim / 2)).
     """
     width = cos.shape[-1]
     turned, rest = x[..., :width], x[..., width:]
-    half = width // 2
-    swapped = torch.cat([-turned[..., half:], turned[..., :half]], -1)
+    if interleaved:
+        swapped = torch.stack([-turned[..., 1::2], turned[..., 0::2]], -1).flatten(-2)
+    else:
+        swapped = torch.cat([-turned[..., width // 2 :], turned[..., : width // 2]], -1)
     turned = turned * cos + swapped * sin
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def paired_tables(table: Tensor, *, interleaved: bool) -> Tensor:
+    """`table` [..., rotary_dim] laid out for `rotate`: some models repeat its first half only when they use it."""
+    half = table.shape[-1] // 2
+    if interleaved and torch.equal(table[..., :half], table[..., half:]):
+        return table[..., :half].repeat_interleave(2, -1)
+    return table
 
 
 def unit_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,13 @@ def top(scores: Tensor, count: int) -> Tensor:
     return best.sort(-1).values
 
 
+def ranks(scores: Tensor) -> Tensor:
+    """Rank of each entry along the last dimension, 0 the best; ties to the lower position."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
 def last(like: Tensor, count: int) -> Tensor:
     """Positions of the last `count` tokens of `like` [batch, kv_heads, length]: int64 [batch, kv_heads, count]."""
     length = like.shape[-1]
@@ -89,3 +96,16 @@ def pool(scores: Tensor, kernel: int) -> Tensor:
     if kernel == 1 or scores.shape[-1] == 0:
         return scores
     return F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2, count_include_pad=True)
+
+
+def chosen(mask: Tensor) -> Tensor:
+    """Ascending positions of a mask's True entries; heads with fewer have -1 in front.
+
+    Args:
+        mask: bool [batch, kv_heads, length].
+    Returns:
+        int64 [batch, kv_heads, most].
+    """
+    most = int(mask.sum(-1).max())
+    order = mask.to(torch.uint8).sort(dim=-1, stable=True).indices[..., mask.shape[-1] - most :]  # True ones last
+    return order.masked_fill(~mask.gather(-1, order), -1)

@@ -4,6 +4,7 @@ Every statistic is computed in float32 or wider from the queries of a row's last
 keys, both after rotary, as the model's attention used them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,27 +37,33 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _block(
-    queries: Tensor, keys: Tensor, rule: AttentionRule, start: int, rows: int, heads: slice
-) -> tuple[Tensor, Tensor]:
-    """Probabilities of a block of rows before their division, exp(logit - max), and the divisors.
+def _probabilities(
+    queries: Tensor, keys: Tensor, rule: AttentionRule, start: int, rows: int, heads: slice, room: Tensor
+) -> Tensor:
+    """Attention of a block of rows; a row that sees no key at all attends to none.
 
     Args:
         queries: [batch, kv_heads, group, block, dim], float32 or wider, rows [start, start + block) of `rows`.
         keys: [batch, kv_heads, length, dim], float32 or wider; length >= rows.
         heads: which of the layer's query heads these are.
+        room: memory for the logits, of any shape, at least [batch, kv_heads, group, block, length + 1].
     Returns:
-        [batch, kv_heads, group, block, visible], columns that no row of the block sees left off, and
-        [batch, kv_heads, group, block, 1].
+        [batch, kv_heads, group, block, visible], columns that no row of the block sees left off; lives in `room`.
     """
     batch, kv_heads, group, block, dim = queries.shape
     length = keys.shape[-2]
     first = length - rows + start  # the column of the block's first row
     visible = length if rule.mask is not None else first + block
+    extra = 0 if rule.sinks is None else 1  # the sink is a column of its own, before the others
+    shape = (batch, kv_heads, group * block, extra + visible)
+    everything = room.view(-1)[: math.prod(shape)].view(shape)
     flat = (queries * rule.scaling).reshape(batch, kv_heads, group * block, dim)
-    logits = torch.matmul(flat, keys[:, :, :visible].mT).view(batch, kv_heads, group, block, visible)
+    torch.matmul(flat, keys[:, :, :visible].mT, out=everything[..., extra:])
+    everything = everything.view(batch, kv_heads, group, block, extra + visible)
+    logits = everything[..., extra:]
     if rule.softcap is not None:
-        logits = logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
+        logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    blind = None
     if rule.mask is None:
         ahead = torch.ones(block, block, dtype=torch.bool, device=keys.device).triu_(1)
         logits[..., first:].masked_fill_(ahead, -torch.inf)
@@ -64,18 +71,17 @@ def _block(
         mask = rule.mask(start, start + block)
         shared = mask.shape[1] == 1
         mask = mask[:, :, None] if shared else mask[:, heads].view(batch, kv_heads, group, block, length)
-        if mask.dtype == torch.bool:
-            logits.masked_fill_(~mask, -torch.inf)
-        else:
-            logits.add_(mask).masked_fill_(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
-    top = logits.amax(-1, keepdim=True)
-    if rule.sinks is None:
-        weights = logits.sub_(top).exp_()
-        return weights, weights.sum(-1, keepdim=True)
-    sinks = _wide(rule.sinks)[heads].view(1, kv_heads, group, 1, 1)
-    top = torch.maximum(top, sinks)
-    weights = logits.sub_(top).exp_()
-    return weights, weights.sum(-1, keepdim=True) + (sinks - top).exp()
+        hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+        if mask.dtype != torch.bool:
+            logits.add_(mask)
+        logits.masked_fill_(hidden, -torch.inf)
+        blind = hidden.all(-1, keepdim=True)
+    if rule.sinks is not None:
+        everything[..., 0] = _wide(rule.sinks)[heads].view(kv_heads, group, 1)
+    # A row's maximum, exponentials and sum while the row is in the cache; in place where rows are taken one by one.
+    everything = torch.softmax(everything, -1, out=everything if everything.is_cpu else None)
+    weights = everything[..., extra:]
+    return weights if blind is None else weights.masked_fill_(blind, 0)
 
 
 def _grouped(queries: Tensor, kv_heads: int) -> Tensor:
@@ -84,6 +90,7 @@ def _grouped(queries: Tensor, kv_heads: int) -> Tensor:
     return queries.view(batch, kv_heads, heads // kv_heads, rows, dim)
 
 
+@torch.no_grad()
 def window_attention(queries: Tensor, keys: Tensor, rule: AttentionRule, window: int) -> Tensor:
     """Attention that each token receives from the last `window` rows, summed over them (METHODS 2.1).
 
@@ -96,22 +103,21 @@ def window_attention(queries: Tensor, keys: Tensor, rule: AttentionRule, window:
     rows = queries.shape[2]
     window = min(window, rows)
     grouped = _grouped(queries[:, :, rows - window :], kv_heads)
-    out = torch.empty(batch, kv_heads, length, dtype=_wide(keys[:0]).dtype, device=keys.device)
     group = grouped.shape[2]
+    wide = _wide(keys[:0]).dtype
+    out = torch.empty(batch, kv_heads, length, dtype=wide, device=keys.device)
+    room = torch.empty(batch, group, window, length + 1, dtype=wide, device=keys.device)
     for h in range(kv_heads):  # a head at a time: one head's wide keys, not all
         one = slice(h, h + 1)
-        weights, total = _block(
-            _wide(grouped[:, one]),
-            _wide(keys[:, one]),
-            rule,
-            rows - window,
-            rows,
-            slice(h * group, (h + 1) * group),
+        query_heads = slice(h * group, (h + 1) * group)
+        weights = _probabilities(
+            _wide(grouped[:, one]), _wide(keys[:, one]), rule, rows - window, rows, query_heads, room
         )
-        out[:, h] = (weights / total).sum(3).mean((1, 2))
+        out[:, h] = weights.sum((1, 2, 3)) / group
     return out
 
 
+@torch.no_grad()
 def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights: Tensor) -> Tensor:
     """Attention that each token receives from all rows, each row counted with its weight (METHODS 11).
 
@@ -137,22 +143,19 @@ def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights:
     else:  # a head at a time
         block = max(1, _BLOCK // group)
         parts = [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(kv_heads)]
+    first = grouped[parts[0]]
+    room = torch.empty(*first.shape[:3], block, length + 1, dtype=wide, device=keys.device)
     for b, h in parts:
         part_rule = _rows_of(rule, b)
         part_keys = _wide(keys[b, h])
+        query_heads = slice(h.start * group, h.stop * group)
         for start in range(0, rows, block):
             stop = min(rows, start + block)
-            weights, total = _block(
-                _wide(grouped[b, h, :, start:stop]),
-                part_keys,
-                part_rule,
-                start,
-                rows,
-                slice(h.start * group, h.stop * group),
+            weights = _probabilities(
+                _wide(grouped[b, h, :, start:stop]), part_keys, part_rule, start, rows, query_heads, room
             )
-            share = row_weights[b, None, None, :, start:stop] / total.mT
-            received = torch.matmul(share, weights)  # [batch, kv_heads, group, kinds, visible]
-            out[b, h, ..., : weights.shape[-1]] += received
+            received = torch.matmul(row_weights[b, None, None, :, start:stop], weights)
+            out[b, h, ..., : weights.shape[-1]] += received  # [batch, kv_heads, group, kinds, visible]
     return out.view(batch, heads, kinds, length)
 
 

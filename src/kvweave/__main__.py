@@ -1,0 +1,5 @@
+"""`python -m kvweave` is `kvweave`."""
+
+from kvweave.cli import main
+
+main()

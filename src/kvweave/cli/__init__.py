@@ -1,0 +1,68 @@
+"""The command line: `kvweave run | flow | methods | lab`. Exit codes: 0 done, 2 bad input, 1 anything else."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from kvweave.cli.console import BAD_INPUT, UNEXPECTED, BadInput
+from kvweave.cli.flow import flow
+from kvweave.cli.lab import lab
+from kvweave.cli.methods import methods
+from kvweave.cli.run import run
+
+app = typer.Typer(
+    name="kvweave",
+    help="Compress the KV cache of multimodal LLMs, and see what stays.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run)
+app.command("flow")(flow)
+app.command("methods")(methods)
+app.add_typer(lab, name="lab")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: Sequence[str] | None) -> int:
+    """Run a command; errors become one line on stderr."""
+    typed = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = app(args=typed, prog_name="kvweave", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except BadInput as error:
+        return _fail(str(error), BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("stopped", 130)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # click's own errors: unknown options, missing values
+        if usage is not None:
+            return _fail(_given(error, typed) + usage(), BAD_INPUT) if usage() else BAD_INPUT  # none: help was shown
+        if os.environ.get("KVWEAVE_DEBUG"):
+            raise
+        return _fail(
+            f"unexpected {type(error).__name__}: {error} (KVWEAVE_DEBUG=1 shows where)",
+            UNEXPECTED,
+        )
+
+
+def _given(error: Exception, typed: Sequence[str]) -> str:
+    """The option that an error of click's is about, with its value: click names only the option."""
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        for word, following in zip(typed, [*typed[1:], ""], strict=True):
+            if word == option:
+                return f"{option} {following!r}: "
+            if word.startswith(f"{option}="):
+                return f"{option} {word.partition('=')[2]!r}: "
+    return ""
+
+
+def _fail(message: str, code: int) -> int:
+    print("kvweave: " + " ".join(message.split()), file=sys.stderr)
+    return code

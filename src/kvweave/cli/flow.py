@@ -1,0 +1,122 @@
+"""`kvweave flow`: how much attention crosses modalities, layer by layer."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvweave.cli import console, options
+
+if TYPE_CHECKING:
+    from kvweave.methods import FlowMM
+
+RATIOS = ("literal", "balanced", "nosink")
+
+
+def flow(
+    model: options.ModelName = "lab",
+    image: options.Images = None,
+    prompt: options.PromptText = None,
+    theta: Annotated[
+        float, typer.Option(help="FlowMM's threshold, drawn as a line: layers above it are cross-modal.")
+    ] = 0.25,
+    images: options.Number = None,
+    task: options.Task = None,
+    seed: options.Seed = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    attention: options.Attention = "auto",
+    out: options.Out = Path("out/flow"),
+    json: options.Json = False,
+) -> None:
+    """Measure the flow ratio of each layer (the share of attention between text and images) in one prefill.
+
+    Writes flow.png and flow.json.
+    """
+    from kvweave.methods import FlowMM
+
+    with console.bad_input(option="--theta"):
+        method = FlowMM(budget=1, theta=theta)  # one entry is the least: every layer is cut, and so measured
+    if math.isinf(theta):
+        raise console.BadInput(f"--theta {theta} is not finite: allowed is a number")
+    options.check_model(model)
+    console.check_out(out)
+    console.quiet_libraries()
+    ask = options.read_ask(image, prompt, images, task, seed)
+    loaded, processor = options.load(model, dtype, device, attention)
+    measured = _measure(model, loaded, processor, ask, method)
+
+    from kvweave.report.flow import figure
+
+    with console.writing(out) as folder:
+        (folder / "flow.json").write_text(console.dump_json(measured) + "\n", encoding="utf-8")
+        figure(measured, folder / "flow.png")
+    if json:
+        console.print_json(measured)
+    else:
+        _print(measured, out)
+
+
+def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "FlowMM") -> dict[str, Any]:
+    """The three ratios of each layer, as FlowMM computes them; nothing is decoded."""
+    from kvweave import models
+    from kvweave.report import collect
+
+    inputs = options.encode(processor, ask)
+    with console.err().status("measuring"), console.bad_input(models.ModelError, option=f"--model {name!r}"):
+        models.check_compressible(model, method)
+        made = models.generate(model, processor, inputs, method, max_new_tokens=1)
+    tokens = collect.tokens_of(processor, model.config, inputs)
+    return {
+        "model": name,
+        "question": ask.question,
+        "prompt": {
+            "tokens": len(tokens),
+            "visual": sum(token.visual for token in tokens),
+            "images": len(ask.images),
+        },
+        "theta": method.theta,
+        "layers": [
+            {"layer": layer["layer"], **{ratio: _ratio(layer, ratio) for ratio in RATIOS}, "scope": layer["scope"]}
+            for layer in made.report["layers"]
+            if layer["compressed"]
+        ],
+        "command": console.command_line(),
+        "machine": collect.machine(str(model.device)),
+        "versions": collect.versions(),
+    }
+
+
+def _ratio(layer: dict[str, Any], ratio: str) -> float | None:
+    """None where the prompt has nothing to cross between."""
+    from kvweave.report.data import finite
+
+    return finite(layer["flow"] if ratio == "literal" else layer.get(f"flow_{ratio}"))
+
+
+def _print(measured: dict[str, Any], folder: Path) -> None:
+    from rich import box
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    screen = console.out()
+    prompt = measured["prompt"]
+    screen.print(Text(measured["question"], style="bold"))
+    screen.print(
+        f"[dim]{measured['model']} · {prompt['tokens']} tokens, {prompt['visual']} of them visual, "
+        f"{prompt['images']} images[/dim]"
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", justify="right")
+    table.add_column("flow ratio", width=24)
+    for ratio in RATIOS:
+        table.add_column(ratio, justify="right")
+    table.add_column(f"at {measured['theta']:g}")
+    for layer in measured["layers"]:
+        numbers = ["–" if layer[ratio] is None else f"{layer[ratio]:.3f}" for ratio in RATIOS]
+        bar = ProgressBar(total=1, completed=min(1, max(0, layer["literal"] or 0)), width=24)
+        table.add_row(str(layer["layer"]), bar, *numbers, layer["scope"] or "–")
+    screen.print(table)
+    screen.print(f"drawn: [bold]{folder / 'flow.png'}[/bold] (also flow.json)")

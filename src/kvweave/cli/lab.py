@@ -1,0 +1,154 @@
+"""`kvweave lab`: the embedded model, trained, examined, and what it is asked."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvweave.cli import console, options
+
+lab = typer.Typer(help="The embedded model: train it, examine it, see what it is asked.", no_args_is_help=True)
+
+
+@lab.command()
+def train(
+    out: options.Out = Path("out/lab"),
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and albums.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Train the lab's model from a seed: about an hour on two CPU cores; can be stopped and resumed."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console.check_out(out)
+    console.quiet_libraries()
+    device = options.pick_device(device)
+    from kvweave.lab import TASKS
+    from kvweave.lab.train import CURRICULUM
+    from kvweave.lab.train import train as train_model
+
+    steps = sum(stage.steps for stage in CURRICULUM)
+    columns = (
+        TextColumn("[bold]training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console.err()) as progress:
+        bar = progress.add_task("training", total=steps, note="")
+
+        def on_step(record: dict[str, Any]) -> None:
+            weakest = min(TASKS, key=record["accuracy"].__getitem__)
+            note = f"loss {record['loss']:.3f}, weakest {weakest} {record['accuracy'][weakest]:.2f}"
+            progress.update(bar, completed=record["step"], note=note)
+
+        with console.bad_input(FileExistsError, ValueError, option=f"--out {str(out)!r}"):
+            result = train_model(out, seed, device, resume=resume, progress=False, on_step=on_step)
+    if json:
+        console.print_json({"out": str(out), **result})
+    else:
+        state = "was trained already" if result["already_finished"] else "is trained"
+        console.out().print(f"{out} {state}: {result['steps']} steps. Examine it: kvweave lab eval --model {out}")
+
+
+@lab.command("eval")
+def evaluate(
+    model: options.ModelName = "lab",
+    task: Annotated[list[str] | None, typer.Option(help="Repeatable. [default: all]")] = None,
+    images: Annotated[list[int] | None, typer.Option(help="In an album; repeatable. [default: 8, 12]")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Albums for each task and number of images.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of the albums.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    attention: options.Attention = "auto",
+    out: options.Out = Path("out/lab-eval"),
+    json: options.Json = False,
+) -> None:
+    """Print how many hold-out questions a model answers word for word with its full cache."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    options.check_model(model)
+    console.check_out(out)
+    console.quiet_libraries()
+    tasks, numbers = options.check_tasks(task or []), images or [8, 12]
+    for number in numbers:
+        for name in tasks:
+            options.read_example(number, name, seed)  # refuses what has no room before the model is loaded
+    loaded, processor = options.load(model, dtype, device, attention)
+    from kvweave.lab import evaluate as examine
+
+    columns = (TextColumn("examining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console.err(), transient=True) as progress:
+        bar = progress.add_task("examining", total=None)
+        scores = examine.evaluate(
+            loaded,
+            processor,
+            tasks,
+            count,
+            numbers,
+            seed,
+            batch,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    result = {"model": model, **scores, "command": console.command_line()}
+    with console.writing(out) as folder:
+        (folder / "scores.json").write_text(console.dump_json(result) + "\n", encoding="utf-8")
+    if json:
+        console.print_json(result)
+    else:
+        _print_scores(result, tasks, numbers, out)
+
+
+def _print_scores(result: dict[str, Any], tasks: list[str], numbers: list[int], out: Path) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task")
+    for number in numbers:
+        table.add_column(f"{number} images", justify="right")
+    for task in tasks:
+        scores = [result["scores"][str(number)][task] for number in numbers]
+        table.add_row(task, *(f"{s['exact']:.3f} [dim]({s['low']:.3f}-{s['high']:.3f})[/dim]" for s in scores))
+    screen = console.out()
+    screen.print(table)
+    screen.print(
+        f"[dim]exact matches with the full cache, {result['count']} hold-out albums each, 95 % intervals[/dim]"
+    )
+    screen.print(f"written: [bold]{out / 'scores.json'}[/bold]")
+
+
+@lab.command("example")
+def example(
+    images: options.Number = None,
+    task: options.Task = None,
+    seed: options.Seed = None,
+    out: options.Out = Path("out/example"),
+    json: options.Json = False,
+) -> None:
+    """Write the pictures and words of one hold-out question, as the model gets them."""
+    console.check_out(out)
+    ask = options.read_ask(None, None, images, task, seed)
+    pieces: list[dict[str, str]] = []
+    names = iter(f"image-{n:02}.png" for n in range(1, len(ask.images) + 1))
+    with console.writing(out) as folder:
+        for piece in ask.messages[0]["content"]:
+            if piece["type"] == "image":
+                name = next(names)
+                piece["image"].save(folder / name)
+                pieces.append({"image": name})
+            else:
+                pieces.append({"text": piece["text"]})
+        told = {"question": ask.question, "answer": ask.right, "content": pieces}
+        (folder / "example.json").write_text(console.dump_json(told) + "\n", encoding="utf-8")
+    if json:
+        console.print_json(told)
+        return
+    screen = console.out()
+    for piece in pieces:
+        screen.print(f"[dim]{piece['image']}[/dim]" if "image" in piece else piece["text"], markup="image" in piece)
+    screen.print(f"answer: [bold]{ask.right}[/bold]")
+    screen.print(f"written: [bold]{out}[/bold] (example.json and {len(ask.images)} pictures)")

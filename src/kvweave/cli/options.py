@@ -1,0 +1,162 @@
+"""Options that several commands take, and what they come to."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvweave.cli.console import BadInput, bad_input, err
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from kvweave.methods.base import Method
+
+ModelName = Annotated[str, typer.Option("--model", help="lab, a folder, or an id of the Hugging Face hub.")]
+Images = Annotated[
+    list[Path] | None, typer.Option("--image", help="An image of your own; repeatable, in the prompt's order.")
+]
+PromptText = Annotated[str | None, typer.Option("--prompt", help="What to ask about the images.")]
+Number = Annotated[
+    int | None, typer.Option("--images", help="Pictures in the generated example (1 to 12). [default: 12]")
+]
+Task = Annotated[str | None, typer.Option("--task", help="What the generated example asks. [default: image_needle]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of the generated example. [default: 0]")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Attention = Annotated[str, typer.Option("--attention", help="auto, sdpa or eager.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+
+DEFAULT_IMAGES, DEFAULT_TASK = 12, "image_needle"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the model is to be asked: chat messages, and the same for people."""
+
+    messages: list[dict[str, Any]]
+    images: "list[Image]"
+    question: str
+    right: str | None = None
+
+
+def parse_methods(spellings: list[str], budget: str) -> "list[Method]":
+    """Methods as typed, all at `budget` where they do not say otherwise."""
+    from kvweave.methods import parse_method
+    from kvweave.methods.base import parse_budget
+
+    with bad_input(option="--budget"):
+        default = parse_budget(budget)
+    methods = []
+    for spelling in spellings:
+        with bad_input(option=f"--method {spelling!r}"):
+            methods.append(parse_method(spelling, budget=default))
+    return methods
+
+
+def check_model(model: str) -> None:
+    """Refuse a folder that holds no checkpoint, before any work is done."""
+    from kvweave.models import ModelError, check
+
+    with bad_input(ModelError, option="--model"):
+        check(model)
+
+
+def load(model: str, dtype: str, device: str, attention: str) -> tuple[Any, Any]:
+    """The model and its processor."""
+    from kvweave import models
+
+    with err().status(f"loading {model}"), bad_input(models.ModelError, option="--model"):
+        loaded = models.load(model, dtype, device, attention)
+    if not models.reads_images(loaded[1]):
+        err().print(f"{model} reads text only: loaded by AutoModelForCausalLM, with its tokenizer")
+    return loaded
+
+
+def pick_device(device: str) -> str:
+    """The device by this name; with "auto" CUDA where there is one."""
+    from kvweave import models
+
+    with bad_input(models.ModelError, option="--device"):
+        return models.pick_device(device)
+
+
+def encode(processor: Any, ask: Ask) -> Any:
+    """The model's inputs."""
+    from kvweave import models
+
+    with bad_input(models.PromptError, option="--image" if ask.images else "--prompt"):
+        return models.encode(processor, ask.messages)
+
+
+def read_ask(
+    images: list[Path] | None, prompt: str | None, number: int | None, task: str | None, seed: int | None
+) -> Ask:
+    """The user's own images and prompt, or an example of the lab's."""
+    given = {"--images": number, "--task": task, "--seed": seed}
+    if images or prompt is not None:
+        for option, value in given.items():
+            if value is not None:
+                raise BadInput(
+                    f"{option} {value!r} is for the generated example: allowed is either it, or --image and --prompt"
+                )
+        return _own(images or [], prompt)
+    return read_example(
+        DEFAULT_IMAGES if number is None else number,
+        DEFAULT_TASK if task is None else task,
+        seed or 0,
+    )
+
+
+def check_tasks(names: list[str]) -> list[str]:
+    """The lab's tasks by these names; all if there are none."""
+    from kvweave.lab import TASKS
+
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise BadInput(f"--task {name!r} is unknown{hint}: allowed is one of {', '.join(TASKS)}")
+    return names or list(TASKS)
+
+
+def read_example(number: int, task: str, seed: int) -> Ask:
+    """A hold-out question of the lab's."""
+    from kvweave.lab import example
+
+    check_tasks([task])
+    if seed < 0:
+        raise BadInput(f"--seed {seed} is negative: allowed is an int >= 0")
+    with bad_input(option=f"--images {number}"):
+        sample = example(images=number, seed=seed, task=task)
+    question = sample.question.removeprefix("question: ")
+    return Ask(sample.messages(), sample.images, question, sample.answer)
+
+
+def _own(paths: list[Path], prompt: str | None) -> Ask:
+    if prompt is not None and not prompt.strip():
+        raise BadInput(f"--prompt {prompt!r} is empty: allowed is text (or no --prompt at all, with --image)")
+    images = [_open(path) for path in paths]
+    pieces: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    if prompt is not None:
+        pieces.append({"type": "text", "text": prompt})
+    return Ask([{"role": "user", "content": pieces}], images, prompt or "(images only)")
+
+
+def _open(path: Path) -> "Image":
+    from PIL import Image, ImageOps
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise BadInput(f"--image {str(path)!r} {what}: allowed is an image file")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(
+            f"--image {str(path)!r} cannot be read as an image ({type(error).__name__}): "
+            "allowed is what Pillow opens, such as PNG, JPEG or WebP"
+        ) from error

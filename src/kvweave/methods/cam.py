@@ -1,0 +1,66 @@
+"""CaM: evicted values are spread over the kept tokens that follow (ICML 2024; METHODS 10.8)."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvweave.layer import LayerView
+from kvweave.methods.base import ALL_ROWS, register
+from kvweave.methods.h2o import H2O
+from kvweave.methods.options import choice, integer
+from kvweave.ops.draw import uniform
+from kvweave.ops.match import take
+from kvweave.ops.select import complement
+from kvweave.plan import Plan
+
+
+@register("cam")
+@dataclass(frozen=True)
+class CaM(H2O):
+    """H2O's selection; each evicted value is added, with a probability, to the kept values behind it.
+
+    Keys stay as they are, and so does mass: the tokens count as evicted. It adds value mass, so it is not convex.
+    """
+
+    keeps_by = "attention from all rows, and the recent half"
+    merges_by = "values spread over the kept tokens behind"
+    source = "ICML 2024"
+
+    window: int = integer(32, minimum=1, help="kept tokens that an evicted value is spread over")
+    mode: str = choice("sample", "sample", "expected", help="add with probability p, or p times")
+    seed: int = integer(0, minimum=0, help="of the sampling")
+
+    @property
+    def query_rows(self) -> int:
+        return ALL_ROWS
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        plan = super().plan(view, budget)
+        keep, mass = plan.keep, view.column_mass().double()
+        gone = complement(keep, view.length)
+        first = torch.searchsorted(
+            keep.contiguous(), gone.contiguous()
+        )  # the first kept token behind, [batch, kv_heads, evicted]
+        stop = (first + self.window).clamp(max=budget)
+        sums = torch.nn.functional.pad(mass.gather(-1, keep).cumsum(-1), (1, 0))
+        heads = (stop - first).clamp(min=1)
+        mean = (sums.gather(-1, stop) - sums.gather(-1, first)) / heads
+        share = (mass.gather(-1, gone) / mean.clamp(min=1e-30)).clamp(0, 1)
+        if self.mode == "sample":
+            share = (uniform(self.seed, view.layer, share) < share).to(share.dtype)
+        share = torch.where(stop > first, share / heads, 0)
+        values = take(view.values, gone).to(share.dtype) * share[..., None]
+        return replace(plan, added=spread(values, first, stop, budget).to(mass.dtype))
+
+
+def spread(values: Tensor, first: Tensor, stop: Tensor, kept: int) -> Tensor:
+    """Sums over kept tokens of the values that are spread over [first, stop): [batch, kv_heads, kept, dim].
+
+    Differences at both ends and one running sum: no work for each target.
+    """
+    ends = values.new_zeros(*values.shape[:2], kept + 1, values.shape[-1])
+    index = first[..., None].expand_as(values)
+    ends.scatter_add_(2, index, values)
+    ends.scatter_add_(2, stop[..., None].expand_as(values), -values)
+    return ends.cumsum(2)[:, :, :kept]

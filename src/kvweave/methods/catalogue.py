@@ -1,0 +1,73 @@
+"""docs/METHODS.md, written from the registry: `python -m kvweave.methods.catalogue > docs/METHODS.md`."""
+
+import dataclasses
+import inspect
+
+from kvweave.methods.base import ALL_ROWS, MergingMethod, Method, list_methods, method_class
+from kvweave.methods.quantized import Quantized
+
+_HEAD = """# Methods
+
+Written from the registry by `make docs`; do not edit. What a method is and where it departs from its paper is in the
+docstring of its file under `src/kvweave/methods/`; open points of the papers are in [ERRATA.md](ERRATA.md).
+
+Every method keeps exactly its budget in each layer, or on average over layers where it allocates. Rows are the last
+tokens whose queries it reads: P rows cost P x L x D a head, all rows L x L x D, streamed, without an L x L tensor.
+Merging adds (L - B) x targets x D. A method that allocates over layers by what it has seen cuts when the prefill
+ends, so its peak memory is the full cache; the others cut each layer straight after its attention.
+"""
+
+
+def markdown() -> str:
+    """The table of methods, and each one's options."""
+    lines = [
+        _HEAD,
+        "| name | keeps by | merges by | allocates by | reads | cuts | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in list_methods():
+        method = method_class(name)()
+        cells = [f"[`{name}`](#{name})", method.keeps_by, method.merges_by, method.allocates_by]
+        when = "after the prefill" if method.layer_adaptive else "layer by layer"
+        lines.append("| " + " | ".join([*cells, reads(method), when, source(method)]) + " |")
+    lines += ["", 'All take `budget`: a share in (0, 1], tokens as an int, or bytes such as `"256MiB"`.']
+    for name in list_methods():
+        lines += ["", f"## {name}", "", *_section(method_class(name))]
+    lines += ["", "# Around any method", "", "## quantized", "", *_section(Quantized)]
+    return "\n".join(lines) + "\n"
+
+
+def reads(method: Method) -> str:
+    """Whose queries it needs, in words."""
+    rows = method.query_rows
+    if rows == ALL_ROWS:
+        return "all rows"
+    if rows:
+        return f"{rows} rows"
+    return "keys and values" if method.name in ("flashcache", "chelsea") else "nothing"
+
+
+def source(method: Method) -> str:
+    """A link to the paper where there is a number."""
+    number, _, rest = method.source.partition(",")
+    if number.replace(".", "").isdigit():
+        return f"[{number}](https://arxiv.org/abs/{number}){',' + rest if rest else ''}"
+    return method.source
+
+
+def _section(cls: type[Method]) -> list[str]:
+    text = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
+    options = cls.options()
+    shared = {name for name, _ in MergingMethod.options()} if issubclass(cls, MergingMethod) else set()
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    lines = ["\n\n".join(text)]
+    if options:
+        lines += ["", "| option | default | allowed | what it does |", "|---|---|---|---|"]
+        for name, option in sorted(options, key=lambda item: item[0] in shared):
+            default = defaults[name] if defaults[name] is not dataclasses.MISSING else "full"
+            lines.append(f"| `{name}` | {default} | {option.allowed} | {option.help} |")
+    return lines
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,67 @@
+"""FlashCache: tokens that deviate from the low frequencies of their sequence.
+
+Source: Revisiting Multimodal KV Cache Compression: A Frequency-Domain-Guided Outlier-KV-Aware Approach (2511.16786);
+METHODS 5. Reads no attention at all.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvweave.layer import LayerView
+from kvweave.methods.base import Method, register
+from kvweave.methods.options import flag, integer, real
+from kvweave.ops import budget as counts
+from kvweave.ops.select import top_and_recent
+from kvweave.ops.spectrum import low_pass
+from kvweave.plan import Plan
+
+
+@register("flashcache")
+@dataclass(frozen=True)
+class FlashCache(Method):
+    """Keeps outliers: tokens whose keys and values lie far from a low-pass of the sequence.
+
+    Layers whose energy lies in high frequencies get more of the budget.
+    """
+
+    keeps_by = "deviation from the low frequencies"
+    allocates_by = "energy above the cutoff"
+    source = "2511.16786"
+
+    gamma: float = real(0.2, lo=0, hi=1, help="share of the frequencies that count as low")
+    per_head: bool = flag(False, help="each KV head keeps tokens of its own (the paper: one set a layer)")
+    recent: int = integer(0, minimum=0, help="last tokens that stay, at most half of the mean budget")
+
+    layer_adaptive = True
+
+    def layer_weight(self, view: LayerView) -> Tensor:
+        """Share of the energy above the cutoff, of keys and of values: [batch], in [0, 2]."""
+        return self.outliers(view)[1]
+
+    def allocate(self, weights: list[float], budget: int, length: int) -> list[int]:
+        return counts.allocate(weights, len(weights) * budget, 1, length)
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        recent = min(self.recent, view.mean_budget // 2, budget)
+        return Plan(top_and_recent(self.outliers(view)[0], budget, recent))
+
+    def outliers(self, view: LayerView) -> tuple[Tensor, Tensor]:
+        """Each token's deviation, [batch, kv_heads, length], and the layer's weight, [batch]."""
+        return view.once(("outliers", self.gamma, self.per_head), lambda: self._outliers(view))
+
+    def _outliers(self, view: LayerView) -> tuple[Tensor, Tensor]:
+        cutoff = counts.floor(self.gamma * view.length)
+        parts = [_above(x, cutoff) for x in (view.keys, view.values)]
+        deviation = parts[0][0] + parts[1][0]
+        if not self.per_head:
+            deviation = deviation.mean(1, keepdim=True).expand(-1, view.kv_heads, -1)
+        return deviation, parts[0][1] + parts[1][1]
+
+
+def _above(x: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
+    """What of `x` [batch, kv_heads, length, dim] lies above the cutoff: by token and head, and as a share by row."""
+    base = low_pass(x, cutoff)
+    x = x.to(base.dtype)
+    squared = (x - base).square_()
+    return squared.mean(-1), squared.sum((1, 2, 3)) / x.square().sum((1, 2, 3)).clamp(min=1e-30)

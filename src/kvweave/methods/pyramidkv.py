@@ -1,0 +1,40 @@
+"""PyramidKV: SnapKV with budgets that fall with depth (Cai et al., 2406.02069; METHODS 10.4)."""
+
+from dataclasses import dataclass
+
+from kvweave.layer import LayerView
+from kvweave.methods.base import register
+from kvweave.methods.options import real
+from kvweave.methods.snapkv import SnapKV
+from kvweave.ops.budget import largest_remainder
+from kvweave.ops.select import top_and_recent
+from kvweave.plan import Plan
+
+
+@register("pyramidkv")
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """Lower layers, which gather information, keep more; upper ones, where it has gathered, less."""
+
+    keeps_by = "pooled attention from the last rows"
+    allocates_by = "depth: lower layers more"
+    source = "2406.02069"
+
+    beta: float = real(20.0, lo=1, hi=float("inf"), help="steepness: the top layer keeps 1/beta of the mean")
+
+    def layer_budgets(self, budget: int, length: int, layers: int) -> list[int]:
+        if layers == 1 or budget == 1 or budget >= length:
+            return [budget] * layers
+        recent = self.recent(budget)
+        smallest = (budget - recent) / self.beta
+        largest = 2 * (budget - recent) - smallest
+        if largest > length - recent:
+            largest = length - recent
+            smallest = 2 * (budget - recent) - largest
+        step = (largest - smallest) / (layers - 1)
+        shares = [recent + largest - layer * step for layer in range(layers)]
+        return largest_remainder(shares, layers * budget, [length] * layers)
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        recent = min(self.recent(view.mean_budget), budget)
+        return Plan(top_and_recent(self.score(view, recent), budget, recent, view.length))

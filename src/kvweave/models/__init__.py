@@ -1,0 +1,19 @@
+"""Models as the command line names them: loaded, given a prompt, and timed."""
+
+from kvweave.models.generating import Generation, check_compressible, generate
+from kvweave.models.loading import LAB, ModelError, check, load, pick_device, reads_images
+from kvweave.models.prompting import PromptError, encode
+
+__all__ = [
+    "LAB",
+    "Generation",
+    "ModelError",
+    "PromptError",
+    "check",
+    "check_compressible",
+    "encode",
+    "generate",
+    "load",
+    "pick_device",
+    "reads_images",
+]

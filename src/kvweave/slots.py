@@ -1,0 +1,198 @@
+"""What memory holds of a layer: keys, values, and which tokens they stand for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvweave.plan import Compacted
+
+
+@dataclass
+class Slots:
+    """Entries of some KV heads that hold equally many, side by side.
+
+    Attributes:
+        keys, values: [batch, kv_heads, slots, dim].
+        positions: int64 [batch, kv_heads, slots], logical column of each slot, -1: empty; None: slot j is column j.
+        mass: float32 [batch, kv_heads, slots], tokens a slot stands for; None with `positions`.
+        bias: float32 [batch, kv_heads, slots], added to the slots' logits, or None.
+        has_empty: some slot is empty.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor | None = None
+    mass: Tensor | None = None
+    bias: Tensor | None = None
+    has_empty: bool = False
+
+    @property
+    def count(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
+
+    def unpacked(self) -> "Slots":
+        """All slots in full precision: themselves."""
+        return self
+
+    def appended(self, keys: Tensor, values: Tensor, column: int) -> "Slots":
+        """These slots and new ones, [batch, kv_heads, new, dim], of columns from `column` on."""
+        shape = keys.shape[:3]
+        keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        if self.positions is None or self.mass is None:
+            return Slots(keys, values)
+        columns = torch.arange(column, column + shape[2], device=keys.device).expand(shape)
+        return Slots(
+            keys,
+            values,
+            torch.cat([self.positions, columns], -1),
+            torch.cat([self.mass, self.mass.new_ones(shape)], -1),
+            None if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(shape)], -1),
+            self.has_empty,
+        )
+
+    def first(self, count: int) -> "Slots":
+        """The first `count` slots."""
+        return self._cut(slice(None, count))
+
+    def after(self, count: int) -> "Slots":
+        """The slots behind the first `count`."""
+        return self._cut(slice(count, None))
+
+    def _cut(self, part: slice) -> "Slots":
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, :, part]
+
+        return Slots(
+            self.keys[:, :, part],
+            self.values[:, :, part],
+            of(self.positions),
+            of(self.mass),
+            of(self.bias),
+            self.has_empty,
+        )
+
+    def before(self, column: int, seen: int) -> "Slots":
+        """The slots of columns before `column`, where `seen` have been stored."""
+        if self.positions is None:
+            return self.first(self.count - (seen - column))
+        # Decoded tokens lie at the end of every head; those of a prompt that was cut may lie anywhere.
+        left = self.first(self.count - int((self.positions >= column).sum(-1).min()))
+        assert left.positions is not None
+        assert left.mass is not None
+        gone = left.positions >= column
+        if bool(gone.any()):
+            left.positions = left.positions.masked_fill(gone, -1)
+            left.mass = left.mass.masked_fill(gone, 0)
+            left.has_empty = True
+        return left
+
+    def rows(self, index: Tensor) -> "Slots":
+        """The given rows of the batch, in that order."""
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index.to(x.device)]
+
+        return Slots(
+            self.keys[index.to(self.keys.device)],
+            self.values[index.to(self.values.device)],
+            of(self.positions),
+            of(self.mass),
+            of(self.bias),
+            self.has_empty,
+        )
+
+    def explicit(self, valid: Tensor) -> "Slots":
+        """With positions and mass written out; slots of columns that are not `valid` [batch, columns] are empty."""
+        if self.positions is not None:
+            return self
+        batch, kv_heads, count, _ = self.keys.shape
+        real = valid[:, None, :count].to(self.keys.device).expand(batch, kv_heads, -1)
+        columns = torch.arange(count, device=self.keys.device).expand(batch, kv_heads, -1)
+        return Slots(self.keys, self.values, columns.masked_fill(~real, -1), real.to(torch.float32))
+
+
+def stored(done: Compacted, behind: Slots | None = None) -> list[Slots]:
+    """What memory holds of a compacted layer: heads that keep different counts apart, so that memory is freed.
+
+    Args:
+        behind: slots of the same heads that follow, untouched.
+    """
+    _, kv_heads, slots = done.positions.shape
+    counts = (done.positions >= 0).sum(-1)  # [batch, kv_heads]
+    longest: list[int] = counts.amax(0).tolist()
+    has_empty = bool((counts < slots).any())
+    if len(set(longest)) == 1:
+        parts = [(slice(0, kv_heads), longest[0])]
+    else:
+        parts = [(slice(head, head + 1), count) for head, count in enumerate(longest)]
+    blocks = []
+    for heads, count in parts:
+        start = slots - count  # empty slots come first
+
+        def part(x: Tensor, heads: slice = heads, start: int = start, count: int = count) -> Tensor:
+            piece = x[:, heads, start:]
+            return piece if count == slots and len(parts) == 1 else piece.clone()
+
+        block = Slots(
+            part(done.keys),
+            part(done.values),
+            part(done.positions),
+            part(done.mass),
+            None if done.bias is None else part(done.bias),
+            has_empty and bool((done.positions[:, heads, start:] < 0).any()),
+        )
+        blocks.append(block if behind is None else _joined(block, behind, heads))
+    return blocks
+
+
+def _joined(block: Slots, behind: Slots, heads: slice) -> Slots:
+    assert behind.positions is not None
+    assert behind.mass is not None
+    assert block.positions is not None
+    assert block.mass is not None
+    bias = block.bias
+    if bias is not None:
+        more = torch.zeros_like(behind.mass) if behind.bias is None else behind.bias
+        bias = torch.cat([bias, more[:, heads]], -1)
+    return Slots(
+        torch.cat([block.keys, behind.keys[:, heads]], 2),
+        torch.cat([block.values, behind.values[:, heads]], 2),
+        torch.cat([block.positions, behind.positions[:, heads]], -1),
+        torch.cat([block.mass, behind.mass[:, heads]], -1),
+        bias,
+        block.has_empty,
+    )
+
+
+def rectangular(blocks: Sequence[Slots]) -> Slots:
+    """All heads side by side, those that hold less with empty slots in front; a single block is returned as it is."""
+    if len(blocks) == 1:
+        return blocks[0]
+    slots = max(block.count for block in blocks)
+
+    def stack(tensors: list[Tensor], empty: float) -> Tensor:
+        return torch.cat([_padded(x, slots, empty) for x in tensors], 1)
+
+    positions = [block.positions for block in blocks if block.positions is not None]
+    masses = [block.mass for block in blocks if block.mass is not None]
+    biases = [block.bias for block in blocks if block.bias is not None]
+    return Slots(
+        stack([block.keys for block in blocks], 0),
+        stack([block.values for block in blocks], 0),
+        stack(positions, -1),
+        stack(masses, 0),
+        stack(biases, 0) if biases else None,
+        True,
+    )
+
+
+def _padded(x: Tensor, slots: int, empty: float) -> Tensor:
+    """`x` [batch, kv_heads, n, ...] with empty slots in front."""
+    missing = slots - x.shape[2]
+    return torch.cat([x.new_full((*x.shape[:2], missing, *x.shape[3:]), empty), x], 2) if missing else x

@@ -1,0 +1,74 @@
+"""The benchmarks run, and write what they print."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import gpu, measure
+
+
+def test_statistics_writes_every_row_beside_attention(tmp_path, capsys):
+    pytest.importorskip("rich")
+    from benchmarks import statistics
+
+    assert statistics.main(["--quick", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("statistics-*.json"))
+    assert {"cpu", "torch", "transformers", "date", "command"} <= data["machine"].keys()
+    figures = data["figures"]
+    assert {f["what"] for f in figures} == set(statistics.runs(statistics.SMALL, 64, statistics.METHODS))
+    assert {f["ratio"] for f in figures if f["what"] == statistics.ATTENTION} == {1.0}
+    assert all(f["mebibytes"] > 0 for f in figures)
+    (text,) = (path.read_text() for path in tmp_path.glob("statistics-*.md"))
+    for name in ("column sums", "flow ratio", "matching", "merging", *statistics.METHODS):
+        assert name in printed
+        assert f"| {name} |" in text
+
+
+def test_marks_are_judged():
+    pytest.importorskip("rich")
+    from benchmarks import statistics
+
+    figure = statistics.Figure("column sums", str(statistics.SMALL), 4096, 10.0, 0.75, 51.0)
+    assert [row[2] for row in statistics.verdicts([figure])] == ["met", "not met"]
+
+
+def test_gpu_says_in_one_line_that_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_gpu_runs_small_on_a_cpu(tmp_path, capsys):
+    failures = gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)])
+    assert failures == 0, capsys.readouterr().err
+    (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("gpu-*.json"))
+    assert {row["verdict"] for row in data["checks"]} == {"ok"}
+    assert {"decode", "prefill_ms", "prefill_mib"} <= data.keys()
+    assert ("training" in data) == (importlib.util.find_spec("kvweave.lab.train") is not None)
+
+
+def test_a_part_that_fails_leaves_the_others(tmp_path, capsys):
+    report = gpu.Report(tmp_path, measure.machine())
+    with report.part("one"):
+        raise RuntimeError("no memory")
+    report.table("two", "Two", ["", "x"], [["a", "1"]])
+    (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert data["failures"] == ["one: RuntimeError: no memory"]
+    assert data["two"] == [{"": "a", "x": "1"}]
+
+
+def test_exponent():
+    assert math.isclose(measure.exponent([1, 2, 4], [3, 12, 48]), 2)
+    assert measure.exponent([1], [3]) is None
+
+
+def test_rounds_are_interleaved():
+    calls = []
+    seconds = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 3
+    assert {name: len(x) for name, x in seconds.items()} == {"a": 3, "b": 3}
+    assert measure.median_ratio([2, 9, 4], [1, 3, 4]) == 2

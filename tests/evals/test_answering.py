@@ -1,0 +1,93 @@
+"""Answers come out of the compressed cache, whether the question was compressed with it or came later."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import kvweave
+from kvweave.evals.answering import answer, prepare
+from kvweave.evals.tasks import Example, lab_tasks
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    """Questions of unequal lengths."""
+    return [example for task in lab_tasks(["action", "lookup"], 2, 6) for example in task.examples(0)]
+
+
+def test_seen_prompts_are_compressed_whole(model: Any, processor: Any, examples: list[Example]):
+    batch = prepare(processor, examples, "seen")
+    for said, lengths in zip(
+        answer(model, processor, kvweave.SnapKV(budget=0.2), batch, 6),
+        batch.inputs["attention_mask"].sum(1).tolist(),
+        strict=True,
+    ):
+        assert said.length == lengths
+        assert said.kept == [int(0.2 * lengths + 1e-9)] * 4
+
+
+def test_a_context_and_its_question_are_the_prompt(processor: Any, examples: list[Example]):
+    whole, batch = prepare(processor, examples, "seen"), prepare(processor, examples, "unseen")
+    for row in range(len(examples)):
+        real = [
+            inputs["input_ids"][row][inputs["attention_mask"][row] == 1] for inputs in (whole.inputs, batch.inputs)
+        ]
+        question = batch.following[row][batch.following[row] >= 0]
+        assert torch.equal(torch.cat([real[1], question]), real[0])
+        assert processor.decode(question) == examples[row].question
+    assert torch.equal(batch.inputs["pixel_values"], whole.inputs["pixel_values"])
+    visual = batch.inputs["input_ids"] == processor.image_token_id
+    assert torch.equal(batch.inputs["mm_token_type_ids"] == 1, visual)
+
+
+def test_an_unseen_question_is_never_compressed(model: Any, processor: Any, examples: list[Example]):
+    batch = prepare(processor, examples, "unseen")
+    for said, length in zip(
+        answer(model, processor, kvweave.FlowMM(budget=0.1), batch, 6),
+        batch.inputs["attention_mask"].sum(1).tolist(),
+        strict=True,
+    ):
+        assert said.length == length
+        assert said.kept == [int(0.1 * length + 1e-9)] * 4
+
+
+def test_without_compression_the_protocols_agree(model: Any, processor: Any, examples: list[Example]):
+    full = kvweave.get_method("full")
+    seen, unseen = (
+        [said.text for said in answer(model, processor, full, prepare(processor, examples, protocol), 6)]
+        for protocol in ("seen", "unseen")
+    )
+    assert seen == unseen == [example.answer for example in examples]
+
+
+@pytest.mark.parametrize("protocol", ["seen", "unseen"])
+def test_a_batch_answers_as_its_rows_do_alone(model: Any, processor: Any, examples: list[Example], protocol: str):
+    method = kvweave.SnapKV(budget=0.15)
+    together = answer(model, processor, method, prepare(processor, examples, protocol), 6)
+    alone = [answer(model, processor, method, prepare(processor, [one], protocol), 6)[0] for one in examples]
+    assert [(said.text, said.kept) for said in together] == [(said.text, said.kept) for said in alone]
+
+
+def test_an_unseen_question_is_read_as_by_plain_forwards(model: Any, processor: Any, examples: list[Example]):
+    method = kvweave.SnapKV(budget=0.3)
+    batch = prepare(processor, examples[2:3], "unseen")
+    with torch.inference_mode(), kvweave.compress(model, method) as session:
+        out = model(**batch.inputs, use_cache=True)
+        cache = session.cache
+        words = []
+        for token in [*batch.following[0].tolist(), *[None] * 3]:
+            if token is None:
+                token = int(out.logits[0, -1].argmax())
+                words.append(token)
+            out = model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+    said = processor.decode(words, skip_special_tokens=True).strip()
+    assert said
+    assert said == answer(model, processor, method, batch, 3)[0].text
+
+
+def test_a_question_that_does_not_end_the_prompt_is_refused(processor: Any, examples: list[Example]):
+    one = examples[0]
+    elsewhere = Example("odd", one.messages, "question: where is it ?", one.answer)
+    with pytest.raises(ValueError, match="does not hold its question"):
+        prepare(processor, [elsewhere], "unseen")
