@@ -382,7 +382,7 @@ def state(model):
     return implementations(model.config), model.config.to_dict(), hooks, own, always, settings
 
 
-class Stumble(Exception):
+class StumbleError(Exception):
     pass
 
 
@@ -426,7 +426,7 @@ def test_each_part_of_a_model_gets_its_own_attention_back(kind):
     assert state(model) == before
 
 
-@pytest.mark.parametrize("error", [Stumble, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [StumbleError, KeyboardInterrupt])
 @pytest.mark.parametrize("at_call", [1, 2, 3])
 def test_the_model_is_left_as_it_was_found_after_an_exception_in_the_middle(error, at_call):
     model, inputs = text_model(), text_inputs((24,))
@@ -447,7 +447,7 @@ def test_the_model_is_left_as_it_was_found_after_an_exception_in_the_middle(erro
     assert torch.equal(decode(model, inputs)[1], plain)
 
 
-@pytest.mark.parametrize("error", [Stumble, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [StumbleError, KeyboardInterrupt])
 @pytest.mark.parametrize("at_call", [1, 2])
 def test_a_session_works_on_after_an_exception_in_the_middle(error, at_call):
     """A user stops a long generation by hand, in a notebook, and asks again."""
@@ -478,17 +478,17 @@ def test_a_users_own_hook_that_raises_before_ours_does_not_count_as_a_forward():
     model, inputs = text_model(), text_inputs((24,))
 
     def stumble(module, args, kwargs):
-        raise Stumble
+        raise StumbleError
 
     hook = model.register_forward_pre_hook(stumble, with_kwargs=True)
     with kvweave.compress(model, Heavier(budget=0.25)) as session:
-        with pytest.raises(Stumble):
+        with pytest.raises(StumbleError):
             decode(model, inputs)
         hook.remove()
         decode(model, inputs)
         assert session.report["totals"]["kept"] == 12
         hook = model.register_forward_pre_hook(stumble, with_kwargs=True, prepend=True)
-        with pytest.raises(Stumble):
+        with pytest.raises(StumbleError):
             decode(model, inputs)
         hook.remove()
         decode(model, text_inputs((40,)))
@@ -713,6 +713,16 @@ def test_a_visual_mask_that_is_none_is_refused(visual):
         kvweave.compress(text_model(), FLOW, visual=visual)
 
 
+@pytest.mark.parametrize("columns", [1, 20])
+def test_a_visual_mask_shorter_than_the_prompt_is_refused(columns):
+    """Which columns it speaks of would be a guess."""
+    model, inputs = text_model("llava"), text_inputs((24,))
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    visual = torch.ones(1, columns, dtype=torch.bool)
+    with kvweave.compress(model, FLOW, visual=visual), pytest.raises(ValueError, match="visual"):
+        model.generate(inputs_embeds=embeds, max_new_tokens=3)
+
+
 # -------------------------------------------------------------------- what may be passed
 
 
@@ -753,6 +763,16 @@ def test_a_padding_mask_passed_positionally_is_heard_too():
     assert torch.equal(cache.prompt.valid, inputs["attention_mask"].bool())
     assert cache.layers[0].positions[1].max() == 23
     assert (cache.layers[0].positions[1] >= 0).sum(-1).tolist() == [2, 2]
+
+
+def test_a_cache_passed_positionally_is_found():
+    model, inputs = text_model(), text_inputs((24,))
+    handle = kvweave.attach(model)
+    cache = kvweave.CompressedCache(model.config, SNAP)
+    with torch.no_grad():
+        model(inputs["input_ids"], None, None, cache)
+    handle.detach()
+    assert cache.layers[0].positions.shape[-1] == 6
 
 
 def test_a_boolean_padding_mask():
@@ -872,3 +892,18 @@ def test_batches_of_short_and_long_rows():
         assert logits.isfinite().all()
         for layer in session.cache.layers:
             assert (kept_counts(layer, 60) >= 1).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_of_nothing_but_padding_keeps_nothing_and_disturbs_no_other(name):
+    """A filler, as servers put into a batch."""
+    model, inputs = text_model("llava"), text_inputs((24, 24))
+    inputs["attention_mask"][1] = 0
+    method = method_named(name, budget=0.25)
+    with torch.no_grad(), kvweave.compress(model, method):
+        cache = model(**inputs).past_key_values
+        alone = model(input_ids=inputs["input_ids"][:1]).past_key_values
+    for mine, single in zip(cache.layers, alone.layers, strict=True):
+        assert (mine.positions[1] == -1).all()
+        assert torch.equal(mine.positions[0], single.positions[0])
+        assert_close(mine.keys[0], single.keys[0])

@@ -1,5 +1,7 @@
 """Prompts in pieces, turn after turn, beams, drafts: what a cache goes through, against the oracle."""
 
+import copy
+
 import pytest
 import torch
 from methods_for_tests import Heavier
@@ -343,6 +345,34 @@ def test_prompt_lookup_decoding_gives_the_tokens_of_plain_decoding(method, draft
         assert_close(layer.keys[:, :, :length], other.keys[:, :, :length])
 
 
+def test_a_model_that_drafts_for_another():
+    """The first pass verifies its drafts with the whole prompt; the tokens after it come from the cut one."""
+    model, other, ids = text_model(), text_model(seed=1), words(1, 30)
+    with kvweave.compress(model, SNAP) as session:
+        tokens = model.generate(ids, max_new_tokens=8)
+        mine = model.generate(ids, max_new_tokens=8, assistant_model=other)
+    assert torch.equal(mine, tokens)
+    assert session.report["totals"]["kept"] == 18
+
+
+def test_guidance_by_a_negative_prompt_cuts_each_prompt_at_its_own_end():
+    """`generate` runs a second conversation beside its own, with a cache and a length of its own."""
+    model, caches = text_model(), []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+    )
+    with kvweave.compress(model, SNAP):
+        model.generate(words(1, 30), max_new_tokens=40, guidance_scale=1.5, negative_prompt_ids=words(1, 11, seed=8))
+    hook.remove()
+    own, negative = {id(cache): cache for cache in caches}.values()
+    for cache, end, kept_of_it in ((own, 30, 9), (negative, 11, 3)):
+        decoded = torch.arange(end, cache.get_seq_length())
+        assert len(decoded) == 39
+        for layer in cache.layers:
+            assert (layer.positions < end).sum(-1).eq(kept_of_it).all()
+            assert torch.equal(layer.positions[..., kept_of_it:], decoded.expand(1, 2, -1))
+
+
 def test_drafts_are_really_verified_several_at_a_time():
     model = text_model()
     ids = words(1, 12, seed=1).repeat(1, 3)
@@ -482,7 +512,7 @@ def test_crop_of_nothing_is_nothing(attached):
 
 
 def test_after_a_crop_the_next_turn_counts_what_is_left(attached):
-    cache, inputs, _ = filled(attached, SNAP, (30,))
+    cache, _inputs, _ = filled(attached, SNAP, (30,))
     cache.crop(-5)
     with torch.no_grad():
         attached(input_ids=words(1, 10, seed=8), past_key_values=cache)
@@ -546,7 +576,7 @@ def test_a_prompt_half_given_can_be_repeated_and_continued(attached):
 
 @every_method
 def test_reset_forgets_everything(attached, method):
-    cache, inputs, _ = filled(attached, method)
+    cache, _inputs, _ = filled(attached, method)
     cache.reset()
     assert cache.get_seq_length() == 0
     assert cache.prompt is None
@@ -568,6 +598,26 @@ def test_reset_in_the_middle_of_a_declared_prompt(attached):
         cache.reset()
         attached(input_ids=words(1, 20), past_key_values=cache)
     assert cache.layers[0].keys.shape[2] == 6
+
+
+def test_a_deep_copy_of_a_cache_is_a_conversation_of_its_own(attached):
+    """As transformers documents for a prefix that many questions share."""
+    context = words(1, 30, images=((3, 9),))
+    cache = kvweave.CompressedCache(attached.config, METHODS["flowmm"])
+    with torch.no_grad():
+        attached(input_ids=context, past_key_values=cache)
+    before = snapshot(cache)
+    outs = []
+    for seed in (1, 2, 1):
+        ids = torch.cat([context, words(1, 5, seed=seed)], 1)
+        branch = copy.deepcopy(cache)
+        outs.append(say(attached, branch, ids)[1])
+        assert branch.prompt.valid.shape[1] == 38
+    assert torch.equal(outs[0], outs[2])
+    assert not torch.equal(outs[0], outs[1])
+    after = snapshot(cache)
+    assert all(torch.equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))
+    assert cache.prompt.valid.shape[1] == 30
 
 
 def test_the_next_position_is_the_logical_one_whatever_the_budget():

@@ -116,7 +116,7 @@ def test_scaling_and_soft_cap_of_the_model_enter_the_scores():
 
 
 def test_bidirectional_attention_among_image_tokens_enters_the_scores():
-    """gemma3 lets the tokens of an image see one another: column sums count what later tokens receive from earlier."""
+    """gemma3 lets the tokens of an image see one another: column sums count what they receive from before, too."""
     special = {"layer_types": ["full_attention"] * 2}
     model = build(tiny_config("gemma3", text_config=special), attention="eager")
     inputs = text_inputs((40,), images=((4, 20),))
