@@ -89,7 +89,7 @@ def merge(
     target: Tensor,
     weight: Tensor,
     own: Tensor,
-    dim_block: int = 4096,
+    step: int = 4096,
 ) -> Tensor:
     """Merged entries; one without members is copied bit for bit.
 
@@ -104,8 +104,8 @@ def merge(
     original = take(x, keep)
     sums = F.pad(original.to(weight.dtype) * own[..., None], (0, 0, 0, 1))  # and a place for the evicted
     flat = sums.flatten(0, 2)
-    for start in range(0, source.shape[-1], dim_block):
-        part = slice(start, start + dim_block)
+    for start in range(0, source.shape[-1], step):
+        part = slice(start, start + step)
         rows = take(x, source[..., part]).to(weight.dtype) * weight[..., part, None]
         flat.index_add_(0, _places(target[..., part], kept), rows.flatten(0, 2))
     alone = segment_sum(torch.ones_like(weight), target, kept) == 0
