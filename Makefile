@@ -30,10 +30,12 @@ bench: $(READY)  ## statistics and methods against one attention call
 	$(BIN)/python -m benchmarks.statistics
 
 table: $(READY)  ## README's tables: all methods x the lab's tasks x budgets, question seen and not (resumes)
-	$(BIN)/kvweave eval --protocol seen,unseen --out docs/results/eval
+	$(BIN)/kvweave eval --protocol seen,unseen --out out/table
+	$(BIN)/python -m benchmarks.publish out/table lab --readme
 
-errata: $(READY)  ## docs/results/errata.md: what our readings of the papers change (resumes)
-	$(BIN)/kvweave eval --protocol seen,unseen --budgets 0.2 --methods "$$(cat docs/results/errata.txt)" --out docs/results/errata
+errata: $(READY)  ## what our readings of the papers change (resumes)
+	$(BIN)/kvweave eval --protocol seen,unseen --budgets 0.2 --methods "$$(cat docs/results/errata.txt)" --out out/errata
+	$(BIN)/python -m benchmarks.publish out/errata errata
 
 docs: $(READY)  ## docs/METHODS.md from the registry
 	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md
