@@ -31,7 +31,7 @@ class Heavier(Method):
         order = sorted(range(len(weights)), key=lambda i: weights[i])
         shares = [budget] * len(weights)
         for light, heavy in zip(order[::2], order[1::2], strict=False):
-            moved = min(3, budget - 1, length - budget)
+            moved = max(0, min(3, budget - 1, length - budget))
             shares[light] -= moved
             shares[heavy] += moved
         return shares

@@ -28,6 +28,7 @@ EVICTION = {
     "random": kvweave.Random(budget=0.3),
     "one token": kvweave.SnapKV(budget=1),
     "layer-adaptive": Heavier(budget=0.3),
+    "adakv": kvweave.get_method("adakv", budget=0.3, window=4),
 }
 MERGING = {
     "flowmm": kvweave.FlowMM(budget=0.3, proxies=4),
