@@ -1,6 +1,6 @@
 """Bring an evaluation's tables into docs/results/ and, with `--readme`, its means into README.md.
 
-    python -m benchmarks.publish out/table lab --readme
+python -m benchmarks.publish out/table lab --readme
 """
 
 import argparse

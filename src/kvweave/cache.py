@@ -1,7 +1,7 @@
 """A transformers cache whose layers hold fewer slots than the tokens they have seen.
 
 Two lengths are kept apart: the logical one, which transformers is told and positions are counted by, and the
-number of slots that memory holds. `kvweave.attach` lets attention know which logical column each slot is.
+number of slots that memory holds. `kvweave.session` lets attention know which logical column each slot is.
 """
 
 from collections.abc import Sequence

@@ -10,8 +10,9 @@ from typing import Any
 from kvweave import models
 from kvweave.evals import store
 from kvweave.evals.tasks import Task
-from kvweave.methods import Full, Method, list_methods, method_from_dict, parse_method
+from kvweave.methods import Method, list_methods, method_from_dict, parse_method
 from kvweave.methods.base import parse_budget
+from kvweave.methods.full import Full
 from kvweave.models.loading import DTYPES
 
 PROTOCOLS = ("seen", "unseen")

@@ -46,3 +46,9 @@ class AdaKV(SnapKV):
         own = ranks(score) < torch.tensor(counts, device=score.device)[..., None]
         kept = torch.cat([own, own.new_ones(*own.shape[:-1], recent)], -1)
         return Plan(chosen(kept), bias=None, uneven=True)
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("adakv")

@@ -2,10 +2,13 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import math
+import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -236,8 +239,17 @@ def register(name: str, *, wrapper: bool = False) -> Any:
     return decorate
 
 
+@functools.cache
+def _read_own() -> None:
+    """Import every file beside this one, so that the library's own methods are registered."""
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{package}.{module.name}")
+
+
 def list_methods() -> list[str]:
     """Names of all registered methods, sorted."""
+    _read_own()
     return sorted(_REGISTRY)
 
 
@@ -246,6 +258,7 @@ def method_class(name: str) -> type[Method]:
 
     A method of another package is named with its module, which is then imported: `my_package.my_module.my_method`.
     """
+    _read_own()
     module, _, short = name.rpartition(".")
     if module:
         try:

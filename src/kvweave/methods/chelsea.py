@@ -128,3 +128,9 @@ def joined(entries: Entries, asking: Tensor, found: Tensor, cosine: Tensor, exce
         position.gather(-1, order),
         place.gather(-1, into.gather(-1, entries.owner)),
     )
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("chelsea")

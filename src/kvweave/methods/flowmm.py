@@ -119,3 +119,9 @@ class FlowMM(MergingMethod):
         kinds = view.visual.gather(-1, source).long()
         target, cosine = nearest(view.keys, source, goals, allowed, kinds)
         return order.gather(-1, target.clamp(min=0)).masked_fill_(target < 0, -1), cosine
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("flowmm")

@@ -41,3 +41,9 @@ class Meda(LookM):
         top = max(weights)
         softmax = [math.exp(w - top) for w in weights]  # `allocate` normalises
         return counts.allocate(softmax, len(weights) * budget, counts.least(budget, length), length)
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("meda")

@@ -58,3 +58,9 @@ class VLCache(Method):
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = max(1, counts.floor(self.recent_frac * budget)) if budget > 1 else 0
         return Plan(top_and_recent(self.score(view), budget, recent))
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("vlcache")

@@ -308,6 +308,8 @@ class Session:
             return None
         kwargs["past_key_values"] = cache
         self.cache = cache
+        if not cache.compressed_layers:
+            return args, kwargs  # nothing to compress: `_after_forward` says so
         talk = cache.conversation
         talk.attached = True
         seen, new = cache.get_seq_length(), inputs.shape[1]
