@@ -40,6 +40,7 @@ class PackedSlots:
             self.rest,
             keys=torch.cat([keys, self.rest.keys], 2),
             values=torch.cat([values, self.rest.values], 2),
+            room=None,
         )
 
     def appended(self, keys: Tensor, values: Tensor, column: int) -> "Slots | PackedSlots":
@@ -78,7 +79,8 @@ def packed(slots: Slots, setting: Quantization) -> Slots | PackedSlots:
     keys = slots.keys[:, :, :count].unflatten(2, (-1, setting.group))
     values = slots.values[:, :, :count]
     channels = setting.group if values.shape[-1] % setting.group == 0 else values.shape[-1]
-    rest = replace(slots, keys=slots.keys[:, :, count:].clone(), values=slots.values[:, :, count:].clone())
+    young_keys, young_values = slots.keys[:, :, count:].clone(), slots.values[:, :, count:].clone()
+    rest = replace(slots, keys=young_keys, values=young_values, room=None)
     return PackedSlots(
         pack(keys, setting.bits, -2), pack(values.unflatten(-1, (-1, channels)), setting.bits, -1), rest, setting
     )

@@ -48,17 +48,18 @@ def _slot_mask(slots: Slots, mask: Tensor | None, queries: Tensor) -> Tensor | N
     Returns:
         [batch, heads, new, slots], or [batch, slots] for a two-dimensional mask, or None where every slot is seen.
     """
-    positions = slots.positions
-    if positions is None:
+    if slots.positions is None:
         return mask
-    batch, kv_heads, count = positions.shape
     heads, new = queries.shape[1], queries.shape[2]
-    empty = positions < 0 if slots.has_empty else None
     if mask is not None and mask.dim() == 2:
-        return None if empty is None else ~empty[:, 0]
+        return slots.positions_of_all()[:, 0] >= 0 if slots.has_empty else None
+    if mask is None and new == 1 and not slots.has_empty and slots.bias is None:
+        return None  # every slot is seen
+    slots = slots.written()
+    positions = slots.positions_of_all()
+    batch, kv_heads, count = positions.shape
+    empty = positions < 0 if slots.has_empty else None
     if mask is None:
-        if empty is None and slots.bias is None and new == 1:
-            return None
         row = torch.arange(count - new, count, device=positions.device)[:, None]
         seen = torch.arange(count, device=positions.device) <= row  # every old slot, and the new ones so far
         seen = seen.expand(batch, kv_heads, new, count)
@@ -308,8 +309,8 @@ class Session:
             return None
         kwargs["past_key_values"] = cache
         self.cache = cache
-        if not cache.compressed_layers:
-            return args, kwargs  # nothing to compress: `_after_forward` says so
+        if not any(isinstance(layer, CompressedLayer) for layer in cache.layers):
+            return args, kwargs  # no full attention at all: `_after_forward` says so
         talk = cache.conversation
         talk.attached = True
         seen, new = cache.get_seq_length(), inputs.shape[1]

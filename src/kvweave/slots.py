@@ -1,24 +1,32 @@
 """What memory holds of a layer: keys, values, and which tokens they stand for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvweave.plan import Compacted
 
+_FEW = 16  # new slots up to which decoding is assumed, and the least room that is made for more
+
 
 @dataclass
 class Slots:
     """Entries of some KV heads that hold equally many, side by side.
 
+    Decoding appends a token at a time: keys and values then lie in buffers with room for more, and what is known of
+    the new slots (next column, mass 1, no bias) is not written out until somebody asks.
+
     Attributes:
         keys, values: [batch, kv_heads, slots, dim].
-        positions: int64 [batch, kv_heads, slots], logical column of each slot, -1: empty; None: slot j is column j.
-        mass: float32 [batch, kv_heads, slots], tokens a slot stands for; None with `positions`.
-        bias: float32 [batch, kv_heads, slots], added to the slots' logits, or None.
+        positions: int64 [batch, kv_heads, slots - tail], logical column of each slot, -1: empty; None: slot j is
+            column j.
+        mass: float32 [batch, kv_heads, slots - tail], tokens a slot stands for; None with `positions`.
+        bias: float32 [batch, kv_heads, slots - tail], added to the slots' logits, or None.
         has_empty: some slot is empty.
+        tail: slots at the end of which `positions`, `mass` and `bias` do not speak: columns from `column` on.
+        room: buffers whose first slots `keys` and `values` are, or None.
     """
 
     keys: Tensor
@@ -27,6 +35,9 @@ class Slots:
     mass: Tensor | None = None
     bias: Tensor | None = None
     has_empty: bool = False
+    tail: int = 0
+    column: int = 0
+    room: tuple[Tensor, Tensor] | None = None
 
     @property
     def count(self) -> int:
@@ -41,54 +52,96 @@ class Slots:
         return self
 
     def appended(self, keys: Tensor, values: Tensor, column: int) -> "Slots":
-        """These slots and new ones, [batch, kv_heads, new, dim], of columns from `column` on."""
-        shape = keys.shape[:3]
-        keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        if self.positions is None or self.mass is None:
-            return Slots(keys, values)
-        columns = torch.arange(column, column + shape[2], device=keys.device).expand(shape)
-        return Slots(
-            keys,
-            values,
-            torch.cat([self.positions, columns], -1),
-            torch.cat([self.mass, self.mass.new_ones(shape)], -1),
-            None if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(shape)], -1),
-            self.has_empty,
+        """These slots and new ones, [batch, kv_heads, new, dim], of columns from `column` on.
+
+        A few new slots are written behind the old ones where there is room for them.
+        """
+        new, total = keys.shape[2], self.count + keys.shape[2]
+        if new > _FEW or keys.requires_grad:
+            room = None
+            grown = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        else:
+            room = self.room
+            if room is None or room[0].shape[2] < total:
+                capacity = total + max(_FEW, total // 4)
+                room = _with_room(self.keys, capacity), _with_room(self.values, capacity)
+            room[0][:, :, self.count : total] = keys
+            room[1][:, :, self.count : total] = values
+            grown = room[0][:, :, :total], room[1][:, :, :total]
+        if self.positions is None:
+            return Slots(*grown, room=room)
+        first = self.column if self.tail else column
+        return replace(self, keys=grown[0], values=grown[1], tail=self.tail + new, column=first, room=room)
+
+    def written(self) -> "Slots":
+        """With positions, mass and bias of all slots written out, where those of the old ones are."""
+        if not self.tail or self.positions is None or self.mass is None:
+            return self
+        shape = (*self.positions.shape[:2], self.tail)
+        columns = torch.arange(self.column, self.column + self.tail, device=self.positions.device).expand(shape)
+        return replace(
+            self,
+            positions=torch.cat([self.positions, columns], -1),
+            mass=torch.cat([self.mass, self.mass.new_ones(shape)], -1),
+            bias=None if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(shape)], -1),
+            tail=0,
         )
 
+    def positions_of_all(self) -> Tensor:
+        """int64 [batch, kv_heads, slots], where those of the old slots are known."""
+        positions = self.written().positions
+        assert positions is not None
+        return positions
+
+    def explicit(self, valid: Tensor) -> "Slots":
+        """With positions and mass written out; slots of columns that are not `valid` [batch, columns] are empty."""
+        if self.positions is not None:
+            return self.written()
+        batch, kv_heads, count, _ = self.keys.shape
+        real = valid[:, None, :count].to(self.keys.device).expand(batch, kv_heads, -1)
+        columns = torch.arange(count, device=self.keys.device).expand(batch, kv_heads, -1)
+        return replace(self, positions=columns.masked_fill(~real, -1), mass=real.to(torch.float32))
+
     def first(self, count: int) -> "Slots":
-        """The first `count` slots."""
-        return self._cut(slice(None, count))
+        """The first `count` slots; what lay behind them is room."""
+        return self.written()._cut(slice(None, count), self.room)
 
     def after(self, count: int) -> "Slots":
         """The slots behind the first `count`."""
-        return self._cut(slice(count, None))
+        return self.written()._cut(slice(count, None), None)
 
-    def _cut(self, part: slice) -> "Slots":
+    def _cut(self, part: slice, room: tuple[Tensor, Tensor] | None) -> "Slots":
         def of(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[:, :, part]
 
-        return Slots(
-            self.keys[:, :, part],
-            self.values[:, :, part],
-            of(self.positions),
-            of(self.mass),
-            of(self.bias),
-            self.has_empty,
+        return replace(
+            self,
+            keys=self.keys[:, :, part],
+            values=self.values[:, :, part],
+            positions=of(self.positions),
+            mass=of(self.mass),
+            bias=of(self.bias),
+            room=room,
         )
 
     def before(self, column: int, seen: int) -> "Slots":
         """The slots of columns before `column`, where `seen` have been stored."""
-        if self.positions is None:
-            return self.first(self.count - (seen - column))
+        if self.positions is None or seen - column <= self.tail:
+            gone = seen - column
+            left = replace(
+                self, keys=self.keys[:, :, : self.count - gone], values=self.values[:, :, : self.count - gone]
+            )
+            return replace(left, tail=self.tail - gone) if self.positions is not None else left
         # Decoded tokens lie at the end of every head; those of a prompt that was cut may lie anywhere.
-        left = self.first(self.count - int((self.positions >= column).sum(-1).min()))
+        whole = self.written()
+        assert whole.positions is not None
+        left = whole.first(whole.count - int((whole.positions >= column).sum(-1).min()))
         assert left.positions is not None
         assert left.mass is not None
-        gone = left.positions >= column
-        if bool(gone.any()):
-            left.positions = left.positions.masked_fill(gone, -1)
-            left.mass = left.mass.masked_fill(gone, 0)
+        gone_slots = left.positions >= column
+        if bool(gone_slots.any()):
+            left.positions = left.positions.masked_fill(gone_slots, -1)
+            left.mass = left.mass.masked_fill(gone_slots, 0)
             left.has_empty = True
         return left
 
@@ -98,23 +151,22 @@ class Slots:
         def of(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[index.to(x.device)]
 
-        return Slots(
-            self.keys[index.to(self.keys.device)],
-            self.values[index.to(self.values.device)],
-            of(self.positions),
-            of(self.mass),
-            of(self.bias),
-            self.has_empty,
+        return replace(
+            self,
+            keys=self.keys[index.to(self.keys.device)],
+            values=self.values[index.to(self.values.device)],
+            positions=of(self.positions),
+            mass=of(self.mass),
+            bias=of(self.bias),
+            room=None,
         )
 
-    def explicit(self, valid: Tensor) -> "Slots":
-        """With positions and mass written out; slots of columns that are not `valid` [batch, columns] are empty."""
-        if self.positions is not None:
-            return self
-        batch, kv_heads, count, _ = self.keys.shape
-        real = valid[:, None, :count].to(self.keys.device).expand(batch, kv_heads, -1)
-        columns = torch.arange(count, device=self.keys.device).expand(batch, kv_heads, -1)
-        return Slots(self.keys, self.values, columns.masked_fill(~real, -1), real.to(torch.float32))
+
+def _with_room(x: Tensor, capacity: int) -> Tensor:
+    """A buffer for `capacity` slots that begins with those of `x` [batch, kv_heads, slots, dim]."""
+    buffer = x.new_empty(*x.shape[:2], capacity, x.shape[3])
+    buffer[:, :, : x.shape[2]] = x
+    return buffer
 
 
 def stored(done: Compacted, behind: Slots | None = None) -> list[Slots]:
@@ -174,6 +226,7 @@ def rectangular(blocks: Sequence[Slots]) -> Slots:
     """All heads side by side, those that hold less with empty slots in front; a single block is returned as it is."""
     if len(blocks) == 1:
         return blocks[0]
+    blocks = [block.written() for block in blocks]
     slots = max(block.count for block in blocks)
 
     def stack(tensors: list[Tensor], empty: float) -> Tensor:
