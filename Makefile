@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test lint format bench gpu table clean
+.PHONY: run test lint format bench table errata docs gpu clean
 
 run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
 	$(BIN)/kvweave run
@@ -29,8 +29,16 @@ format: $(READY)
 bench: $(READY)  ## statistics and methods against one attention call
 	$(BIN)/python -m benchmarks.statistics
 
-table: $(READY)  ## README's table: methods x the lab's tasks x budgets
-	$(BIN)/kvweave lab table
+table: $(READY)  ## README's tables: all methods x the lab's tasks x budgets, question seen and not (resumes)
+	$(BIN)/kvweave eval --protocol seen,unseen --out out/table
+	$(BIN)/python -m benchmarks.publish out/table lab --readme
+
+errata: $(READY)  ## what our readings of the papers change (resumes)
+	$(BIN)/kvweave eval --protocol seen,unseen --budgets 0.2 --methods "$$(cat docs/results/errata.txt)" --out out/errata
+	$(BIN)/python -m benchmarks.publish out/errata errata
+
+docs: $(READY)  ## docs/METHODS.md from the registry
+	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md
 
 gpu:  ## everything that needs a GPU, in one call, with the Python at hand
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu

@@ -1,44 +1,42 @@
 """KV-cache compression for multimodal LLMs on Hugging Face Transformers.
 
-with kvweave.compress(model, kvweave.FlowMM(budget=0.2)) as session:
-    out = model.generate(**inputs, max_new_tokens=64)
-session.report
+    with kvweave.compress(model, kvweave.FlowMM(budget=0.2)) as session:
+        out = model.generate(**inputs, max_new_tokens=64)
+    session.report
+
+The public names are in `__all__`; each is imported when it is first used, so that the command line starts at once.
 """
 
-from kvweave.attach import Session, attach, compress
-from kvweave.cache import CompressedCache, CompressedLayer
-from kvweave.layer import LayerView
-from kvweave.methods import (
-    D2O,
-    H2O,
-    AdaKV,
-    CaM,
-    Chelsea,
-    FlashCache,
-    FlowMM,
-    Full,
-    KVMerger,
-    LookM,
-    MadaKV,
-    Meda,
-    MergingMethod,
-    Method,
-    MixKV,
-    PyramidKV,
-    Quantized,
-    Random,
-    SnapKV,
-    StreamingLLM,
-    VLCache,
-    get_method,
-    list_methods,
-    method_from_dict,
-    parse_method,
-    register,
-)
-from kvweave.plan import Compacted, Merge, Plan
-from kvweave.prompt import Prompt
-from kvweave.tensors import compress_tensors
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvweave.cache import CompressedCache, CompressedLayer
+    from kvweave.layer import LayerView
+    from kvweave.methods.adakv import AdaKV
+    from kvweave.methods.base import MergingMethod, Method, get_method, list_methods, method_from_dict, parse_method
+    from kvweave.methods.cam import CaM
+    from kvweave.methods.chelsea import Chelsea
+    from kvweave.methods.d2o import D2O
+    from kvweave.methods.flashcache import FlashCache
+    from kvweave.methods.flowmm import FlowMM
+    from kvweave.methods.full import Full
+    from kvweave.methods.h2o import H2O
+    from kvweave.methods.kvmerger import KVMerger
+    from kvweave.methods.lookm import LookM
+    from kvweave.methods.madakv import MadaKV
+    from kvweave.methods.meda import Meda
+    from kvweave.methods.mixkv import MixKV
+    from kvweave.methods.pyramidkv import PyramidKV
+    from kvweave.methods.quantized import Quantized
+    from kvweave.methods.random import Random
+    from kvweave.methods.snapkv import SnapKV
+    from kvweave.methods.streaming_llm import StreamingLLM
+    from kvweave.methods.vlcache import VLCache
+    from kvweave.plan import Compacted, Merge, Plan
+    from kvweave.prompt import Prompt
+    from kvweave.session import Session, attach, compress
+    from kvweave.tensors import compress_tensors
 
 __version__ = "0.1.0"
 __all__ = [
@@ -78,5 +76,54 @@ __all__ = [
     "list_methods",
     "method_from_dict",
     "parse_method",
-    "register",
 ]
+
+_HOMES = {
+    "AdaKV": "methods.adakv",
+    "CaM": "methods.cam",
+    "Chelsea": "methods.chelsea",
+    "Compacted": "plan",
+    "CompressedCache": "cache",
+    "CompressedLayer": "cache",
+    "D2O": "methods.d2o",
+    "FlashCache": "methods.flashcache",
+    "FlowMM": "methods.flowmm",
+    "Full": "methods.full",
+    "H2O": "methods.h2o",
+    "KVMerger": "methods.kvmerger",
+    "LayerView": "layer",
+    "LookM": "methods.lookm",
+    "MadaKV": "methods.madakv",
+    "Meda": "methods.meda",
+    "Merge": "plan",
+    "MergingMethod": "methods.base",
+    "Method": "methods.base",
+    "MixKV": "methods.mixkv",
+    "Plan": "plan",
+    "Prompt": "prompt",
+    "PyramidKV": "methods.pyramidkv",
+    "Quantized": "methods.quantized",
+    "Random": "methods.random",
+    "Session": "session",
+    "SnapKV": "methods.snapkv",
+    "StreamingLLM": "methods.streaming_llm",
+    "VLCache": "methods.vlcache",
+    "attach": "session",
+    "compress": "session",
+    "compress_tensors": "tensors",
+    "get_method": "methods.base",
+    "list_methods": "methods.base",
+    "method_from_dict": "methods.base",
+    "parse_method": "methods.base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
 """A transformers cache whose layers hold fewer slots than the tokens they have seen.
 
 Two lengths are kept apart: the logical one, which transformers is told and positions are counted by, and the
-number of slots that memory holds. `kvweave.attach` lets attention know which logical column each slot is.
+number of slots that memory holds. `kvweave.session` lets attention know which logical column each slot is.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ class Conversation:
         prompt: modalities and padding of everything seen; None before the first forward pass.
         end: logical length at which the current prompt ends; slots after it are decoded tokens.
         declared: the prompt's end as the user told it, for prompts that come in pieces outside `generate`.
+        frozen: what comes from now on stays whole.
         layers: how many layers are compressed.
         trace: keep each layer's fate, for pictures.
         rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
@@ -43,6 +44,7 @@ class Conversation:
     prompt: Prompt | None = None
     end: int | None = None
     declared: int | None = None
+    frozen: bool = False
     layers: int = 0
     trace: bool = False
     rotary: tuple[Tensor, Tensor] | None = None
@@ -420,6 +422,13 @@ class CompressedCache(Cache):
             )
         self.conversation.declared = length
 
+    def freeze(self) -> None:
+        """Compress no more: further prompts are appended whole, as one context serves many questions.
+
+        Ask one, then `crop` the cache back to the length it had, and ask the next.
+        """
+        self.conversation.frozen = True
+
     def finish_prompt(self) -> None:
         """Cut the layers of a layer-adaptive method, once all of them have been observed."""
         layers = self.compressed_layers
@@ -440,6 +449,7 @@ class CompressedCache(Cache):
         super().reset()
         talk = self.conversation
         talk.prompt = talk.end = talk.declared = talk.rotary = None
+        talk.frozen = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -72,7 +72,7 @@ class LayerView:
         return self._queries().shape[1] // self.kv_heads
 
     def window_attention(self, window: int) -> Tensor:
-        """Attention received from the last `window` rows: [batch, kv_heads, length] (METHODS 2.1, `I`)."""
+        """Attention received from the last `window` rows: [batch, kv_heads, length] (SPEC 2.1, `I`)."""
         return self.once(
             ("window", window),
             lambda: statistics.window_attention(self._queries(), self.keys, self.rule, window),
@@ -89,16 +89,16 @@ class LayerView:
         return self.once("columns", compute)
 
     def column_mass(self) -> Tensor:
-        """Attention received by each token from all rows: [batch, kv_heads, length] (METHODS 2.1, `C`)."""
+        """Attention received by each token from all rows: [batch, kv_heads, length] (SPEC 2.1, `C`)."""
         by_head = self.column_sums().sum(2)
         return by_head.unflatten(1, (self.kv_heads, -1)).mean(2)
 
     def flow(self) -> Flow:
-        """The layer's cross-modal flow ratios, [batch] each (METHODS 3, step 1)."""
+        """The layer's cross-modal flow ratios, [batch] each (SPEC 3, step 1)."""
         return self.once("flow", lambda: statistics.flow_ratio(self.column_sums(), self.visual, self.row_visual()))
 
     def cross_entropy(self, *, causal: bool) -> Tensor:
-        """Entropy of attention restricted to the other modality, nats: [batch] (METHODS 7)."""
+        """Entropy of attention restricted to the other modality, nats: [batch] (SPEC 7)."""
         return self.once(
             ("entropy", causal),
             lambda: spread.cross_entropy(
@@ -107,7 +107,7 @@ class LayerView:
         )
 
     def density(self, rows: int, share: float) -> Tensor:
-        """Fraction of what the last `rows` see that reaches `share` of their maximum: [batch] (METHODS 10.6)."""
+        """Fraction of what the last `rows` see that reaches `share` of their maximum: [batch] (SPEC 10.6)."""
         first = self._queries().shape[2] - rows
         mask = self.rule.mask
         rule = self.rule if mask is None else replace(self.rule, mask=lambda i, j: mask(first + i, first + j))

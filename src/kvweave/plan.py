@@ -116,7 +116,7 @@ class Plan:
         return done.emptied(self.keep < 0) if self.uneven else done
 
     def _merged_keys(self, view: LayerView, plan: Merge) -> Tensor:
-        """Keys, float32 or wider, with every source turned to its target's phase (METHODS 4.2)."""
+        """Keys, float32 or wider, with every source turned to its target's phase (SPEC 4.2)."""
         if view.rotary is None:
             raise ValueError(
                 "rope_aware=True needs the rotary tables: compress_tensors takes them as rotary=(cos, sin), "

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from benchmarks.measure import MIB, peak_bytes
 
 import kvweave
+from benchmarks.measure import MIB, peak_bytes
 from kvweave.ops.match import nearest
 from kvweave.ops.merge import merge
 from kvweave.ops.statistics import AttentionRule, column_sums, window_attention

@@ -51,6 +51,7 @@ BEFORE_LOADING = {
     "unknown method to describe": (["methods", "snapk"], ["'snapk'", "did you mean 'snapkv'", "allowed is one of"]),
     "theta nan": (["flow", "--theta", "nan"], ["--theta", "nan", "allowed is a number"]),
     "theta infinite": (["flow", "--theta", "inf"], ["--theta", "inf", "allowed is a number"]),
+    "method to evaluate": (["eval", "--methods", "flowm"], ["'flowm'", "did you mean 'flowmm'", "allowed is one of"]),
     "task to examine": (["lab", "eval", "--task", "lokup"], ["--task 'lokup'", "did you mean 'lookup'"]),
     "images to examine": (["lab", "eval", "--images", "99"], ["--images 99", "1 to 12"]),
 }

@@ -105,3 +105,13 @@ def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
     assert not list((tmp_path / "deep").iterdir())
     write(tmp_path / "deep/out", fail=False)
     assert (tmp_path / "deep/out/a").read_text() == "new"
+
+
+def test_stopping_is_no_error(kvweave, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvweave.lab.train.train", train)
+    done = kvweave("lab", "train")
+    assert done.code == 130
+    assert done.err.strip().splitlines()[-1] == "kvweave: stopped"

@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(kvweave.__file__).parents[1]
 def test_help_lists_the_commands() -> None:
     command = [sys.executable, "-m", "kvweave", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
-    for name in ("run", "flow", "methods", "lab"):
+    for name in ("run", "eval", "flow", "methods", "lab"):
         assert re.search(rf"^\W*{name}\b", done.stdout, re.MULTILINE)
 
 

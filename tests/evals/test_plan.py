@@ -67,6 +67,7 @@ def test_tasks_that_are_refused(options: dict[str, Any], words: str):
     [
         ({"protocols": ("seeen",)}, "protocol='seeen' is unknown"),
         ({"seeds": (-1,)}, "seeds=-1"),
+        ({"dtype": "float8"}, "dtype='float8'"),
         ({"budgets": ()}, "budgets is empty"),
     ],
 )
@@ -103,6 +104,6 @@ def test_a_folder_belongs_to_one_plan(tmp_path: Path):
 def test_a_model_without_weights_leaves_nothing_behind(tmp_path: Path):
     empty, out = tmp_path / "model", tmp_path / "out"
     empty.mkdir()
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="is a folder without config"):
         plan(model=str(empty)).claim(out)
     assert not out.exists()

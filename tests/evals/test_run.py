@@ -11,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from kvweave.cli.console import BadInput
 from kvweave.cli.eval import evaluate
 from kvweave.evals import Evaluation, Example, LabTask, lab_tasks, run, summarise
 from kvweave.evals.plan import parse_methods
@@ -184,11 +185,13 @@ def test_the_command_writes_its_tables(tmp_path: Path):
         (["--baseline", "h2o", "--methods", "snapkv"], "baseline='h2o' is not evaluated"),
         (["--workers", "0"], "workers=0"),
         (["--batch", "0"], "batch=0"),
+        (["--model", "no/such/folder"], "model='no/such/folder' does not exist"),
+        (["--device", "abacus"], "device='abacus'"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(tmp_path: Path, arguments: list[str], words: str):
     out = tmp_path / "out"
     result = CliRunner().invoke(app, [*arguments, "--quiet", "--out", str(out)])
-    assert isinstance(result.exception, ValueError)
+    assert isinstance(result.exception, BadInput)
     assert words in str(result.exception)
     assert not out.exists()

@@ -83,8 +83,9 @@ def test_every_method_has_a_reference():
     assert set(kvweave.list_methods()) - {"random"} <= set(reference.METHODS)
 
 
-def test_the_registry_is_complete_and_sorted():
-    assert kvweave.list_methods() == sorted([*reference.METHODS, "random"])
+def test_the_registry_is_sorted_and_each_name_leads_to_its_method():
+    assert kvweave.list_methods() == sorted(kvweave.list_methods())
+    assert [kvweave.get_method(name).name for name in kvweave.list_methods()] == kvweave.list_methods()
 
 
 # One set of options a method is enough for what follows: the last one, which is never the plain default.
@@ -118,6 +119,15 @@ def test_the_least_layer_budget_binds(name):
     expected = reference.compress(name, reference_layers(case), 5, **options)
     assert [len(layer.heads[0].positions) for layer in expected] == [2, 8]
     assert_matches(compress(name, case, 5, **options), expected)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("name", registered("mixkv"))
+def test_redundancy_of_few_similar_keys(name, seed):
+    """10.7: on short prompts with keys that lean one way, r decides, and so does its divisor L - 1."""
+    case = random_case([False] * (5 + seed % 4), layers=2, seed=seed, sharpness=0.1)
+    case = replace(case, keys=[k + 0.8 for k in case.keys])
+    assert_matches(compress(name, case, 2, window=1), reference.compress(name, reference_layers(case), 2, window=1))
 
 
 # One row of uniform attention is the same number in every column, whatever the order of summation.

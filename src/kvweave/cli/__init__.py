@@ -1,4 +1,4 @@
-"""The command line: `kvweave run | flow | methods | lab`. Exit codes: 0 done, 2 bad input, 1 anything else."""
+"""The command line: `kvweave run | eval | flow | methods | lab`. Exit codes: 0 done, 2 bad input, 1 anything else."""
 
 import os
 import sys
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import typer
 
-from kvweave.cli.console import BAD_INPUT, UNEXPECTED, BadInput
+from kvweave.cli.console import BAD_INPUT, STOPPED, UNEXPECTED, BadInput
+from kvweave.cli.eval import evaluate
 from kvweave.cli.flow import flow
 from kvweave.cli.lab import lab
 from kvweave.cli.methods import methods
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run)
+app.command("eval")(evaluate)
 app.command("flow")(flow)
 app.command("methods")(methods)
 app.add_typer(lab, name="lab")
@@ -35,15 +37,19 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = app(args=typed, prog_name="kvweave", standalone_mode=False)
+        if code == STOPPED:  # typer's own answer to Ctrl-C
+            return _fail("stopped", STOPPED)
         return code if isinstance(code, int) else 0
     except BadInput as error:
         return _fail(str(error), BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("stopped", 130)
+        return _fail("stopped", STOPPED)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's own errors: unknown options, missing values
         if usage is not None:
             return _fail(_given(error, typed) + usage(), BAD_INPUT) if usage() else BAD_INPUT  # none: help was shown
+        if isinstance(error, ValueError) and "allowed is" in str(error):  # how the library refuses an option
+            return _fail(str(error), BAD_INPUT)
         if os.environ.get("KVWEAVE_DEBUG"):
             raise
         return _fail(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-OK, UNEXPECTED, BAD_INPUT = 0, 1, 2
+UNEXPECTED, BAD_INPUT, STOPPED = 1, 2, 130
 
 
 class BadInput(Exception):  # noqa: N818  it is the user's, and reads so where it is raised

@@ -1,17 +1,22 @@
 """`kvweave eval`: methods x budgets x tasks, measured, as tables with intervals; resumable."""
 
-import json
-import shlex
-import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvweave.cli import options
+from kvweave.cli.console import bad_input, check_out, command_line, err, print_json, quiet_libraries
+from kvweave.cli.console import out as stdout
+
+if TYPE_CHECKING:
+    from kvweave.evals import Evaluation
+    from kvweave.evals.run import Result
+
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="A hub id, a local folder, or lab.")] = "lab",
+    model: options.ModelName = "lab",
     tasks: Annotated[list[str] | None, typer.Option(help="Lab tasks, separated by commas; default all.")] = None,
     methods: Annotated[
         list[str] | None, typer.Option(help="Such as snapkv,flowmm:theta=0.3; default all registered.")
@@ -32,67 +37,120 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(help="Samples answered together.")] = 50,
     workers: Annotated[int, typer.Option(help="Processes, of one thread each.")] = 2,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder of the results; resumes if it holds some.")] = Path("out/eval"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option(help="No progress, no tables.")] = False,
+    json: options.Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")] = False,
 ) -> None:
     """Evaluate methods at equal budgets; interrupted anywhere, the same command resumes.
 
     Writes a file for each cell under OUT/cells, and table.md, table.csv and table.json. Exits with 1 if samples
     failed: they are listed, and not scored.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as Left
+    from kvweave.evals import run, summarise, write_tables
+    from kvweave.evals.tables import rendered
 
-    from kvweave.evals.plan import Evaluation, parse_budgets, parse_methods
-    from kvweave.evals.run import Result, run
-    from kvweave.evals.tables import rendered, summarise, write_tables
-    from kvweave.evals.tasks import lab_tasks
+    check_out(out)
+    quiet_libraries()
+    start = time.perf_counter()
+    with bad_input():
+        evaluation = _plan(model, tasks, methods, budgets, count, images, seeds, protocol, dtype)
+        baseline = _baseline(baseline, evaluation.labels)
+        with _Progress(quiet) as progress:
+            results = run(
+                evaluation,
+                out,
+                batch=batch,
+                workers=workers,
+                device=device,
+                command=command_line(),
+                progress=progress,
+            )
+    seconds = round(time.perf_counter() - start, 1)
+    summary = summarise(evaluation, results, baseline=baseline, command=command_line(), seconds=seconds)
+    write_tables(summary, out)
+    if json:
+        print_json(summary)
+    elif not quiet:
+        stdout().print(rendered(summary))
+        stdout().print(f"written: [bold]{out / 'table.md'}[/bold], table.csv, table.json")
+    if summary["failed"]:
+        err().print(f"{len(summary['failed'])} answers are missing: {out / 'table.md'} lists them", markup=False)
+        raise typer.Exit(1)
+
+
+def _plan(
+    model: str,
+    tasks: list[str] | None,
+    methods: list[str] | None,
+    budgets: str,
+    count: int,
+    images: int,
+    seeds: str,
+    protocol: str,
+    dtype: str,
+) -> "Evaluation":
+    from kvweave.evals import Evaluation, lab_tasks
+    from kvweave.evals.plan import parse_budgets, parse_methods
     from kvweave.lab import TASKS
 
-    chosen = _pieces(*tasks) if tasks else list(TASKS)
-    evaluation = Evaluation(
+    return Evaluation(
         model=model,
-        tasks=lab_tasks(chosen, count, images),
+        tasks=lab_tasks(_pieces(*tasks) if tasks else TASKS, count, images),
         methods=parse_methods(methods or []),
         budgets=parse_budgets([budgets]),
         seeds=_seeds(seeds),
         protocols=tuple(dict.fromkeys(_pieces(protocol))),
+        dtype=dtype,
     )
-    if baseline is None:
-        baseline = "snapkv" if "snapkv" in evaluation.labels else None
-    elif baseline not in evaluation.labels:
-        raise ValueError(f"baseline={baseline!r} is not evaluated: allowed is one of {', '.join(evaluation.labels)}")
 
-    command = shlex.join(["kvweave", *sys.argv[1:]])
-    errors = Console(stderr=True)
-    start = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Left())
-    with Progress(*columns, console=errors, disable=quiet, speed_estimate_period=120) as bar:
-        line = bar.add_task("starting", total=None)
 
-        def show(result: Result, done: int, total: int, was_there: bool) -> None:
-            cell = result["cell"]
-            what = f"{cell['protocol']} {cell['task']} {cell['method']} {cell['budget']:g}"
-            if was_there:
-                bar.reset(line, completed=done, total=total, description=f"{done} cells were there")
-            else:
-                bar.update(line, completed=done, total=total, description=what)
+def _baseline(name: str | None, labels: list[str]) -> str | None:
+    if name is None:
+        return "snapkv" if "snapkv" in labels else None
+    if name not in labels:
+        raise ValueError(f"baseline={name!r} is not evaluated: allowed is one of {', '.join(labels)}")
+    return name
 
-        results = run(evaluation, out, batch=batch, workers=workers, command=command, progress=show)
-    summary = summarise(
-        evaluation, results, baseline=baseline, command=command, seconds=round(time.perf_counter() - start, 1)
-    )
-    write_tables(summary, out)
-    if as_json:
-        typer.echo(json.dumps(summary, ensure_ascii=False))
-    elif not quiet:
-        Console().print(rendered(summary))
-        Console().print(f"Written to {out / 'table.md'}, table.csv, table.json", markup=False)
-    if summary["failed"]:
-        errors.print(f"{len(summary['failed'])} samples failed: {out / 'table.md'} lists them", markup=False)
-        raise typer.Exit(1)
+
+class _Progress:
+    """A bar on stderr: cells done, time left, and which cell was the last."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self.bar = Progress(*columns, console=err(), disable=quiet, speed_estimate_period=120)
+        self.line = self.bar.add_task("starting", total=None)
+
+    def __enter__(self) -> "_Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, result: "Result", done: int, total: int, was_there: bool) -> None:
+        cell = result["cell"]
+        if was_there:  # does not count for the speed
+            self.bar.reset(self.line, completed=done, total=total, description="resumed")
+        else:
+            what = f"{cell['task']}, {cell['method']} at {cell['budget']:g}, {cell['protocol']}"
+            self.bar.update(self.line, completed=done, total=total, description=what)
 
 
 def _pieces(*texts: str) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 from kvweave.cli import console, options
 
 if TYPE_CHECKING:
-    from kvweave.methods import FlowMM
+    from kvweave.methods.flowmm import FlowMM
 
 RATIOS = ("literal", "balanced", "nosink")
 
@@ -34,7 +34,7 @@ def flow(
 
     Writes flow.png and flow.json.
     """
-    from kvweave.methods import FlowMM
+    from kvweave.methods.flowmm import FlowMM
 
     with console.bad_input(option="--theta"):
         method = FlowMM(budget=1, theta=theta)  # one entry is the least: every layer is cut, and so measured

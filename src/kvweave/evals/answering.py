@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from kvweave.attach import compress
 from kvweave.evals.tasks import Example
 from kvweave.methods import Method
+from kvweave.session import compress
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # one entry a token
 

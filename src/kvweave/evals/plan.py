@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from kvweave import lab
+from kvweave import models
 from kvweave.evals import store
 from kvweave.evals.tasks import Task
-from kvweave.methods import Full, Method, list_methods, method_from_dict, parse_method
+from kvweave.methods import Method, list_methods, method_from_dict, parse_method
 from kvweave.methods.base import parse_budget
+from kvweave.methods.full import Full
+from kvweave.models.loading import DTYPES
 
 PROTOCOLS = ("seen", "unseen")
 FULL = "full"
@@ -61,6 +63,7 @@ class Evaluation:
         budgets: shares in (0, 1], or tokens as ints.
         seeds: of the samples, and of methods that draw at random.
         protocols: of `PROTOCOLS`.
+        dtype: of the weights; "auto": as the checkpoint has them.
     """
 
     model: str
@@ -69,8 +72,12 @@ class Evaluation:
     budgets: tuple[float | int, ...] = (0.5, 0.2, 0.1, 0.05)
     seeds: tuple[int, ...] = (0,)
     protocols: tuple[str, ...] = ("seen",)
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        models.check(self.model)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not allowed: allowed is one of {', '.join(DTYPES)}")
         for name in ("tasks", "methods", "budgets", "seeds", "protocols"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: allowed is at least one")
@@ -104,16 +111,13 @@ class Evaluation:
         """Rows of the tables, the full cache first."""
         return list(dict.fromkeys([FULL, *map(label, self.methods)]))
 
-    def checkpoint(self) -> str:
-        """What `from_pretrained` is given."""
-        return str(lab.weights_path()) if self.model == "lab" else self.model
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; two evaluations whose dictionaries differ are not mixed in one folder."""
         return {
             "format": _FORMAT,
             "model": self.model,
-            "weights": store.weights_mark(self.checkpoint()),
+            "dtype": self.dtype,
+            "weights": store.weights_mark(models.check(self.model)),
             "protocols": list(self.protocols),
             "tasks": [task.to_dict() for task in self.tasks],
             "methods": {label(method): _options(method) for method in self.methods},

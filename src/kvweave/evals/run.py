@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+from kvweave import models
 from kvweave.evals import store
 from kvweave.evals.answering import Answer, Batch, answer, prepare
 from kvweave.evals.metrics import METRICS
@@ -34,6 +34,7 @@ def run(
     *,
     batch: int = 50,
     workers: int = 2,
+    device: str = "auto",
     command: str = "",
     progress: Progress | None = None,
 ) -> list[Result]:
@@ -45,6 +46,7 @@ def run(
         out: the folder of this evaluation, made if it is not there.
         batch: samples that are answered together.
         workers: processes, of one thread each; 1: this process.
+        device: "auto": CUDA where there is one.
         command: goes into the result files.
 
     Raises:
@@ -53,6 +55,7 @@ def run(
     for name, value in (("batch", batch), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name}={value} is not allowed: allowed is an int >= 1")
+    device = models.pick_device(device)
     evaluation.claim(out)
     cells = evaluation.cells()
     results = {n: done for n, cell in enumerate(cells) if (done := finished(cell, out)) is not None}
@@ -60,8 +63,8 @@ def run(
         if progress:
             progress(result, count, len(cells), True)
     missing = [n for n in range(len(cells)) if n not in results]
-    about = {"command": command, "batch": batch, "cpu": store.cpu(), "versions": store.versions()}
-    worker = Worker(evaluation.checkpoint(), out, batch, about)
+    about = {"command": command, "batch": batch, "cpu": store.cpu(), "device": device, "versions": store.versions()}
+    worker = Worker(evaluation, out, batch, device, about)
     for n, result in _computed(worker, cells, missing, min(workers, len(missing))):
         results[n] = result
         if progress:
@@ -131,8 +134,9 @@ def _no_loading_bars() -> Iterator[None]:
 class Worker:
     """Computes cells one after the other; loads the model, and reads a task's prompts, once."""
 
-    def __init__(self, checkpoint: str, out: Path, batch: int, about: dict[str, Any]) -> None:
-        self.checkpoint, self.out, self.batch, self.about = checkpoint, out, batch, about
+    def __init__(self, evaluation: Evaluation, out: Path, batch: int, device: str, about: dict[str, Any]) -> None:
+        self.model, self.dtype, self.device = evaluation.model, evaluation.dtype, device
+        self.out, self.batch, self.about = out, batch, about
         self._loaded: tuple[Any, Any] | None = None
         self._read: tuple[Any, list[Sequence[Example]], dict[int, Batch]] | None = None
 
@@ -162,13 +166,10 @@ class Worker:
 
     def _model(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            try:
-                with _no_loading_bars():
-                    model = AutoModelForImageTextToText.from_pretrained(self.checkpoint, dtype=torch.float32)
-                self._loaded = model.eval(), AutoProcessor.from_pretrained(self.checkpoint)
-            except OSError as error:
-                why = str(error).strip().splitlines()[0]
-                raise ValueError(f"model={self.checkpoint!r} cannot be loaded: {why}") from None
+            with _no_loading_bars():
+                self._loaded = models.load(self.model, self.dtype, self.device)
+            if not models.reads_images(self._loaded[1]):
+                raise ValueError(f"model={self.model!r} reads text only: allowed is a model that reads images")
         return self._loaded
 
     def _examples(self, cell: Cell) -> tuple[list[Sequence[Example]], dict[int, Batch]]:

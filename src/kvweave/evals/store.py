@@ -75,20 +75,17 @@ def weights_mark(checkpoint: str) -> str:
     """Changes with a checkpoint's weights: a mark of a local folder's files, or a hub id's commit.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: a hub id that cannot be found.
     """
     folder = Path(checkpoint)
-    if not folder.exists():
+    if not folder.is_dir():
         try:
             return str(AutoConfig.from_pretrained(checkpoint)._commit_hash)
         except (OSError, ValueError) as error:
             why = str(error).strip().splitlines()[0]
-            raise ValueError(f"model={checkpoint!r} is neither a folder nor found on the hub: {why}") from None
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").exists():
-        raise ValueError(f"model={checkpoint!r} holds no checkpoint: config.json and *.safetensors were looked for")
+            raise ValueError(f"model={checkpoint!r} is not found on the hub: {why}") from None
     digest = hashlib.sha256()
-    for path in (folder / "config.json", *files):
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         with path.open("rb") as file:
             digest.update(file.read(_HEAD))

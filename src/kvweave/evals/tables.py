@@ -59,6 +59,7 @@ def summarise(
             "seeds": list(evaluation.seeds),
             "batch": sorted({result["batch"] for result in results}),
             "cpu": sorted({result["cpu"] for result in results}),
+            "device": sorted({result["device"] for result in results}),
             "versions": store.versions(),
             "seconds": seconds,
             "seconds_of_cells": round(sum(result["seconds"] for result in results), 1),
@@ -178,7 +179,7 @@ def about(summary: dict[str, Any]) -> list[str]:
     lengths = [row["length"] for row in summary["scores"] if row["length"] is not None]
     lines = [
         f"Command: `{facts['command']}`",
-        f"Machine: {', '.join(facts['cpu'])}; "
+        f"Machine: {', '.join(facts['cpu'])}, device {', '.join(facts['device'])}; "
         + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         f"Model `{facts['model']}`; {len(facts['tasks'])} tasks of {_range(counts)} samples, "
         f"prompts of {_range(lengths)} tokens (means of the tasks), seeds {', '.join(map(str, facts['seeds']))}, "

@@ -103,9 +103,7 @@ class Sample:
     def evidence(self) -> list[int]:
         """Where the answer stands: columns of the unpadded prompt's `input_ids`, ascending."""
         cells = [1 + image * SLOT + 3 + row * GRID + column for image, row, column in self.cells]
-        passages = [
-            1 + (image + 1) * SLOT - PASSAGE + word for image in self.passages for word in range(PASSAGE)
-        ]
+        passages = [1 + (image + 1) * SLOT - PASSAGE + word for image in self.passages for word in range(PASSAGE)]
         return sorted(cells + passages)
 
     def messages(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""AdaKV: SnapKV with budgets of each head's own (Feng et al., 2407.11550; METHODS 10.5)."""
+"""AdaKV: SnapKV with budgets of each head's own (Feng et al., 2407.11550; SPEC 10.5)."""
 
 from dataclasses import dataclass
 
@@ -46,3 +46,9 @@ class AdaKV(SnapKV):
         own = ranks(score) < torch.tensor(counts, device=score.device)[..., None]
         kept = torch.cat([own, own.new_ones(*own.shape[:-1], recent)], -1)
         return Plan(chosen(kept), bias=None, uneven=True)
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("adakv")

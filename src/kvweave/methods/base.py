@@ -2,9 +2,13 @@
 
 import dataclasses
 import difflib
+import functools
+import importlib
 import math
+import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -118,7 +122,7 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `method_from_dict` reads it back."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        return {"name": self.address(), **dataclasses.asdict(self)}
 
     def spelling(self) -> str:
         """The command line's spelling, with the options that differ from their defaults."""
@@ -127,12 +131,18 @@ class Method:
             for f in dataclasses.fields(self)
             if f.name == "budget" or getattr(self, f.name) != f.default
         }
-        return f"{self.name}:" + ",".join(f"{key}={value}" for key, value in changed.items())
+        return f"{self.address()}:" + ",".join(f"{key}={value}" for key, value in changed.items())
+
+    @classmethod
+    def address(cls) -> str:
+        """The name by which any process finds the method: with its module if it is not one of kvweave's own."""
+        outside = not cls.__module__.startswith(f"{__package__}.")
+        return f"{cls.__module__}.{cls.name}" if outside else cls.name
 
 
 @dataclass(frozen=True)
 class MergingMethod(Method):
-    """Base of methods that merge dropped tokens into kept ones (METHODS 2.2 and 4)."""
+    """Base of methods that merge dropped tokens into kept ones (SPEC 2.2 and 4)."""
 
     merge_rule: str = choice("similarity", *RULES, help="weights of the members of a merged entry")
     merge_keys: bool = flag(True, help="merge keys as well as values")
@@ -229,17 +239,36 @@ def register(name: str, *, wrapper: bool = False) -> Any:
     return decorate
 
 
+@functools.cache
+def _read_own() -> None:
+    """Import every file beside this one, so that the library's own methods are registered."""
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{package}.{module.name}")
+
+
 def list_methods() -> list[str]:
     """Names of all registered methods, sorted."""
+    _read_own()
     return sorted(_REGISTRY)
 
 
 def method_class(name: str) -> type[Method]:
-    """The class registered under `name`; a ValueError names the nearest one."""
+    """The class registered under `name`; a ValueError names the nearest one.
+
+    A method of another package is named with its module, which is then imported: `my_package.my_module.my_method`.
+    """
+    _read_own()
+    module, _, short = name.rpartition(".")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"method={name!r} cannot be imported: {error}") from None
     known = _REGISTRY | _WRAPPERS
-    if name not in known:
-        raise ValueError(f"method={name!r} is unknown{_nearest(name, known)}: allowed is one of {_names(known)}")
-    return known[name]
+    if short not in known:
+        raise ValueError(f"method={name!r} is unknown{_nearest(short, known)}: allowed is one of {_names(known)}")
+    return known[short]
 
 
 def get_method(name: str, **options: Any) -> Method:

@@ -1,4 +1,4 @@
-"""CaM: evicted values are spread over the kept tokens that follow (ICML 2024; METHODS 10.8)."""
+"""CaM: evicted values are spread over the kept tokens that follow (ICML 2024; SPEC 10.8)."""
 
 from dataclasses import dataclass, replace
 
@@ -64,3 +64,9 @@ def spread(values: Tensor, first: Tensor, stop: Tensor, kept: int) -> Tensor:
     ends.scatter_add_(2, index, values)
     ends.scatter_add_(2, stop[..., None].expand_as(values), -values)
     return ends.cumsum(2)[:, :, :kept]
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("cam")

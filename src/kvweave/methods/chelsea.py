@@ -1,4 +1,4 @@
-"""Chelsea-style: chunked soft matching, round by round (2506.11418, reduced to its abstract; METHODS 9.1)."""
+"""Chelsea-style: chunked soft matching, round by round (2506.11418, reduced to its abstract; SPEC 9.1)."""
 
 from dataclasses import dataclass
 
@@ -128,3 +128,9 @@ def joined(entries: Entries, asking: Tensor, found: Tensor, cosine: Tensor, exce
         position.gather(-1, order),
         place.gather(-1, into.gather(-1, entries.owner)),
     )
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("chelsea")

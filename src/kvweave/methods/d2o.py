@@ -1,4 +1,4 @@
-"""D2O: layer budgets by the variance of attention, merges above a similarity (Wan et al., 2406.13035; METHODS 8)."""
+"""D2O: layer budgets by the variance of attention, merges above a similarity (Wan et al., 2406.13035; SPEC 8)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -63,3 +63,9 @@ class D2O(MergingMethod):
             threshold = self.beta * threshold + (1 - self.beta) * view.memory
         target = target.masked_fill(cosine < threshold, -1)
         return replace(self.merged(view, keep, source, target, cosine, mass), memory=threshold)
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("d2o")

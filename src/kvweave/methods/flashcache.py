@@ -1,7 +1,7 @@
 """FlashCache: tokens that deviate from the low frequencies of their sequence.
 
 Source: Revisiting Multimodal KV Cache Compression: A Frequency-Domain-Guided Outlier-KV-Aware Approach (2511.16786);
-METHODS 5. Reads no attention at all.
+SPEC 5. Reads no attention at all.
 """
 
 from dataclasses import dataclass
@@ -65,3 +65,9 @@ def _above(x: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
     x = x.to(base.dtype)
     squared = (x - base).square_()
     return squared.mean(-1), squared.sum((1, 2, 3)) / x.square().sum((1, 2, 3)).clamp(min=1e-30)
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("flashcache")

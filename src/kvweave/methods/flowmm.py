@@ -1,7 +1,7 @@
 """FlowMM: cross-modal information flow guides the merge, sensitivity guards it.
 
 Source: FlowMM: Cross-Modal Information Flow Guided KV Cache Merging (2511.05534), Sec. 3.3, Eqs. 6-10;
-the open points and our readings are in METHODS 3.1 and docs/ERRATA.md.
+the open points and our readings are in SPEC 3.1 and docs/ERRATA.md.
 """
 
 import math
@@ -119,3 +119,9 @@ class FlowMM(MergingMethod):
         kinds = view.visual.gather(-1, source).long()
         target, cosine = nearest(view.keys, source, goals, allowed, kinds)
         return order.gather(-1, target.clamp(min=0)).masked_fill_(target < 0, -1), cosine
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("flowmm")

@@ -24,3 +24,9 @@ class Full(Method):
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         return Plan(last(view.positions, view.length))
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("full")

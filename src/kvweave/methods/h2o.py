@@ -1,4 +1,4 @@
-"""H2O: heavy hitters and a recent window (Zhang et al., 2306.14048; METHODS 10.2)."""
+"""H2O: heavy hitters and a recent window (Zhang et al., 2306.14048; SPEC 10.2)."""
 
 from dataclasses import dataclass
 
@@ -22,3 +22,9 @@ class H2O(Method):
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         return Plan(top_and_recent(view.column_mass(), budget, budget // 2))
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("h2o")

@@ -1,4 +1,4 @@
-"""KVMerger: runs of similar keys become one entry (Wang et al., 2407.08454; METHODS 9)."""
+"""KVMerger: runs of similar keys become one entry (Wang et al., 2407.08454; SPEC 9)."""
 
 from dataclasses import dataclass, replace
 
@@ -109,3 +109,9 @@ def pivots(cluster: Tensor, score: Tensor) -> Tensor:
     length = score.shape[-1]
     candidates = places.masked_fill(score < best.gather(-1, cluster), length)
     return torch.full_like(places, length).scatter_reduce_(-1, cluster, candidates, "amin").gather(-1, cluster)
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("kvmerger")

@@ -1,4 +1,4 @@
-"""LOOK-M: text first, and the rest merged (Wan et al., 2406.18139; METHODS 6)."""
+"""LOOK-M: text first, and the rest merged (Wan et al., 2406.18139; SPEC 6)."""
 
 from dataclasses import dataclass
 
@@ -47,3 +47,9 @@ class LookM(MergingMethod):
         if self.text_prior != "union":
             return self.merge_into_nearest(view, keep, mass)
         return self.merge_uneven(view, (~view.visual).scatter(-1, keep, True), mass)
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("lookm")

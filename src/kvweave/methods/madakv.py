@@ -1,4 +1,4 @@
-"""MadaKV-style: modality preference by head (2506.15724, reduced; METHODS 10.9).
+"""MadaKV-style: modality preference by head (2506.15724, reduced; SPEC 10.9).
 
 The paper's hierarchical compensation between layers is not part of this.
 """
@@ -41,3 +41,9 @@ class MadaKV(Method):
         visuals = torch.maximum(visuals, count - (~visual).sum(-1))
         best = top_by_modality(importance, visual, visuals, count)
         return Plan(torch.cat([best, last(view.positions, recent)], -1), scope=("MadaKV-style",) * view.batch)
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("madakv")

@@ -1,4 +1,4 @@
-"""MEDA: layer budgets by cross-modal entropy (Wan et al., 2502.17599; METHODS 7)."""
+"""MEDA: layer budgets by cross-modal entropy (Wan et al., 2502.17599; SPEC 7)."""
 
 import math
 from dataclasses import dataclass
@@ -41,3 +41,9 @@ class Meda(LookM):
         top = max(weights)
         softmax = [math.exp(w - top) for w in weights]  # `allocate` normalises
         return counts.allocate(softmax, len(weights) * budget, counts.least(budget, length), length)
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("meda")

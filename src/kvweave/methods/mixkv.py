@@ -1,4 +1,4 @@
-"""MixKV: importance mixed with diversity (2510.20707; METHODS 10.7)."""
+"""MixKV: importance mixed with diversity (2510.20707; SPEC 10.7)."""
 
 from dataclasses import dataclass
 
@@ -40,3 +40,9 @@ def _scaled_like(reference: Tensor, x: Tensor) -> Tensor:
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     x = (x - low) / (high - low + 1e-8)
     return x * reference.mean(-1, keepdim=True) / (x.mean(-1, keepdim=True) + 1e-8)
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("mixkv")

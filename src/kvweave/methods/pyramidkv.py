@@ -1,4 +1,4 @@
-"""PyramidKV: SnapKV with budgets that fall with depth (Cai et al., 2406.02069; METHODS 10.4)."""
+"""PyramidKV: SnapKV with budgets that fall with depth (Cai et al., 2406.02069; SPEC 10.4)."""
 
 from dataclasses import dataclass
 
@@ -38,3 +38,9 @@ class PyramidKV(SnapKV):
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = min(self.recent(view.mean_budget), budget)
         return Plan(top_and_recent(self.score(view, recent), budget, recent, view.length))
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("pyramidkv")

@@ -1,4 +1,4 @@
-"""Random eviction: the floor that a method has to beat (METHODS 10.10)."""
+"""Random eviction: the floor that a method has to beat (SPEC 10.10)."""
 
 from dataclasses import dataclass
 
@@ -27,3 +27,9 @@ class Random(Method):
     def plan(self, view: LayerView, budget: int) -> Plan:
         scores = uniform(self.seed, view.layer, view.positions)
         return Plan(top_and_recent(scores, budget, min(self.recent, budget // 2)))
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("random")

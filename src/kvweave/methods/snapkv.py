@@ -1,4 +1,4 @@
-"""SnapKV: what the end of the prompt looks at (Li et al., 2404.14469; METHODS 10.3)."""
+"""SnapKV: what the end of the prompt looks at (Li et al., 2404.14469; SPEC 10.3)."""
 
 from dataclasses import dataclass
 
@@ -41,3 +41,9 @@ class SnapKV(Method):
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = self.recent(budget)
         return Plan(top_and_recent(self.score(view, recent), budget, recent, view.length))
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("snapkv")

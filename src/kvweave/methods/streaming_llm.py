@@ -1,4 +1,4 @@
-"""StreamingLLM: attention sinks and a recent window (Xiao et al., 2309.17453; METHODS 10.1)."""
+"""StreamingLLM: attention sinks and a recent window (Xiao et al., 2309.17453; SPEC 10.1)."""
 
 from dataclasses import dataclass
 
@@ -28,3 +28,9 @@ class StreamingLLM(Method):
         sinks = min(self.sinks, budget - 1)
         first = torch.arange(sinks, device=view.keys.device).expand(view.batch, view.kv_heads, -1)
         return Plan(torch.cat([first, last(view.positions, budget - sinks)], -1))
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("streaming_llm")

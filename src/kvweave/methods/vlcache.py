@@ -1,4 +1,4 @@
-"""VL-Cache: what the text after the images looks at, layers by the density of that (2410.23317; METHODS 10.6)."""
+"""VL-Cache: what the text after the images looks at, layers by the density of that (2410.23317; SPEC 10.6)."""
 
 from dataclasses import dataclass
 
@@ -58,3 +58,9 @@ class VLCache(Method):
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = max(1, counts.floor(self.recent_frac * budget)) if budget > 1 else 0
         return Plan(top_and_recent(self.score(view), budget, recent))
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("vlcache")

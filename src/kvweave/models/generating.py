@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from kvweave.attach import Session, compress
 from kvweave.cache import CompressedCache
 from kvweave.methods.base import Method
 from kvweave.models.loading import ModelError
+from kvweave.session import Session, compress
 
 
 @dataclass(frozen=True)

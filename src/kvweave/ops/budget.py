@@ -48,7 +48,7 @@ def parse_bytes(text: str) -> int:
 
 
 def entries(budget: Budget, length: int, bytes_per_entry: int) -> int:
-    """Entries that a row of `length` tokens keeps in each layer, between 1 and `length` (METHODS 1).
+    """Entries that a row of `length` tokens keeps in each layer, between 1 and `length` (SPEC 1).
 
     Args:
         budget: as the user wrote it.
@@ -84,7 +84,7 @@ def largest_remainder(shares: Sequence[float], total: int, ceilings: Sequence[in
 
 
 def allocate(weights: Sequence[float], total: int, lo: int, hi: int) -> list[int]:
-    """Integers in [lo, hi] that sum to `total`, proportional to `weights` where the bounds allow (METHODS 2.3).
+    """Integers in [lo, hi] that sum to `total`, proportional to `weights` where the bounds allow (SPEC 2.3).
 
     Args:
         weights: one per layer, any non-negative scale.
@@ -107,5 +107,5 @@ def allocate(weights: Sequence[float], total: int, lo: int, hi: int) -> list[int
 
 
 def least(budget: int, length: int) -> int:
-    """Entries that a layer keeps at least where budgets follow a statistic (METHODS 2.3)."""
+    """Entries that a layer keeps at least where budgets follow a statistic (SPEC 2.3)."""
     return min(budget, max(1, floor(0.01 * length)))

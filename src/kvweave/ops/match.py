@@ -35,7 +35,7 @@ def nearest(
     allowed: Tensor | None = None,
     label: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The target of largest key cosine for each source; ties go to the lower target (METHODS 2.2).
+    """The target of largest key cosine for each source; ties go to the lower target (SPEC 2.2).
 
     Args:
         keys: [batch, kv_heads, length, dim].

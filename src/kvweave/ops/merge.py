@@ -1,4 +1,4 @@
-"""How much of each member a merged entry is made of, and its sum over members (METHODS 2.2)."""
+"""How much of each member a merged entry is made of, and its sum over members (SPEC 2.2)."""
 
 import math
 
@@ -45,7 +45,7 @@ def merge_weights(
     """Weights of the members and of the kept token itself in each merged entry.
 
     An entry that stands for several tokens already (a later turn) counts as that many; with mass 1 everywhere
-    this is the table of METHODS 2.2.
+    this is the table of SPEC 2.2.
 
     Args:
         rule: one of `RULES`.
@@ -89,7 +89,7 @@ def merge(
     target: Tensor,
     weight: Tensor,
     own: Tensor,
-    dim_block: int = 4096,
+    step: int = 4096,
 ) -> Tensor:
     """Merged entries; one without members is copied bit for bit.
 
@@ -104,8 +104,8 @@ def merge(
     original = take(x, keep)
     sums = F.pad(original.to(weight.dtype) * own[..., None], (0, 0, 0, 1))  # and a place for the evicted
     flat = sums.flatten(0, 2)
-    for start in range(0, source.shape[-1], dim_block):
-        part = slice(start, start + dim_block)
+    for start in range(0, source.shape[-1], step):
+        part = slice(start, start + step)
         rows = take(x, source[..., part]).to(weight.dtype) * weight[..., part, None]
         flat.index_add_(0, _places(target[..., part], kept), rows.flatten(0, 2))
     alone = segment_sum(torch.ones_like(weight), target, kept) == 0

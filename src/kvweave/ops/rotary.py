@@ -37,5 +37,5 @@ def unit_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def phase_difference(cos_to: Tensor, sin_to: Tensor, cos_from: Tensor, sin_from: Tensor) -> tuple[Tensor, Tensor]:
-    """Tables of the angle from one phase to another (METHODS 4.2)."""
+    """Tables of the angle from one phase to another (SPEC 4.2)."""
     return cos_to * cos_from + sin_to * sin_from, sin_to * cos_from - cos_to * sin_from

@@ -1,4 +1,4 @@
-"""Low-pass along the sequence by FFT: equal to truncating an orthonormal DCT-II (METHODS 5)."""
+"""Low-pass along the sequence by FFT: equal to truncating an orthonormal DCT-II (SPEC 5)."""
 
 import torch
 from torch import Tensor

@@ -41,7 +41,7 @@ def _logits(
 def cross_entropy(
     queries: Tensor, keys: Tensor, rule: AttentionRule, visual: Tensor, row_visual: Tensor, *, causal: bool
 ) -> Tensor:
-    """Entropy, in nats, of attention restricted to the other modality (MEDA; METHODS 7).
+    """Entropy, in nats, of attention restricted to the other modality (MEDA; SPEC 7).
 
     Args:
         queries: [batch, heads, rows, dim]; keys: [batch, kv_heads, length, dim].
@@ -76,7 +76,7 @@ def row_density(queries: Tensor, keys: Tensor, rule: AttentionRule, share: float
     Args:
         queries: [batch, heads, rows, dim], the last rows; keys: [batch, kv_heads, length, dim].
     Returns:
-        [batch], over all heads and rows (VL-Cache; METHODS 10.6).
+        [batch], over all heads and rows (VL-Cache; SPEC 10.6).
     """
     dense = torch.zeros(queries.shape[0], dtype=torch.float64, device=keys.device)
     seen = torch.zeros_like(dense)

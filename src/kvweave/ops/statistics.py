@@ -92,7 +92,7 @@ def _grouped(queries: Tensor, kv_heads: int) -> Tensor:
 
 @torch.no_grad()
 def window_attention(queries: Tensor, keys: Tensor, rule: AttentionRule, window: int) -> Tensor:
-    """Attention that each token receives from the last `window` rows, summed over them (METHODS 2.1).
+    """Attention that each token receives from the last `window` rows, summed over them (SPEC 2.1).
 
     Args:
         queries: [batch, heads, rows, dim], the last `rows` tokens; keys: [batch, kv_heads, length, dim].
@@ -119,7 +119,7 @@ def window_attention(queries: Tensor, keys: Tensor, rule: AttentionRule, window:
 
 @torch.no_grad()
 def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights: Tensor) -> Tensor:
-    """Attention that each token receives from all rows, each row counted with its weight (METHODS 11).
+    """Attention that each token receives from all rows, each row counted with its weight (SPEC 11).
 
     With weights [is text, is visual] one pass serves the column sums and the exact flow ratio.
 
@@ -190,7 +190,7 @@ SINK_COLUMNS = 4
 
 
 def flow_ratio(sums: Tensor, visual: Tensor, row_visual: Tensor) -> Flow:
-    """Flow ratios from column sums kept apart by the rows' modality (METHODS 3, step 1).
+    """Flow ratios from column sums kept apart by the rows' modality (SPEC 3, step 1).
 
     Args:
         sums: [batch, heads, 2, length]: attention received from text rows and from visual rows.

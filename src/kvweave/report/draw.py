@@ -1,4 +1,4 @@
-"""What a method keeps of the lab's example, as a picture: `python -m kvweave.methods flowmm:theta=0.3`."""
+"""What a method keeps of the lab's example, as a picture: `python -m kvweave.methods.flowmm theta=0.3`."""
 
 import shlex
 import sys
@@ -11,10 +11,9 @@ from kvweave.report.data import Run
 from kvweave.report.picture import png
 
 
-def main(method: str | None = None) -> None:
-    """Draw the method that the command line names, or `method`, and say where."""
-    spelling = method or (sys.argv[1] if len(sys.argv) > 1 else "flowmm")
-    run = example(spelling)
+def main(name: str) -> None:
+    """Draw the method, with the options that the command line gives, and say where."""
+    run = example(":".join([name, *sys.argv[1:]]))
     path = Path("out") / f"{run.answers[0].name}.png"
     path.parent.mkdir(exist_ok=True)
     png(run).save(path, optimize=True)

@@ -260,10 +260,11 @@ class Session:
         self._undo.append(before.remove)
         after = part.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
         self._undo.append(after.remove)
-        for module in part.modules():
-            if isinstance(getattr(module, "layer_idx", None), int) and part is self.model:
-                noted = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
-                self._undo.append(noted.remove)
+        if part is self.model and (self.method is None or self.method.turns_keys):
+            for module in part.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    noted = module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
+                    self._undo.append(noted.remove)
         if not hasattr(part, "generate"):
             return
         own = part.__dict__.get("generate")
@@ -307,15 +308,18 @@ class Session:
             return None
         kwargs["past_key_values"] = cache
         self.cache = cache
+        if not cache.compressed_layers:
+            return args, kwargs  # nothing to compress: `_after_forward` says so
         talk = cache.conversation
         talk.attached = True
         seen, new = cache.get_seq_length(), inputs.shape[1]
         talk.prompt = self._prompt(talk.prompt, ids, inputs, kwargs, seen)
         end = getattr(running, "end", None) or talk.declared
-        if end is not None:
-            talk.end = end
-        elif new > 1 or seen == 0:
-            talk.end = seen + new
+        if not talk.frozen:
+            if end is not None:
+                talk.end = end
+            elif new > 1 or seen == 0:
+                talk.end = seen + new
         if talk.declared is not None and seen + new >= talk.declared:
             talk.declared = None
         return args, kwargs
