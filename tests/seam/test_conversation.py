@@ -209,6 +209,21 @@ def test_mass_bias_over_two_turns(attached):
     assert_close(logits, expected)
 
 
+def test_columns_that_a_later_mask_hides_are_padding_from_then_on(attached):
+    """A user takes back the first tokens of a conversation by its mask."""
+    cache = kvweave.CompressedCache(attached.config, kvweave.StreamingLLM(budget=12))
+    ids, mask = words(1, 40), torch.ones(1, 40, dtype=torch.long)
+    mask[:, :6] = 0
+    with torch.no_grad():
+        attached(input_ids=ids[:, :30], past_key_values=cache)
+        assert cache.layers[0].positions[0, 0, :4].tolist() == [0, 1, 2, 3]
+        attached(input_ids=ids[:, 30:], attention_mask=mask, past_key_values=cache)
+    for layer in cache.layers:
+        assert layer.positions[layer.positions >= 0].min() >= 6
+        assert layer.positions.max() == 39
+    assert torch.equal(cache.prompt.valid, mask.bool())
+
+
 def test_sessions_compress_conversations_too():
     model = text_model()
     inputs = text_inputs((30,))

@@ -116,6 +116,28 @@ def test_scaling_and_soft_cap_of_the_model_enter_the_scores():
     assert not torch.equal(kept[0], kept[1])
 
 
+def test_attention_sinks_of_the_model_enter_the_scores():
+    """gpt-oss lets a row spend attention on nothing: rows with a strong sink have less of a say."""
+    model = text_model("gpt_oss", attention="eager", layer_types=["full_attention"] * 2)
+    sinks = torch.tensor([-3.0, 4.0, 2.0, 0.0])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.copy_(sinks)
+    inputs = text_inputs((40,))
+    with kvweave.compress(model, kvweave.SnapKV(budget=12, window=4, kernel=1)) as session:
+        decode(model, inputs, 1)
+    for layer, (queries, keys, scaling) in zip(session.cache.layers, captured(model, inputs), strict=True):
+        logits = queries.double() @ keys.double().repeat_interleave(2, 0).transpose(-1, -2) * scaling
+        logits = logits.masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), -torch.inf)
+        with_sink = torch.cat([logits, sinks.double()[:, None, None].expand(4, 40, 1)], -1).softmax(-1)[..., :40]
+        kept = [
+            weights[:, 36:, :36].sum(1).unflatten(0, (2, 2)).mean(1).topk(8).indices.sort(-1).values
+            for weights in (with_sink, logits.softmax(-1))
+        ]
+        assert torch.equal(layer.positions[0, :, :8], kept[0])
+        assert not torch.equal(kept[0], kept[1])
+
+
 def test_bidirectional_attention_among_image_tokens_enters_the_scores():
     """gemma3 lets the tokens of an image see one another: column sums count what they receive from before, too."""
     special = {"layer_types": ["full_attention"] * 2}
