@@ -5,10 +5,13 @@ from the model's mask the columns that the cache's slots stand for, and then tel
 Queries and keys arrive there after norm and rotary whatever the architecture, so nothing here knows one.
 """
 
+import copy
 import functools
+import inspect
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -42,17 +45,14 @@ def _slot_mask(slots: Slots, mask: Tensor | None, queries: Tensor) -> Tensor | N
     """The model's mask, which speaks of logical columns, at the slots that a compressed layer holds.
 
     Args:
-        mask: [batch or 1, heads or 1, new, columns], boolean or additive; or [batch, columns] (flash attention);
-            None: causal.
+        mask: [batch or 1, heads or 1, new, columns], boolean or additive; None: causal.
         queries: [batch, heads, new, dim].
     Returns:
-        [batch, heads, new, slots], or [batch, slots] for a two-dimensional mask, or None where every slot is seen.
+        [batch, heads, new, slots], or None where every slot is seen.
     """
     if slots.positions is None:
         return mask
     heads, new = queries.shape[1], queries.shape[2]
-    if mask is not None and mask.dim() == 2:
-        return slots.positions_of_all()[:, 0] >= 0 if slots.has_empty else None
     if mask is None and new == 1 and not slots.has_empty and slots.bias is None:
         return None  # every slot is seen
     slots = slots.written()
@@ -95,6 +95,10 @@ def _attend(
     options: dict[str, Any],
 ) -> tuple[Any, Tensor | None]:
     """Attention to one block's slots, and the mask that it used."""
+    if isinstance(module, _Presented):  # flash attention: new slots are the last, and it masks nothing but padding
+        if slots.positions is not None:
+            mask = slots.positions_of_all()[:, 0] >= 0 if slots.has_empty else None
+        return function(module, query, key, value, mask, **options), None
     mask = _slot_mask(slots, mask, query)
     if slots.positions is not None and mask is not None:
         options = options | {"is_causal": False}  # the mask says it all
@@ -136,18 +140,39 @@ def _hidden_in_front(mask: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(mask, (count - mask.shape[-1], 0), value=hidden)
 
 
+class _Presented:
+    """A module whose config names the base implementation: flash attention looks its kernels up by that name."""
+
+    def __init__(self, module: nn.Module, base: str) -> None:
+        self._module = module
+        self.config: Any = copy.copy(module.config)
+        self.config._attn_implementation_internal = base
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def _attention(base: str) -> Callable[..., Any]:
+    presented: weakref.WeakKeyDictionary[nn.Module, _Presented] = weakref.WeakKeyDictionary()
+
+    def as_base(module: nn.Module) -> Any:
+        if "flash" not in base:
+            return module
+        if module not in presented:
+            presented[module] = _Presented(module, base)
+        return presented[module]
+
     def kvweave_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         function = _base_attention(module, base)
         link: Link | None = getattr(key, "_kvweave", None)
         if link is None:
-            return function(module, query, key, value, attention_mask, **kwargs)
+            return function(as_base(module), query, key, value, attention_mask, **kwargs)
         if len(link.blocks) == 1:
-            out, mask = _attend(function, module, query, key, value, attention_mask, link.blocks[0], kwargs)
+            out, mask = _attend(function, as_base(module), query, key, value, attention_mask, link.blocks[0], kwargs)
         else:
-            out, mask = _attend_by_head(function, module, query, attention_mask, link.blocks, kwargs)
+            out, mask = _attend_by_head(function, as_base(module), query, attention_mask, link.blocks, kwargs)
         scaling = kwargs.get("scaling")
         rule = AttentionRule(
             query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -155,7 +180,7 @@ def _attention(base: str) -> Callable[..., Any]:
             sinks=kwargs.get("s_aux"),
         )
         link.layer.rotated = getattr(module, "use_rope", True) not in (False, 0)
-        link.layer.after_attention(query, rule, mask if mask is not None and mask.dim() == 4 else None)
+        link.layer.after_attention(query, rule, mask)
         return out
 
     return kvweave_attention
@@ -164,7 +189,7 @@ def _attention(base: str) -> Callable[..., Any]:
 @functools.cache
 def _register(base: str) -> str:
     """Make kvweave's twin of an attention implementation known to transformers; its name."""
-    name = _PREFIX + base
+    name = _PREFIX + base.replace("flash_attention_", "fa")  # with "flash" in it, transformers looks for a kernel so called
     AttentionInterface.register(name, _attention(base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
@@ -196,6 +221,7 @@ class Session:
         self.trace = trace
         self.cache: CompressedCache | None = None
         self._visual = visual
+        self._base = ""  # the attention that the model came with
         self._running = threading.local()  # generate and forward calls may nest, and run in several threads
         self._undo: list[Callable[[], None]] = []
 
@@ -219,13 +245,16 @@ class Session:
             raise RuntimeError(f"kvweave is already attached to this {type(model).__name__}; sessions do not nest")
         if base == "flex_attention":
             raise ValueError("attn_implementation='flex_attention' is not supported: allowed is sdpa, eager or flash")
+        self._base = base
         if self.method is not None:
             _check_bias(self.method, base)
         name = _register(base)
-        key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is decoder), None)
+        parts = model.config.sub_configs
+        key = next((k for k in parts if getattr(model.config, k, None) is decoder), "")
+        others = {k: part._attn_implementation for k in parts if (part := getattr(model.config, k, None)) is not None}
 
         def choose(implementation: str) -> None:
-            model.set_attn_implementation({key: implementation} if key else implementation)
+            model.set_attn_implementation({**(others if not key else {}), key: implementation})
 
         self._undo.append(lambda: choose(base))
         try:
@@ -285,24 +314,29 @@ class Session:
         @functools.wraps(generate)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             running = self._running
-            outer = getattr(running, "end", None), getattr(running, "visual", None)
-            running.end = _input_length(args, kwargs)
+            outer = {name: getattr(running, name, None) for name in ("end", "visual", "own")}
+            running.end, running.own = _input_length(args, kwargs), None
+            running.inside = []
             ids = _input_ids(args, kwargs)
             if ids is not None:
                 running.visual = visual_mask(self.model.config, ids, kwargs)
             try:
                 return generate(*args, **kwargs)
             finally:
-                running.end, running.visual = outer
+                vars(running).update(outer)
 
         return wrapped
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         running = self._running
-        running.depth = getattr(running, "depth", 0) + 1
-        if running.depth > 1:
+        inside = vars(running).setdefault("inside", [])
+        if model in inside:  # it was left by an exception, without a word
+            del inside[inside.index(model) :]
+        inside.append(model)
+        if len(inside) > 1:
             return None  # the outer model's hook knows more: ids, token types
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        ids = kwargs.get("input_ids")
         inputs = ids if ids is not None else kwargs.get("inputs_embeds")
         cache = self._cache_for(model, kwargs)
         if inputs is None or cache is None:
@@ -310,20 +344,28 @@ class Session:
         kwargs["past_key_values"] = cache
         self.cache = cache
         if not any(isinstance(layer, CompressedLayer) for layer in cache.layers):
-            return args, kwargs  # no full attention at all: `_after_forward` says so
+            return (), kwargs  # no full attention at all: `_after_forward` says so
         talk = cache.conversation
         talk.attached = True
         seen, new = cache.get_seq_length(), inputs.shape[1]
-        talk.prompt = self._prompt(talk.prompt, ids, inputs, kwargs, seen)
-        end = getattr(running, "end", None) or talk.declared
-        if not talk.frozen:
-            if end is not None:
-                talk.end = end
-            elif new > 1 or seen == 0:
-                talk.end = seen + new
+        end = self._prompt_end(cache, seen, new)
+        talk.prompt = self._prompt(cache, ids, inputs, kwargs, seen, seen + new if end is None else end)
+        if not talk.frozen and end is not None:
+            talk.end = end
         if talk.declared is not None and seen + new >= talk.declared:
             talk.declared = None
-        return args, kwargs
+        return (), kwargs
+
+    def _prompt_end(self, cache: CompressedCache, seen: int, new: int) -> int | None:
+        """Logical length at which the prompt ends that this forward pass belongs to; None: it decodes."""
+        running = self._running
+        if getattr(running, "own", None) is None:
+            running.own = cache  # of all conversations that `generate` may run, the one it was given
+        if getattr(running, "end", None) is not None and running.own is cache:
+            return running.end
+        if cache.conversation.declared is not None:
+            return cache.conversation.declared
+        return seen + new if new > 1 or seen == 0 else None
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the rotary tables, for methods that turn keys."""
@@ -337,9 +379,12 @@ class Session:
         cache.conversation.append_rotary(cos, sin, layer.seen, interleaved=_interleaved(module))
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        self._running.depth -= 1
+        inside = vars(self._running).get("inside", [])
+        if not inside or inside[-1] is not model:
+            return  # a hook that raised before ours: the forward pass never began
+        inside.pop()
         cache = kwargs.get("past_key_values")
-        if self._running.depth or not isinstance(cache, CompressedCache):
+        if inside or not isinstance(cache, CompressedCache):
             return
         cache.conversation.attached = False
         if out is None:
@@ -353,7 +398,7 @@ class Session:
             self._warned = True
             kinds = sorted({layer["kind"] for layer in cache.report["layers"]})
             warnings.warn(
-                f"kvweave compressed no layer of {type(self.model).__name__}: its layers are {', '.join(kinds)}",
+                f"kvweave compressed no layer of {type(self.model).__name__}: {'; '.join(kinds)}",
                 stacklevel=2,
             )
 
@@ -361,7 +406,7 @@ class Session:
         """The compressed cache that this forward pass fills; None if it should run as it is."""
         given = kwargs.get("past_key_values")
         if isinstance(given, CompressedCache):
-            _check_bias(given.method, self.model.config.get_text_config(decoder=True)._attn_implementation)
+            _check_bias(given.method, self._base)
             return given
         if self.method is None:
             return None
@@ -386,11 +431,12 @@ class Session:
         return CompressedCache(config, self.method, trace=self.trace)
 
     def _prompt(
-        self, prompt: Prompt | None, ids: Tensor | None, inputs: Tensor, kwargs: dict[str, Any], seen: int
+        self, cache: CompressedCache, ids: Tensor | None, inputs: Tensor, kwargs: dict[str, Any], seen: int, end: int
     ) -> Prompt:
         """What is known of all columns once this forward pass has appended its own."""
         batch, new = inputs.shape[:2]
-        visual = self._visual_columns(ids, inputs, kwargs, seen)
+        prompt = cache.prompt
+        visual = self._visual_columns(cache.method, ids, inputs, kwargs, seen, min(end, seen + new))
         mask = kwargs.get("attention_mask")
         valid = torch.ones(batch, new, dtype=torch.bool, device=inputs.device)
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -402,23 +448,24 @@ class Session:
             return Prompt(visual, valid)
         return prompt.cropped(seen).to(inputs.device).extended(visual, valid)
 
-    def _visual_columns(self, ids: Tensor | None, inputs: Tensor, kwargs: dict[str, Any], seen: int) -> Tensor:
+    def _visual_columns(
+        self, method: Method, ids: Tensor | None, inputs: Tensor, kwargs: dict[str, Any], seen: int, end: int
+    ) -> Tensor:
         """Modalities of this forward pass's columns: as the user said, else from what the model was given."""
         batch, new = inputs.shape[:2]
+        if self._visual is not None and self._visual.shape[1] < end:
+            raise ValueError(
+                f"visual has {self._visual.shape[1]} columns, and the prompt has {end}: allowed is as many"
+            )
         known = self._visual[:, seen : seen + new] if self._visual is not None else None
         if known is None:
             known = visual_mask(self.model.config, ids, kwargs)
         if known is None and getattr(self._running, "visual", None) is not None:  # what the outer generate was given
             known = self._running.visual[:, seen : seen + new]
         if known is None:
-            if (
-                self.method is not None
-                and self.method.uses_modality
-                and visual_token_ids(self.model.config)
-                and not seen
-            ):
+            if method.uses_modality and visual_token_ids(self.model.config) and not seen:
                 warnings.warn(
-                    f"{self.method.name} goes by modality, and embeddings alone do not tell which tokens are visual: "
+                    f"{method.name} goes by modality, and embeddings alone do not tell which tokens are visual: "
                     "all count as text unless kvweave.compress(..., visual=mask) says otherwise",
                     stacklevel=2,
                 )

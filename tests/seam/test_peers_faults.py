@@ -301,7 +301,7 @@ def test_a_method_of_the_users_own_is_registered_by_name():
         model = text_model()
         with kvweave.compress(model, method) as session:
             decode(model, text_inputs((30,)), 2)
-        assert session.report["method"]["name"] == "heavier"
+        assert session.report["method"]["name"].endswith("heavier")
         assert session.report["totals"]["kept"] == 24
     finally:
         base._REGISTRY.pop("heavier", None)
