@@ -145,7 +145,8 @@ class _Presented:
 
     def __init__(self, module: nn.Module, base: str) -> None:
         self._module = module
-        self.config: Any = copy.copy(module.config)
+        config: Any = module.config
+        self.config = copy.copy(config)
         self.config._attn_implementation_internal = base
 
     def __getattr__(self, name: str) -> Any:
@@ -189,7 +190,9 @@ def _attention(base: str) -> Callable[..., Any]:
 @functools.cache
 def _register(base: str) -> str:
     """Make kvweave's twin of an attention implementation known to transformers; its name."""
-    name = _PREFIX + base.replace("flash_attention_", "fa")  # with "flash" in it, transformers looks for a kernel so called
+    name = _PREFIX + base.replace(
+        "flash_attention_", "fa"
+    )  # with "flash" in it, transformers looks for a kernel so called
     AttentionInterface.register(name, _attention(base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
@@ -251,10 +254,9 @@ class Session:
         name = _register(base)
         parts = model.config.sub_configs
         key = next((k for k in parts if getattr(model.config, k, None) is decoder), "")
-        others = {k: part._attn_implementation for k in parts if (part := getattr(model.config, k, None)) is not None}
 
         def choose(implementation: str) -> None:
-            model.set_attn_implementation({**(others if not key else {}), key: implementation})
+            model.set_attn_implementation({key: implementation})  # "": the model itself, its towers keep theirs
 
         self._undo.append(lambda: choose(base))
         try:
