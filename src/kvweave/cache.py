@@ -20,6 +20,7 @@ from kvweave.ops.rotary import paired_tables
 from kvweave.ops.statistics import AttentionRule
 from kvweave.packed import PackedSlots, packed
 from kvweave.prompt import Prompt
+from kvweave.record import Record
 from kvweave.slots import Slots, rectangular, stored
 
 
@@ -65,18 +66,6 @@ class Conversation:
             tables = [torch.cat([old[:, :seen], new], 1) for old, new in zip(self.rotary, tables, strict=True)]
         self.rotary = tables[0], tables[1]
         self.interleaved = interleaved
-
-
-@dataclass
-class Record:
-    """What the report says of a layer's last cut; counts are [batch, kv_heads]."""
-
-    lengths: list[int]
-    kept: Tensor
-    represented: Tensor
-    bytes_before: int
-    bytes_after: int
-    rows: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -364,8 +353,8 @@ class CompressedLayer(DynamicLayer):
         assert end is not None
         prompt = (slots.positions >= 0) & (slots.positions < end)
         rows = outcome.rows if outcome else [{} for _ in lengths]
-        represented = (slots.mass * prompt).sum(-1)
-        self.record = Record(lengths, prompt.sum(-1), represented, before, self.nbytes, rows)
+        mass = slots.mass * prompt
+        self.record = Record(lengths, prompt.sum(-1), mass.sum(-1), mass.max(), before, self.nbytes, rows)
 
 
 class CompressedCache(Cache):
@@ -476,10 +465,10 @@ class CompressedCache(Cache):
         """What the last cut did, JSON-able.
 
         `layers`: for each layer its length, how many tokens were kept, merged and evicted (means over rows and KV
-        heads, they add up to the length), bytes after the cut, flow ratio and scope; `rows`: the same for each
-        row of a batch. `totals`: over the compressed layers.
+        heads, they add up to the length), tokens in the heaviest entry, bytes after the cut, flow ratio and scope;
+        `rows`: the same for each row of a batch. `totals`: over the compressed layers.
         """
-        layers = [_described(i, layer, self._kinds[i]) for i, layer in enumerate(self.layers)]
+        layers = [self._described(place) for place in range(len(self.layers))]
         done = [layer for layer in layers if layer["compressed"]]
         totals: dict[str, Any] = {
             name: sum(layer[name] for layer in done)
@@ -488,6 +477,14 @@ class CompressedCache(Cache):
         totals["layers"] = len(done)
         return {"method": self.method.to_dict(), "layers": layers, "totals": totals}
 
+    def _described(self, place: int) -> dict[str, Any]:
+        """One layer's part of the report."""
+        layer, kind = self.layers[place], self._kinds[place]
+        if isinstance(layer, CompressedLayer) and layer.kind == "full" and layer.record is not None:
+            return {"layer": place, "kind": kind, "compressed": True, **layer.record.described()}
+        why = layer.kind if isinstance(layer, CompressedLayer) and layer.kind != "full" else kind
+        return {"layer": place, "kind": why, "compressed": False}
+
 
 def _layer_kinds(decoder: Any, layers: Sequence[Any]) -> list[str]:
     """What each layer's attention is called, by the config, else by transformers' choice of a cache for it."""
@@ -495,38 +492,3 @@ def _layer_kinds(decoder: Any, layers: Sequence[Any]) -> list[str]:
     if len(named) == len(layers):
         return named
     return ["sliding_attention" if getattr(layer, "is_sliding", False) else "full_attention" for layer in layers]
-
-
-def _described(index: int, layer: Any, kind: str) -> dict[str, Any]:
-    """One layer's part of the report."""
-    if not isinstance(layer, CompressedLayer) or layer.kind != "full" or layer.record is None:
-        why = layer.kind if isinstance(layer, CompressedLayer) and layer.kind != "full" else kind
-        return {"layer": index, "kind": why, "compressed": False}
-    record = layer.record
-    kept, represented = record.kept.double().mean(1).tolist(), record.represented.double().mean(1).tolist()
-    rows = [
-        {**_counts(n, k, r), **words}
-        for n, k, r, words in zip(record.lengths, kept, represented, record.rows, strict=True)
-    ]
-    n = len(rows)
-    scopes = {row["scope"] for row in record.rows if "scope" in row}
-    words: dict[str, Any] = {"scope": (scopes.pop() if len(scopes) == 1 else "mixed") if scopes else None}
-    for name in dict.fromkeys(key for row in record.rows for key in row if key != "scope"):
-        words[name] = sum(row[name] for row in record.rows) / n
-    described = {
-        "layer": index,
-        "kind": kind,
-        "compressed": True,
-        **_counts(sum(record.lengths) / n, sum(kept) / n, sum(represented) / n),
-        "bytes": record.bytes_after,
-        "bytes_before": record.bytes_before,
-        "flow": None,
-        **words,
-    }
-    return described | ({"rows": rows} if n > 1 else {})
-
-
-def _counts(length: float, kept: float, represented: float) -> dict[str, int]:
-    """Whole numbers that add up to the length."""
-    total, stay, merged = round(length), round(kept), round(represented - kept)
-    return {"length": total, "kept": stay, "merged": merged, "evicted": total - stay - merged}

@@ -1,212 +1,27 @@
-"""The only seam with transformers: attention, the forward pass, and `generate`.
+"""The seam with transformers' forward pass and `generate`: a model, and what it must know to fill a compressed cache.
 
-A model's attention implementation is replaced by a function that calls the same base function, after it has picked
-from the model's mask the columns that the cache's slots stand for, and then tells the cache layer what it read.
-Queries and keys arrive there after norm and rotary whatever the architecture, so nothing here knows one.
+Its attention is replaced by a twin that reads compressed layers (`kvweave.attention`); a hook before each forward
+pass puts the cache in place and notes which of the new columns are visual and which padding; `generate` is wrapped, on
+the instance, because a forward pass cannot tell where a prompt ends. All of it is undone on leaving, also by an
+exception.
 """
 
-import copy
 import functools
 import inspect
-import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import DynamicCache, PreTrainedModel
 
-from kvweave.cache import CompressedCache, CompressedLayer, Link
+from kvweave.attention import PREFIX, interleaved, twin
+from kvweave.cache import CompressedCache, CompressedLayer
 from kvweave.methods.base import Method
-from kvweave.ops.statistics import AttentionRule
 from kvweave.prompt import Prompt, visual_mask, visual_token_ids
-from kvweave.slots import Slots
-
-_PREFIX = "kvweave_"
-
-
-# -------------------------------------------------------------------- attention
-
-
-def _base_attention(module: nn.Module, base: str) -> Callable[..., Any]:
-    """The attention function that the module's own file would have called."""
-    home = sys.modules[type(module).__module__]
-    table = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    return table.get_interface(base, getattr(home, "eager_attention_forward", None))
-
-
-def _slot_mask(slots: Slots, mask: Tensor | None, queries: Tensor) -> Tensor | None:
-    """The model's mask, which speaks of logical columns, at the slots that a compressed layer holds.
-
-    Args:
-        mask: [batch or 1, heads or 1, new, columns], boolean or additive; None: causal.
-        queries: [batch, heads, new, dim].
-    Returns:
-        [batch, heads, new, slots], or None where every slot is seen.
-    """
-    if slots.positions is None:
-        return mask
-    heads, new = queries.shape[1], queries.shape[2]
-    if mask is None and new == 1 and not slots.has_empty and slots.bias is None:
-        return None  # every slot is seen
-    slots = slots.written()
-    positions = slots.positions_of_all()
-    batch, kv_heads, count = positions.shape
-    empty = positions < 0 if slots.has_empty else None
-    if mask is None:
-        row = torch.arange(count - new, count, device=positions.device)[:, None]
-        seen = torch.arange(count, device=positions.device) <= row  # every old slot, and the new ones so far
-        seen = seen.expand(batch, kv_heads, new, count)
-    else:
-        columns = positions.clamp(min=0)[:, :, None].expand(batch, kv_heads, new, count)
-        if mask.shape[1] not in (1, kv_heads):  # a mask of its own for each query head
-            columns = columns.repeat_interleave(heads // kv_heads, 1)
-        seen = mask.expand(batch, columns.shape[1], new, mask.shape[-1]).gather(-1, columns)
-    seen = _by_head(seen, heads)
-    if empty is not None:
-        hidden = _by_head(empty[:, :, None], heads)
-        seen = seen & ~hidden if seen.dtype == torch.bool else seen.masked_fill(hidden, torch.finfo(seen.dtype).min)
-    if slots.bias is not None:
-        bias = _by_head(slots.bias[:, :, None].to(queries.dtype), heads)
-        least = torch.finfo(queries.dtype).min
-        return torch.where(seen, bias, least) if seen.dtype == torch.bool else seen + bias
-    return seen
-
-
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """[batch, kv_heads or heads, ...] -> [batch, heads, ...]."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def _attend(
-    function: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    slots: Slots,
-    options: dict[str, Any],
-) -> tuple[Any, Tensor | None]:
-    """Attention to one block's slots, and the mask that it used."""
-    if isinstance(module, _Presented):  # flash attention: new slots are the last, and it masks nothing but padding
-        if slots.positions is not None:
-            mask = slots.positions_of_all()[:, 0] >= 0 if slots.has_empty else None
-        return function(module, query, key, value, mask, **options), None
-    mask = _slot_mask(slots, mask, query)
-    if slots.positions is not None and mask is not None:
-        options = options | {"is_causal": False}  # the mask says it all
-    return function(module, query, key, value, mask, **options), mask
-
-
-def _attend_by_head(
-    function: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    mask: Tensor | None,
-    blocks: tuple[Slots, ...],
-    options: dict[str, Any],
-) -> tuple[Any, Tensor | None]:
-    """Attention where each KV head holds a count of its own: a call for each, so that only what is kept is read."""
-    group = query.shape[1] // len(blocks)
-    count = max(block.count for block in blocks)
-    outs, masks = [], []
-    for head, block in enumerate(blocks):
-        part = slice(head * group, (head + 1) * group)
-        own = mask[:, part] if mask is not None and mask.dim() == 4 and mask.shape[1] > 1 else mask
-        given = options
-        if options.get("s_aux") is not None:
-            given = options | {"s_aux": options["s_aux"][part]}
-        out, used = _attend(function, module, query[:, part], block.keys, block.values, own, block, given)
-        outs.append(out)
-        masks.append(used)
-    weights = None  # attention weights of heads that hold different counts do not make a tensor
-    out = torch.cat([o[0] for o in outs], 2)
-    if query.shape[2] == 1 or any(m is None for m in masks):
-        return (out, weights), None
-    padded = [_hidden_in_front(m, count) for m in masks if m is not None]
-    return (out, weights), torch.cat(padded, 1)
-
-
-def _hidden_in_front(mask: Tensor, count: int) -> Tensor:
-    """`mask` [batch, heads, new, slots] for `count` slots, those added in front unseen."""
-    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return torch.nn.functional.pad(mask, (count - mask.shape[-1], 0), value=hidden)
-
-
-class _Presented:
-    """A module whose config names the base implementation: flash attention looks its kernels up by that name."""
-
-    def __init__(self, module: nn.Module, base: str) -> None:
-        self._module = module
-        config: Any = module.config
-        self.config = copy.copy(config)
-        self.config._attn_implementation_internal = base
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def _attention(base: str) -> Callable[..., Any]:
-    presented: weakref.WeakKeyDictionary[nn.Module, _Presented] = weakref.WeakKeyDictionary()
-
-    def as_base(module: nn.Module) -> Any:
-        if "flash" not in base:
-            return module
-        if module not in presented:
-            presented[module] = _Presented(module, base)
-        return presented[module]
-
-    def kvweave_attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> Any:
-        function = _base_attention(module, base)
-        link: Link | None = getattr(key, "_kvweave", None)
-        if link is None:
-            return function(as_base(module), query, key, value, attention_mask, **kwargs)
-        if len(link.blocks) == 1:
-            out, mask = _attend(function, as_base(module), query, key, value, attention_mask, link.blocks[0], kwargs)
-        else:
-            out, mask = _attend_by_head(function, as_base(module), query, attention_mask, link.blocks, kwargs)
-        scaling = kwargs.get("scaling")
-        rule = AttentionRule(
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-        )
-        link.layer.rotated = getattr(module, "use_rope", True) not in (False, 0)
-        link.layer.after_attention(query, rule, mask)
-        return out
-
-    return kvweave_attention
-
-
-@functools.cache
-def _register(base: str) -> str:
-    """Make kvweave's twin of an attention implementation known to transformers; its name."""
-    name = _PREFIX + base.replace(
-        "flash_attention_", "fa"
-    )  # with "flash" in it, transformers looks for a kernel so called
-    AttentionInterface.register(name, _attention(base))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    return name
-
-
-def _interleaved(module: nn.Module) -> bool:
-    """How the module's own file pairs channels in rotary: (2m, 2m + 1), else (m, m + dim / 2)."""
-    home = sys.modules[type(module).__module__]
-    names = ("rotate_half_llm", "rotate_half_text", "rotate_half")
-    swap = next((getattr(home, name) for name in names if hasattr(home, name)), None)
-    return swap is not None and bool(swap(torch.arange(1.0, 5.0)).tolist() == [-2.0, 1.0, -4.0, 3.0])
-
-
-# -------------------------------------------------------------------- the model
 
 
 class Session:
@@ -244,14 +59,14 @@ class Session:
             raise ValueError(f"model={type(model).__name__} is an encoder-decoder: kvweave compresses decoders only")
         decoder = model.config.get_text_config(decoder=True)
         base = decoder._attn_implementation
-        if base.startswith(_PREFIX):
+        if base.startswith(PREFIX):
             raise RuntimeError(f"kvweave is already attached to this {type(model).__name__}; sessions do not nest")
         if base == "flex_attention":
             raise ValueError("attn_implementation='flex_attention' is not supported: allowed is sdpa, eager or flash")
         self._base = base
         if self.method is not None:
             _check_bias(self.method, base)
-        name = _register(base)
+        name = twin(base)
         parts = model.config.sub_configs
         key = next((k for k in parts if getattr(model.config, k, None) is decoder), "")
 
@@ -378,7 +193,7 @@ class Session:
         if not isinstance(layer, CompressedLayer) or layer.index or not getattr(module, "is_causal", True):
             return  # all compressed layers are turned by the same tables; a vision tower has its own
         cos, sin = (_one_axis(table, self.model.config.get_text_config(decoder=True)) for table in tables)
-        cache.conversation.append_rotary(cos, sin, layer.seen, interleaved=_interleaved(module))
+        cache.conversation.append_rotary(cos, sin, layer.seen, interleaved=interleaved(module))
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         inside = vars(self._running).get("inside", [])
