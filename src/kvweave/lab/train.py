@@ -1,4 +1,4 @@
-"""Train the lab's model from a seed: up to 2,800 steps, each about 0.7 seconds on two free CPU cores.
+"""Train the lab's model from a seed: up to 3,300 steps, each about 0.7 seconds on two free CPU cores.
 
 The curriculum is data (`CURRICULUM`), and its order matters: short albums on plain ground first, frequent
 walks among them; then longer ones; then cells with borders and a second needle, heavy in pairs; then lengths
@@ -78,7 +78,7 @@ CURRICULUM: tuple[Stage, ...] = (
     Stage(500, (5,), _PLAIN, enough=0.99, even=True),
     Stage(350, (3, 5), _PAIRS, enough=0.99, even=True),
     Stage(350, (5, 8), World(), enough=0.99, even=True),
-    Stage(700, (5, 8, 12), World(), rate=0.7, hold=0.3, floor=0.01, even=True),
+    Stage(1200, (5, 8, 12), World(pairs=0.7), hold=0.4, floor=0.01, even=True),
 )
 
 
