@@ -34,7 +34,7 @@ table: $(READY)  ## README's tables: all methods x the lab's tasks x budgets, qu
 	$(BIN)/python -m benchmarks.publish out/table lab --readme
 
 errata: $(READY)  ## what our readings of the papers change (resumes)
-	$(BIN)/kvweave eval --protocol seen,unseen --budgets 0.2 --methods "$$(cat docs/results/errata.txt)" --out out/errata
+	$(BIN)/kvweave eval --budgets 0.2 --methods "$$(cat docs/results/errata.txt)" --out out/errata
 	$(BIN)/python -m benchmarks.publish out/errata errata
 
 docs: $(READY)  ## docs/METHODS.md from the registry
