@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvweave.ops import spread, statistics
+from kvweave.ops.draw import stratified_rows
 from kvweave.ops.statistics import AttentionRule, Flow
 
 
@@ -93,9 +94,39 @@ class LayerView:
         by_head = self.column_sums().sum(2)
         return by_head.unflatten(1, (self.kv_heads, -1)).mean(2)
 
-    def flow(self) -> Flow:
-        """The layer's cross-modal flow ratios, [batch] each (SPEC 3, step 1)."""
-        return self.once("flow", lambda: statistics.flow_ratio(self.column_sums(), self.visual, self.row_visual()))
+    def flow(self, rows: int = 0, seed: int = 0) -> Flow:
+        """The layer's cross-modal flow ratios, [batch] each (SPEC 3, step 1).
+
+        Args:
+            rows: estimate them from that many rows, drawn from text and visual ones in proportion; 0: from all.
+        """
+        if not 0 < rows < self._queries().shape[2]:
+            return self.once(
+                "flow", lambda: statistics.flow_ratio(self.column_sums(), self.visual, self.row_visual())
+            )
+        return self.once(("flow", rows, seed), lambda: self._sampled_flow(rows, seed))
+
+    def _sampled_flow(self, rows: int, seed: int) -> Flow:
+        row_visual = self.row_visual()
+        index, weight = stratified_rows(row_visual, rows, seed, self.layer)
+        queries = self._queries()
+        drawn = queries.gather(2, index[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
+        first = self.length - queries.shape[2]
+        columns = torch.arange(self.length, device=index.device)
+        whole = self.rule.mask
+
+        def mask(start: int, stop: int) -> Tensor:
+            """What the drawn rows [start, stop) see: [batch, 1 or heads, stop - start, length]."""
+            part = index[:, start:stop]
+            if whole is None:
+                return (columns <= first + part[..., None])[:, None]
+            low, high = int(part.min()), int(part.max()) + 1
+            block = whole(low, high).expand(len(part), -1, -1, -1)
+            at = (part - low)[:, None, :, None].expand(-1, block.shape[1], -1, block.shape[3])
+            return block.gather(2, at)
+
+        sums = statistics.column_sums(drawn, self.keys, replace(self.rule, mask=mask), weight)
+        return statistics.flow_ratio(sums, self.visual, row_visual)
 
     def cross_entropy(self, *, causal: bool) -> Tensor:
         """Entropy of attention restricted to the other modality, nats: [batch] (SPEC 7)."""

@@ -1,8 +1,8 @@
 """The seam with transformers' forward pass and `generate`: a model, and what it must know to fill a compressed cache.
 
 Its attention is replaced by a twin that reads compressed layers (`kvweave.attention`); a hook before each forward
-pass puts the cache in place and notes which of the new columns are visual and which padding; `generate` is wrapped, on
-the instance, because a forward pass cannot tell where a prompt ends. All of it is undone on leaving, also by an
+pass puts the cache in place and notes which of the new columns are visual and which padding; `generate` is wrapped,
+on the instance, because a forward pass cannot tell where a prompt ends. All of it is undone on leaving, also by an
 exception.
 """
 

@@ -46,6 +46,8 @@ class FlowMM(MergingMethod):
         "aligned", "aligned", "misaligned", "cross", "intra", help="layer mode: by the flow ratio, or fixed"
     )
     flow_ratio: str = choice("literal", "literal", "balanced", "nosink", help="which ratio is held against theta")
+    flow_rows: int = integer(0, minimum=0, help="rows, drawn from both modalities, that estimate it; 0: all of them")
+    seed: int = integer(0, minimum=0, help="of that draw")
     cross_scope: str = choice("any", "any", "other_only", help="modalities that a cross-modal merge allows")
     no_target: str = choice("evict", "evict", "any", help="a token without an allowed pivot: gone, or into any")
     modality_floor: int = integer(0, minimum=0, help="pivots of each modality that stay at least")
@@ -73,7 +75,7 @@ class FlowMM(MergingMethod):
 
     def measure(self, view: LayerView) -> tuple[Tensor, dict[str, Tensor]]:
         """Step 1, Eqs. 6-7: the ratio that decides, and the other two for the report."""
-        ratios = view.flow()
+        ratios = view.flow(self.flow_rows, self.seed)
         log = {"flow_literal": ratios.literal, "flow_balanced": ratios.balanced, "flow_nosink": ratios.nosink}
         return log.pop(f"flow_{self.flow_ratio}"), log
 
