@@ -223,7 +223,8 @@ class CompressedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; a positive number is the length to crop to (older transformers)."""
-        gone = self.seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        asked = int(tokens_to_remove)  # older transformers count it on the device
+        gone = self.seen - asked if asked > 0 else -asked
         if gone <= 0 or not self.blocks:
             return
         column = self.seen - gone
