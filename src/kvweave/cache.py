@@ -6,6 +6,7 @@ number of slots that memory holds. `kvweave.session` lets attention know which l
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -467,7 +468,8 @@ class CompressedCache(Cache):
 
         `layers`: for each layer its length, how many tokens were kept, merged and evicted (means over rows and KV
         heads, they add up to the length), tokens in the heaviest entry, bytes after the cut, flow ratio and scope;
-        `rows`: the same for each row of a batch. `totals`: over the compressed layers.
+        `rows`: the same for each row of a batch. `totals`: over the compressed layers; `peak_bytes`: most that they
+        held at once.
         """
         layers = [self._described(place) for place in range(len(self.layers))]
         done = [layer for layer in layers if layer["compressed"]]
@@ -476,7 +478,15 @@ class CompressedCache(Cache):
             for name in ("length", "kept", "merged", "evicted", "bytes", "bytes_before")
         }
         totals["layers"] = len(done)
+        totals["peak_bytes"] = self._peak([(layer["bytes_before"], layer["bytes"]) for layer in done])
         return {"method": self.method.to_dict(), "layers": layers, "totals": totals}
+
+    def _peak(self, sizes: list[tuple[int, int]]) -> int:
+        """Most bytes held at once while layers of the given bytes (before, after) were filled and cut."""
+        if self.method.layer_adaptive:
+            return sum(before for before, _ in sizes)  # none is cut before all are filled
+        cut = [0, *accumulate(after for _, after in sizes)]
+        return max((done + before for done, (before, _) in zip(cut, sizes, strict=False)), default=0)
 
     def _described(self, place: int) -> dict[str, Any]:
         """One layer's part of the report."""

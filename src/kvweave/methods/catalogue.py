@@ -12,9 +12,10 @@ Written from the registry by `make docs`; do not edit. What a method is and wher
 docstring of its file under `src/kvweave/methods/`; open points of the papers are in [ERRATA.md](ERRATA.md).
 
 Every method keeps exactly its budget in each layer, or on average over layers where it allocates. Rows are the last
-tokens whose queries it reads: P rows cost P x L x D a head, all rows L x L x D, streamed, without an L x L tensor.
-Merging adds (L - B) x targets x D. A method that allocates over layers by what it has seen cuts when the prefill
-ends, so its peak memory is the full cache; the others cut each layer straight after its attention.
+tokens whose queries it reads. Cost is that of deciding, for each layer and head, with a prompt of L tokens, P rows,
+head dimension D and budget B; it is streamed, without an L x L tensor, and merging adds (L - B) x targets x D. A
+method that allocates over layers by what it has seen cuts when the prefill ends, so its peak memory is the full cache;
+the others cut each layer straight after its attention.
 """
 
 
@@ -22,14 +23,14 @@ def markdown() -> str:
     """The table of methods, and each one's options."""
     lines = [
         _HEAD,
-        "| name | keeps by | merges by | allocates by | reads | cuts | source |",
-        "|---|---|---|---|---|---|---|",
+        "| name | keeps by | merges by | allocates by | reads | cost | cuts | source |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in list_methods():
         method = method_class(name)()
         cells = [f"[`{name}`](#{name})", method.keeps_by, method.merges_by, method.allocates_by]
         when = "after the prefill" if method.layer_adaptive else "layer by layer"
-        lines.append("| " + " | ".join([*cells, reads(method), when, source(method)]) + " |")
+        lines.append("| " + " | ".join([*cells, reads(method), cost(method), when, source(method)]) + " |")
     lines += ["", 'All take `budget`: a share in (0, 1], tokens as an int, or bytes such as `"256MiB"`.']
     for name in list_methods():
         lines += ["", f"## {name}", "", *_section(method_class(name))]
@@ -45,6 +46,14 @@ def reads(method: Method) -> str:
     if rows:
         return f"{rows} rows"
     return "keys and values" if method.name in ("flashcache", "chelsea") else "nothing"
+
+
+def cost(method: Method) -> str:
+    """Of deciding, by layer and head."""
+    rows = method.query_rows
+    if rows:
+        return "L² D" if rows == ALL_ROWS else "P L D"
+    return {"flashcache": "L log L D", "chelsea": "L chunk D"}.get(method.name, "L")
 
 
 def source(method: Method) -> str:

@@ -1,0 +1,89 @@
+"""Entropies, densities and low-passes as computed fast equal their dense definitions, in however many blocks."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvweave.ops import spread
+from kvweave.ops.spectrum import low_pass
+from kvweave.ops.statistics import AttentionRule
+
+
+def tensors(length=30, seed=0, heads=4, kv_heads=2, dim=8):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(2, heads, length, dim, generator=generator, dtype=torch.float64)
+    keys = torch.randn(2, kv_heads, length, dim, generator=generator, dtype=torch.float64)
+    visual = torch.rand(2, length, generator=generator) > 0.5
+    return queries, keys, visual
+
+
+def logits_of(queries, keys, scaling):
+    return queries @ keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1).mT * scaling
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_cross_entropy(causal, block, monkeypatch):
+    queries, keys, visual = tensors()
+    monkeypatch.setattr(spread, "_LOGITS", block * queries.shape[0] * queries.shape[1] * queries.shape[2])
+    logits = logits_of(queries, keys, 0.3)
+    closed = visual[:, None, :, None] == visual[:, None, None]
+    if causal:
+        closed = closed | torch.ones(30, 30, dtype=torch.bool).triu(1)
+    weights = logits.masked_fill(closed, -torch.inf).softmax(-1).nan_to_num()
+    entropy = torch.special.entr(weights).sum(-1)  # [batch, heads, rows]
+    expected = [
+        sum(entropy[n][:, rows].sum(-1) / rows.sum() for rows in (visual[n], ~visual[n])).mean() for n in range(2)
+    ]
+    by_head = visual[:, None].expand(-1, 2, -1)
+    mine = spread.cross_entropy(queries, keys, AttentionRule(0.3), by_head, visual, causal=causal)
+    assert torch.allclose(mine, torch.stack(expected))
+
+
+def test_cross_entropy_of_one_modality_is_nothing():
+    queries, keys, visual = tensors()
+    none = torch.zeros_like(visual)
+    mine = spread.cross_entropy(
+        queries, keys, AttentionRule(0.3), none[:, None].expand(-1, 2, -1), none, causal=False
+    )
+    assert mine.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("block", [1, 4, 1000])
+@pytest.mark.parametrize("rows", [5, 30])
+def test_row_density(block, rows, monkeypatch):
+    queries, keys, _ = tensors()
+    monkeypatch.setattr(spread, "_LOGITS", block * queries.shape[0] * queries.shape[1] * queries.shape[2])
+    hidden = torch.ones(30, 30, dtype=torch.bool).triu(1)
+    weights = logits_of(queries, keys, 0.5).masked_fill(hidden, -torch.inf).softmax(-1)[:, :, 30 - rows :]
+    dense = (weights >= 0.2 * weights.amax(-1, keepdim=True)) & ~hidden[30 - rows :]
+    expected = dense.sum((1, 2, 3)) / (4 * sum(range(31 - rows, 31)))
+    mine = spread.row_density(queries[:, :, 30 - rows :], keys, AttentionRule(0.5), 0.2)
+    assert torch.allclose(mine, expected.double())
+
+
+def cosine_matrix(length):
+    m, t = torch.arange(length).double()[:, None], torch.arange(length).double()
+    basis = torch.cos(math.pi * (t + 0.5) * m / length) * math.sqrt(2 / length)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+@settings(deadline=None, max_examples=40)
+@given(length=st.integers(1, 60), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_the_mirrored_transform_truncates_the_cosine_transform(length, share, seed):
+    x = torch.randn(2, length, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cutoff, basis = math.floor(share * length), cosine_matrix(length)
+    assert torch.allclose(basis @ basis.mT, torch.eye(length, dtype=torch.float64), atol=1e-9)
+    coefficients = basis @ x
+    coefficients[:, cutoff + 1 :] = 0
+    assert torch.allclose(low_pass(x, cutoff), basis.mT @ coefficients, atol=1e-9)
+
+
+def test_nothing_lies_above_the_last_frequency():
+    x = torch.randn(1, 2, 17, 4)
+    assert torch.equal(low_pass(x, 16), x)
+    assert torch.equal(low_pass(x, 17), x)
