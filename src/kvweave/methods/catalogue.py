@@ -13,9 +13,9 @@ docstring of its file under `src/kvweave/methods/`; open points of the papers ar
 
 Every method keeps exactly its budget in each layer, or on average over layers where it allocates. Rows are the last
 tokens whose queries it reads. Cost is that of deciding, for each layer and head, with a prompt of L tokens, P rows,
-head dimension D and budget B; it is streamed, without an L x L tensor, and merging adds (L - B) x targets x D. A
-method that allocates over layers by what it has seen cuts when the prefill ends, so its peak memory is the full cache;
-the others cut each layer straight after its attention.
+head dimension D and budget B; it is streamed, without an L x L tensor, and merging adds (L - B) x targets x D.
+A method that allocates over layers by what it has seen cuts when the prefill ends, so its peak memory is the full
+cache; the others cut each layer straight after its attention.
 """
 
 
