@@ -1,5 +1,7 @@
 """What memory holds: room for decoded tokens, slots in few bits, a cache that is frozen."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import assert_close, decode, picture_inputs, storages, text_inputs, text_model, vision_model, words
@@ -130,6 +132,15 @@ def test_quantised_beams_and_crops_and_turns_run():
 def test_bad_quantisation_is_named(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*allowed"):
         kvweave.Quantized(**{"method": kvweave.SnapKV(), **bad})
+
+
+def test_the_budget_of_a_quantised_cache_is_the_inner_methods():
+    method = kvweave.Quantized(kvweave.SnapKV(budget=0.3), bits=8)
+    assert method.budget == 0.3
+    other = dataclasses.replace(method, budget=0.5)
+    assert other == kvweave.Quantized(kvweave.SnapKV(budget=0.5), bits=8)
+    with pytest.raises(ValueError, match="budget=0"):
+        kvweave.Quantized(kvweave.SnapKV(), budget=0)
 
 
 def test_quantised_spellings_round_trip():

@@ -27,7 +27,7 @@ class Quantized(Method):
     Spelled `quantized:method=flowmm,bits=4,budget=0.2,theta=0.3`: options that are not its own are the method's.
     """
 
-    budget: Budget = field(default=1.0, init=False)
+    budget: Budget | None = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: the inner method's
     method: Method = wrapped(
         Full, allowed="a method that is not quantized", help="what decides", check=lambda m: _decides(m)
     )
@@ -36,9 +36,10 @@ class Quantized(Method):
     residual: int = integer(32, minimum=0, help="youngest slots that stay in full precision, at least")
 
     def __post_init__(self) -> None:
-        if _decides(self.method):
-            object.__setattr__(self, "budget", self.method.budget)
+        if self.budget is None:
+            object.__setattr__(self, "budget", self.method.budget if _decides(self.method) else 1.0)
         super().__post_init__()
+        object.__setattr__(self, "method", dataclasses.replace(self.method, budget=self.budget))
 
     @classmethod
     def takes(cls, given: dict[str, Any]) -> dict[str, Option]:
