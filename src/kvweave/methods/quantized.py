@@ -36,10 +36,11 @@ class Quantized(Method):
     residual: int = integer(32, minimum=0, help="youngest slots that stay in full precision, at least")
 
     def __post_init__(self) -> None:
-        if self.budget is None:
-            object.__setattr__(self, "budget", self.method.budget if _decides(self.method) else 1.0)
+        inner: Budget = self.method.budget if _decides(self.method) else 1.0
+        budget = inner if self.budget is None else self.budget
+        object.__setattr__(self, "budget", budget)
         super().__post_init__()
-        object.__setattr__(self, "method", dataclasses.replace(self.method, budget=self.budget))
+        object.__setattr__(self, "method", dataclasses.replace(self.method, budget=budget))
 
     @classmethod
     def takes(cls, given: dict[str, Any]) -> dict[str, Option]:
