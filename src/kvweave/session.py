@@ -152,7 +152,8 @@ class Session:
         inside.append(model)
         if len(inside) > 1:
             return None  # the outer model's hook knows more: ids, token types
-        kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        if args:
+            kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
         ids = kwargs.get("input_ids")
         inputs = ids if ids is not None else kwargs.get("inputs_embeds")
         cache = self._cache_for(model, kwargs)
@@ -176,10 +177,11 @@ class Session:
     def _prompt_end(self, cache: CompressedCache, seen: int, new: int) -> int | None:
         """Logical length at which the prompt ends that this forward pass belongs to; None: it decodes."""
         running = self._running
-        if getattr(running, "own", None) is None:
-            running.own = cache  # of all conversations that `generate` may run, the one it was given
-        if getattr(running, "end", None) is not None and running.own is cache:
-            return running.end
+        if getattr(running, "end", None) is not None:  # inside `generate`
+            if running.own is None:
+                running.own = cache  # of all conversations that it may run, the one it was given
+            if running.own is cache:
+                return running.end
         if cache.conversation.declared is not None:
             return cache.conversation.declared
         return seen + new if new > 1 or seen == 0 else None
