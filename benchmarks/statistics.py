@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 import kvweave
 from benchmarks import measure
+from benchmarks.console import console as terminal
+from benchmarks.console import show
 from kvweave.ops.match import nearest
 from kvweave.ops.merge import merge, merge_weights
 from kvweave.ops.select import complement
@@ -199,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     patience = 0.0 if options.quick else options.patience
 
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = terminal()
     figures: list[Figure] = []
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("measuring", total=len(lengths) * 2)
@@ -215,12 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for shape in (SMALL, QWEN):
         rows = cells(figures, shape, lengths)
         text.append(f"## {shape}\n\n{measure.markdown_table(columns, rows)}")
-        _print(console, f"{shape}: {caption}", columns, rows)
+        show(console, f"{shape}: {caption}", columns, rows)
     marks = verdicts(figures)
     if marks:
         heads = ["mark", "measured", ""]
         text.append(f"## Marks\n\n{measure.markdown_table(heads, marks)}")
-        _print(console, "Marks", heads, marks)
+        show(console, "Marks", heads, marks)
     facts = measure.machine()
     data = {
         "budget": BUDGET,
@@ -230,15 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in measure.write("statistics", facts, data, "\n".join(text), options.out):
         console.print(f"wrote {path}", soft_wrap=True)
     return 0
-
-
-def _print(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,26 @@ def test_marks_are_judged():
     assert [row[2] for row in statistics.verdicts([figure])] == ["met", "not met"]
 
 
+def test_decode_writes_every_method_and_what_the_bias_costs(tmp_path, capsys):
+    pytest.importorskip("rich")
+    from benchmarks import decode
+
+    assert decode.main(["--quick", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("decode-*.json"))
+    figures = data["figures"]
+    assert {f["what"] for f in figures} == {decode.FULL, decode.PLAIN, *decode.METHODS}
+    assert {f["batch"] for f in figures} == {1, 8}
+    for batch in (1, 8):
+        held = {f["what"]: f["mebibytes"] for f in figures if f["batch"] == batch}
+        assert all(held[name] < 0.3 * held[decode.FULL] for name in decode.METHODS)
+    assert [mark["mark"].split()[:2] for mark in data["marks"]] == [["flowmm", "mass_bias"]] * 2
+    (text,) = (path.read_text() for path in tmp_path.glob("decode-*.md"))
+    for name in decode.METHODS:
+        assert name in printed
+        assert f"| {name} |" in text
+
+
 def test_gpu_says_in_one_line_that_there_is_none(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
