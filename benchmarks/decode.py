@@ -29,7 +29,7 @@ import kvweave
 from benchmarks import measure
 from benchmarks.console import console as terminal
 from benchmarks.console import show
-from benchmarks.statistics import QWEN, Shape
+from benchmarks.shapes import QWEN, Layer, Shape, layer_of
 from kvweave.attention import twin
 from kvweave.cache import CompressedLayer, Conversation
 from kvweave.slots import Slots, stored
@@ -80,32 +80,6 @@ class Token:
     queries: Tensor
     keys: Tensor
     values: Tensor
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Queries, keys and values of a prompt's layer, and which tokens are visual; one row."""
-
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    visual: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
-
-
-def layer_of(shape: Shape, length: int) -> Layer:
-    """A random layer; a prompt of text, images, text."""
-    generator = torch.Generator().manual_seed(length)
-    q, k, v = (
-        torch.randn(1, heads, length, shape.dim, generator=generator)
-        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-    )
-    visual = torch.zeros(1, length, dtype=torch.bool)
-    visual[:, length // 8 : length * 3 // 4] = True
-    return Layer(q, k, v, visual)
 
 
 def kept(layer: Layer, name: str, budget: float) -> list[Slots]:
