@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,13 +54,12 @@ def kvpress_runs(shape: Shape, layer: Layer) -> Runs:
     merging = MergingPress(press=snapkv)
     observed = ObservedAttentionPress(REMOVED)
 
-    def eager() -> torch.Tensor:
+    def eager() -> Any:
         inputs = layer.queries, layer.keys, layer.values
         return eager_attention_forward(module, *inputs, mask, scaling=shape.dim**-0.5)[1]
 
-    def press(one: object, weights: Callable[[], torch.Tensor] | None = None) -> Callable[[], object]:
-        attentions = weights or (lambda: None)
-        return lambda: one.compress(module, hidden, layer.keys, layer.values, attentions(), given)  # type: ignore
+    def press(one: Any, weights: Callable[[], Any] = lambda: None) -> Callable[[], object]:
+        return lambda: one.compress(module, hidden, layer.keys, layer.values, weights(), given)
 
     return {
         "SnapKVPress": press(snapkv),

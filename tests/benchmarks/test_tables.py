@@ -44,7 +44,7 @@ def test_decode_writes_every_method_and_what_the_bias_costs(tmp_path, capsys):
     printed = capsys.readouterr().out
     (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("decode-*.json"))
     figures = data["figures"]
-    assert {f["what"] for f in figures} == {decode.FULL, decode.PLAIN, *decode.METHODS}
+    assert {f["what"] for f in figures} == {decode.FULL, decode.FULL + decode.GROUPED, decode.PLAIN, *decode.METHODS}
     assert {f["batch"] for f in figures} == {1, 8}
     for batch in (1, 8):
         held = {f["what"]: f["mebibytes"] for f in figures if f["batch"] == batch}
