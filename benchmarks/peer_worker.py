@@ -23,7 +23,7 @@ from benchmarks import measure
 from benchmarks.shapes import Layer, Shape, layer_of
 
 REMOVED = 0.8
-WINDOW = 32  # rows that vote in SnapKV: kvweave's default, given to kvpress as well
+WINDOW = 32  # rows that vote in SnapKV: kvweave's default
 
 Runs = dict[str, Callable[[], object]]
 
@@ -63,6 +63,7 @@ def kvpress_runs(shape: Shape, layer: Layer) -> Runs:
 
     return {
         "SnapKVPress": press(snapkv),
+        "SnapKVPress, its default of 64 rows": press(SnapKVPress(REMOVED)),
         "MergingPress(SnapKVPress)": press(merging),
         "ObservedAttentionPress + eager attention": press(observed, eager),
     }

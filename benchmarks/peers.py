@@ -31,8 +31,8 @@ from benchmarks.statistics import ATTENTION
 ROOT = Path(__file__).parents[1]
 VENV = ROOT / ".venv-peers"
 KVPRESS = "0.5.5"
-SNAPKV, MERGING, OBSERVED = "SnapKVPress", "MergingPress(SnapKVPress)", "ObservedAttentionPress + eager attention"
-SIDES = ("kvpress", "kvweave")
+SNAPKV, DEFAULT, MERGING = "SnapKVPress", "SnapKVPress, its default of 64 rows", "MergingPress(SnapKVPress)"
+OBSERVED = "ObservedAttentionPress + eager attention"
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Mark:
     what: tuple[str, ...]  # more than one: their sum
     to: tuple[str, ...]
     limit: float | None = None
-    shapes: tuple[Shape, ...] = (SMALL, QWEN)
 
 
 MARKS = (
     Mark(("snapkv",), (SNAPKV,), 0.6),
+    Mark(("snapkv",), (DEFAULT,)),
     Mark(("snapkv",), (ATTENTION,), 0.1),
     Mark(("h2o",), (OBSERVED,), 0.25),
     Mark(("h2o", ATTENTION), (OBSERVED,)),  # what a layer's prefill takes altogether: eager is an attention as well
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     note = (
         f"One layer, {options.length} tokens, 80 % removed, float32, CPU time of 1 thread, medians of "
         f"{options.rounds} interleaved rounds; MiB above the inputs. kvpress {KVPRESS} on torch {versions['torch']} "
-        f"and transformers {versions['transformers']}; SnapKV votes with 32 rows on both sides. `{ATTENTION}` is one "
+        f"and transformers {versions['transformers']}; SnapKV votes with 32 rows on both sides where nothing else is said. `{ATTENTION}` is one "
         "SDPA call. kvpress' merging press merges values only, kvweave keys as well."
     )
     columns = ["", "", "ms", "times attention", "MiB"]
