@@ -173,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     note = (
         f"One layer, {options.length} tokens, 80 % removed, float32, CPU time of 1 thread, medians of "
         f"{options.rounds} interleaved rounds; MiB above the inputs. kvpress {KVPRESS} on torch {versions['torch']} "
-        f"and transformers {versions['transformers']}; SnapKV votes with 32 rows on both sides where nothing else is said. `{ATTENTION}` is one "
-        "SDPA call. kvpress' merging press merges values only, kvweave keys as well."
+        f"and transformers {versions['transformers']}; SnapKV votes with 32 rows on both sides where nothing else is "
+        f"said. `{ATTENTION}` is one SDPA call. kvpress' merging press merges values only, kvweave keys as well."
     )
     columns = ["", "", "ms", "times attention", "MiB"]
     text = [f"# kvweave beside kvpress\n\n{note}\n"]
