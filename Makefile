@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test lint format bench table errata docs gpu clean
+.PHONY: run test lint format bench bench-decode bench-peers table errata docs gpu clean
 
 run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
 	$(BIN)/kvweave run
@@ -28,6 +28,12 @@ format: $(READY)
 
 bench: $(READY)  ## statistics and methods against one attention call
 	$(BIN)/python -m benchmarks.statistics
+
+bench-decode: $(READY)  ## a decoded token over what each budget keeps, against the full cache
+	$(BIN)/python -m benchmarks.decode
+
+bench-peers: $(READY)  ## kvweave beside kvpress on the same tensors (makes .venv-peers for it)
+	$(BIN)/python -m benchmarks.peers
 
 table: $(READY)  ## README's tables: all methods x the lab's tasks x budgets, question seen and not (resumes)
 	$(BIN)/kvweave eval --protocol seen,unseen --out out/table

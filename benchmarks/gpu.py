@@ -271,7 +271,7 @@ def _rotary(plan: Plan, length: int) -> tuple[Tensor, Tensor]:
 
 def decode(plan: Plan, report: Report) -> None:
     """Attention of one new token over what each budget keeps, all layers; the roofline of the bytes beside it."""
-    bandwidth = _copy_bandwidth(plan)
+    bandwidth = measure.copy_bandwidth(plan.copied, plan.device)
     rows = []
     for length in plan.decode:
         for batch in plan.batches:
@@ -305,15 +305,6 @@ def decode(plan: Plan, report: Report) -> None:
         f"{bandwidth / 1e9:.1f} GB/s, what a copy reaches."
     )
     report.table("decode", "Decode", columns, rows, note)
-
-
-def _copy_bandwidth(plan: Plan) -> float:
-    """Bytes read and written per second by a large copy."""
-    source = torch.zeros(plan.copied, dtype=torch.uint8, device=plan.device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    seconds = measure.interleaved({"copy": lambda: target.copy_(source)}, 9, plan.device)["copy"]
-    return 2 * plan.copied / statistics.median(seconds)
 
 
 def _decode_seconds(plan: Plan, keys: list[Tensor], values: list[Tensor], batch: int) -> tuple[float, float]:

@@ -85,6 +85,15 @@ def peak_bytes(run: Run, device: torch.device | None = None) -> int:
     return peak
 
 
+def copy_bandwidth(copied: int, device: torch.device | None = None) -> float:
+    """Bytes read and written per second by a copy of `copied` bytes."""
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, 9, device)["copy"]
+    return 2 * copied / statistics.median(seconds)
+
+
 def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
     """`b` of the least-squares fit `seconds ~ length ** b`; None for fewer than two lengths."""
     if len(lengths) < 2:

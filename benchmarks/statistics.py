@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 import kvweave
 from benchmarks import measure
+from benchmarks.console import console as terminal
+from benchmarks.console import show
+from benchmarks.shapes import QWEN, SMALL, Shape, layer_of
 from kvweave.ops.match import nearest
 from kvweave.ops.merge import merge, merge_weights
 from kvweave.ops.select import complement
@@ -33,21 +35,6 @@ WINDOW = 32
 ATTENTION = "attention"  # the row that all others are held against
 LENGTHS = (1024, 2048, 4096, 8192)
 METHODS = ("snapkv", "h2o", "flowmm")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Heads of a layer."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-
-    def __str__(self) -> str:
-        return f"H={self.heads} KV={self.kv_heads} D={self.dim}"
-
-
-SMALL, QWEN = Shape(8, 8, 64), Shape(28, 4, 128)  # QWEN: a layer of Qwen2.5-VL-7B
 
 
 @dataclass(frozen=True)
@@ -96,18 +83,12 @@ MARKS = (
 
 def runs(shape: Shape, length: int, methods: Sequence[str]) -> dict[str, Callable[[], object]]:
     """What is measured, by name; attention first."""
-    generator = torch.Generator().manual_seed(length)
-
-    def normal(heads: int) -> Tensor:
-        return torch.randn(1, heads, length, shape.dim, generator=generator)
-
-    queries, keys, values = normal(shape.heads), normal(shape.kv_heads), normal(shape.kv_heads)
-    visual = torch.zeros(1, length, dtype=torch.bool)
-    visual[:, length // 8 : length * 3 // 4] = True  # a prompt of text, images, text
+    layer = layer_of(shape, length)
+    queries, keys, values, visual = layer.queries, layer.keys, layer.values, layer.visual
     kinds = torch.stack([~visual, visual], 1)
     rule = AttentionRule(shape.dim**-0.5)
 
-    importance = torch.rand(1, shape.kv_heads, length, generator=generator)
+    importance = torch.rand(1, shape.kv_heads, length, generator=torch.Generator().manual_seed(length))
     keep = importance.argsort(-1)[..., : int(BUDGET * length)].sort(-1).values
     source = complement(keep, length)
     allowed = torch.ones(1, shape.kv_heads, 2, keep.shape[-1], dtype=torch.bool)
@@ -199,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     patience = 0.0 if options.quick else options.patience
 
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = terminal()
     figures: list[Figure] = []
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("measuring", total=len(lengths) * 2)
@@ -215,12 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for shape in (SMALL, QWEN):
         rows = cells(figures, shape, lengths)
         text.append(f"## {shape}\n\n{measure.markdown_table(columns, rows)}")
-        _print(console, f"{shape}: {caption}", columns, rows)
+        show(console, f"{shape}: {caption}", columns, rows)
     marks = verdicts(figures)
     if marks:
         heads = ["mark", "measured", ""]
         text.append(f"## Marks\n\n{measure.markdown_table(heads, marks)}")
-        _print(console, "Marks", heads, marks)
+        show(console, "Marks", heads, marks)
     facts = measure.machine()
     data = {
         "budget": BUDGET,
@@ -230,15 +211,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in measure.write("statistics", facts, data, "\n".join(text), options.out):
         console.print(f"wrote {path}", soft_wrap=True)
     return 0
-
-
-def _print(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 if __name__ == "__main__":

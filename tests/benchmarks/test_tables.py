@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,49 @@ def test_marks_are_judged():
 
     figure = statistics.Figure("column sums", str(statistics.SMALL), 4096, 10.0, 0.75, 51.0)
     assert [row[2] for row in statistics.verdicts([figure])] == ["met", "not met"]
+
+
+def test_decode_writes_every_method_and_what_the_bias_costs(tmp_path, capsys):
+    pytest.importorskip("rich")
+    from benchmarks import decode
+
+    assert decode.main(["--quick", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("decode-*.json"))
+    figures = data["figures"]
+    assert {f["what"] for f in figures} == {decode.FULL, decode.FULL + decode.GROUPED, decode.PLAIN, *decode.METHODS}
+    assert {f["batch"] for f in figures} == {1, 8}
+    for batch in (1, 8):
+        held = {f["what"]: f["mebibytes"] for f in figures if f["batch"] == batch}
+        assert all(held[name] < 0.3 * held[decode.FULL] for name in decode.METHODS)
+    assert [mark["mark"].split()[:2] for mark in data["marks"]] == [["flowmm", "mass_bias"]] * 4
+    (text,) = (path.read_text() for path in tmp_path.glob("decode-*.md"))
+    for name in decode.METHODS:
+        assert name in printed
+        assert f"| {name} |" in text
+
+
+def test_ratios_to_a_peer_are_judged():
+    pytest.importorskip("rich")
+    from benchmarks import peers
+
+    names = {name for mark in peers.MARKS for name in (*mark.what, *mark.to)}
+    figures = [peers.Figure("", name, "H", 4096, [2.0, 1.0, 3.0], 0.0) for name in names]
+    rows = peers.verdicts(figures)
+    assert rows[0] == (f"snapkv <= 0.6x {peers.SNAPKV}, H", "1.00x", "not met")
+    assert [row[2] for row in rows if row[0].startswith(("flowmm <=", "snapkv to"))] == ["", "met"]
+
+
+def test_a_worker_answers():
+    pytest.importorskip("rich")
+    from benchmarks import peers
+
+    worker = peers.Worker("kvweave", Path(sys.executable))
+    answer = worker.ask(shape=[4, 2, 8], length=64)
+    assert {"attention", "snapkv", "h2o", "flowmm"} <= set(answer["runs"])
+    assert worker.ask(run="snapkv", measure="seconds")["value"] > 0
+    assert worker.ask(run="snapkv", measure="bytes")["value"] > 0
+    worker.close()
 
 
 def test_gpu_says_in_one_line_that_there_is_none(monkeypatch, capsys):
