@@ -6,14 +6,12 @@ import math
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from benchmarks import gpu, measure
 
 
 def test_statistics_writes_every_row_beside_attention(tmp_path, capsys):
-    pytest.importorskip("rich")
     from benchmarks import statistics
 
     assert statistics.main(["--quick", "--out", str(tmp_path)]) == 0
@@ -31,7 +29,6 @@ def test_statistics_writes_every_row_beside_attention(tmp_path, capsys):
 
 
 def test_marks_are_judged():
-    pytest.importorskip("rich")
     from benchmarks import statistics
 
     figure = statistics.Figure("column sums", str(statistics.SMALL), 4096, 10.0, 0.75, 51.0)
@@ -39,7 +36,6 @@ def test_marks_are_judged():
 
 
 def test_decode_writes_every_method_and_what_the_bias_costs(tmp_path, capsys):
-    pytest.importorskip("rich")
     from benchmarks import decode
 
     assert decode.main(["--quick", "--out", str(tmp_path)]) == 0
@@ -59,7 +55,6 @@ def test_decode_writes_every_method_and_what_the_bias_costs(tmp_path, capsys):
 
 
 def test_ratios_to_a_peer_are_judged():
-    pytest.importorskip("rich")
     from benchmarks import peers
 
     names = {name for mark in peers.MARKS for name in (*mark.what, *mark.to)}
@@ -70,7 +65,6 @@ def test_ratios_to_a_peer_are_judged():
 
 
 def test_a_worker_answers():
-    pytest.importorskip("rich")
     from benchmarks import peers
 
     worker = peers.Worker("kvweave", Path(sys.executable))

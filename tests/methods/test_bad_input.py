@@ -68,7 +68,6 @@ OUT_OF_RANGE = [
     ("flowmm", "no_target", "keep", "evict"),
     ("flowmm", "modality_floor", -1, "0"),
     ("flowmm", "mass_kind", "weight", "attention"),
-    ("flowmm", "defer", -1, "0"),
     ("weave", "sensitivity_quantile", 3, "1"),
     ("weave", "recent", -1, "0"),
     ("weave", "merge_rule", "foo", "average"),
@@ -121,7 +120,6 @@ def test_options_out_of_range(name, option, value, allowed):
         ("proxies", "32"),
         ("proxies", True),
         ("merge_rule", 3),
-        ("defer", 1.5),
     ],
 )
 def test_options_of_another_type(option, value):

@@ -196,6 +196,18 @@ def test_uneven_heads_are_stored_apart_and_free_memory():
         assert sum(storages(layer)) == sum(counts) * 2 * 8 * 4  # keys and values of 8 float32 each
 
 
+def test_the_peak_is_one_whole_layer_beside_the_cut_ones_or_the_whole_cache():
+    model, inputs = text_model(num_hidden_layers=4), text_inputs((60,))
+    peaks = {}
+    for name in ("snapkv", "flashcache"):
+        with kvweave.compress(model, kvweave.get_method(name, budget=0.2)) as session:
+            decode(model, inputs, 1)
+        peaks[name] = session.report["totals"]["peak_bytes"]
+    layer = 60 * 2 * 2 * 8 * 4
+    assert peaks["snapkv"] == layer + 3 * layer // 5
+    assert peaks["flashcache"] == 4 * layer
+
+
 LIVE = {name: {} for name in kvweave.list_methods()} | {
     name: {"rope_aware": True, "mass_bias": True}
     for name in kvweave.list_methods()
