@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -44,8 +45,11 @@ def _slot_mask(slots: Slots, mask: Tensor | None, queries: Tensor) -> Tensor | N
     if slots.positions is None:
         return mask
     heads, new = queries.shape[1], queries.shape[2]
-    if mask is None and new == 1 and not slots.has_empty and slots.bias is None:
-        return None  # every slot is seen
+    if mask is None and new == 1 and not slots.has_empty:  # every slot is seen
+        if slots.bias is None:
+            return None
+        bias = F.pad(slots.bias, (0, slots.tail)).to(queries.dtype)  # decoded tokens weigh one
+        return _by_head(bias[:, :, None], heads)
     slots = slots.written()
     positions = slots.positions_of_all()
     batch, kv_heads, count = positions.shape
@@ -128,7 +132,7 @@ def _attend_by_head(
 def _hidden_in_front(mask: Tensor, count: int) -> Tensor:
     """`mask` [batch, heads, new, slots] for `count` slots, those added in front unseen."""
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return torch.nn.functional.pad(mask, (count - mask.shape[-1], 0), value=hidden)
+    return F.pad(mask, (count - mask.shape[-1], 0), value=hidden)
 
 
 class _Presented:
