@@ -14,6 +14,9 @@ from kvweave.ops.select import complement, ranks
 from kvweave.plan import Plan
 
 
+_RULES = [rule for rule in RULES if rule != "importance"]  # it reads no attention
+
+
 @dataclass
 class Entries:
     """The shortened sequence, and where each token has gone.
@@ -45,7 +48,7 @@ class Chelsea(MergingMethod):
 
     chunk: int = integer(64, minimum=1, help="tokens among which a match is sought at first")
     recent: int = integer(32, minimum=0, help="last tokens that stay, at most half of the budget")
-    merge_rule: str = choice("average", *RULES, help="weights of the members of a merged entry")
+    merge_rule: str = choice("average", *_RULES, help="weights of the members of a merged entry")
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = min(self.recent, budget // 2)
