@@ -13,7 +13,6 @@ from kvweave.ops.merge import RULES, segment_sum
 from kvweave.ops.select import complement, ranks
 from kvweave.plan import Plan
 
-
 _RULES = [rule for rule in RULES if rule != "importance"]  # it reads no attention
 
 
