@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvweave.compaction import Group, Outcome, compact, fits, group_rows, observe
+from kvweave.compaction import Group, compact, fits, group_rows, observe
 from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.budget import entries
 from kvweave.ops.rotary import paired_tables
 from kvweave.ops.statistics import AttentionRule
 from kvweave.packed import PackedSlots, packed
+from kvweave.plan import Compacted
 from kvweave.prompt import Prompt
 from kvweave.record import Record
 from kvweave.slots import Slots, rectangular, stored
@@ -85,13 +86,14 @@ class Pending:
         groups: what the method sees, rows of equal length together.
         weights: of each group, for layer-adaptive methods.
         budgets, lengths: mean entries of a layer and real tokens, by row of the batch.
-        behind: slots behind the prompt, which are not cut.
+        prompt: the prompt's slots; behind: those behind it, which are not cut.
     """
 
     groups: list[Group]
     weights: list[float]
     budgets: list[int]
     lengths: list[int]
+    prompt: Slots
     behind: Slots
 
 
@@ -291,10 +293,11 @@ class CompressedLayer(DynamicLayer):
         talk = self.conversation
         assert talk.prompt is not None
         prompt = talk.prompt.cropped(talk.end).to(self.device)
-        lengths = prompt.lengths()
+        lengths = prompt.lengths
         slots = rectangular([block.unpacked() for block in self.blocks])
         first = slots.positions is None
         slots = slots.explicit(talk.prompt.valid)
+        whole, after = slots.first(slots.count - behind), slots.after(slots.count - behind)
         entry_bytes = talk.layers * slots.nbytes // slots.count
         budgets = [entries(talk.method.budget, n, entry_bytes) for n in lengths]
         share = [
@@ -302,10 +305,10 @@ class CompressedLayer(DynamicLayer):
         ]
         adaptive = talk.method.layer_adaptive
         if first and not adaptive and all(b >= n for b, n in zip(share, lengths, strict=True)):
-            self._store(self.blocks, lengths, None)  # nothing to give up: not a bit is touched
+            self._store(self.blocks, lengths, whole)  # nothing to give up: not a bit is touched
             return
         groups = group_rows(
-            slots.first(slots.count - behind),
+            whole,
             queries,
             prompt,
             rule,
@@ -319,7 +322,7 @@ class CompressedLayer(DynamicLayer):
         )
         for group in groups:
             group.view.interleaved, group.view.rotated = talk.interleaved, self.rotated
-        pending = Pending(groups, [], budgets, lengths, slots.after(slots.count - behind))
+        pending = Pending(groups, [], budgets, lengths, whole, after)
         if not adaptive:
             self.cut(pending, share)
             return
@@ -335,28 +338,36 @@ class CompressedLayer(DynamicLayer):
         """
         self.pending = None
         if fits(pending.groups, share):
-            self._store(self.blocks, pending.lengths, None)
+            self._store(self.blocks, pending.lengths, pending.prompt)
             return
         talk = self.conversation
         outcome = compact(talk.method, pending.groups, share, pending.budgets, trace=talk.trace)
         self.flow = outcome.compacted.flow
         self.fate = outcome.fate
         self.memory = outcome.memory
-        self._store(stored(outcome.compacted, pending.behind), pending.lengths, outcome)
+        self._store(stored(outcome.compacted, pending.behind), pending.lengths, outcome.compacted, outcome.rows)
 
-    def _store(self, blocks: Sequence[Slots | PackedSlots], lengths: list[int], outcome: Outcome | None) -> None:
-        """Let memory hold `blocks`, and keep what the report will say."""
-        before, end, storage = self.nbytes, self.conversation.end, self.conversation.method.storage
+    def _store(
+        self,
+        blocks: Sequence[Slots | PackedSlots],
+        lengths: list[int],
+        prompt: Slots | Compacted,
+        said: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Let memory hold `blocks`, and keep what the report will say.
+
+        Args:
+            prompt: what is left of the prompt, for its positions and mass.
+            said: for each row, what its plan says of itself.
+        """
+        before, storage = self.nbytes, self.conversation.method.storage
         self.blocks = [packed(x, storage) if storage and isinstance(x, Slots) else x for x in blocks]
-        slots = self.slots
-        assert slots is not None
-        assert slots.positions is not None
-        assert slots.mass is not None
-        assert end is not None
-        prompt = (slots.positions >= 0) & (slots.positions < end)
-        rows = outcome.rows if outcome else [{} for _ in lengths]
-        mass = slots.mass * prompt
-        self.record = Record(lengths, prompt.sum(-1), mass.sum(-1), mass.max(), before, self.nbytes, rows)
+        assert prompt.positions is not None
+        assert prompt.mass is not None
+        held = prompt.positions >= 0
+        mass = prompt.mass * held
+        rows = said or [{} for _ in lengths]
+        self.record = Record(lengths, held.sum(-1), mass.sum(-1), mass.max(), before, self.nbytes, rows)
 
 
 class CompressedCache(Cache):
@@ -376,7 +387,6 @@ class CompressedCache(Cache):
         if not isinstance(method, Method):
             raise TypeError(f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...)")
         self.method = method
-        self._trace = trace
         decoder = config.get_text_config(decoder=True)
         crossed = set(getattr(decoder, "cross_attention_layers", None) or ())
         layers: list[Any] = list(DynamicCache(config=config).layers)

@@ -17,7 +17,7 @@ from kvweave.ops.select import last
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted, Plan
 from kvweave.prompt import Prompt
-from kvweave.slots import Slots
+from kvweave.slots import Slots, side_by_side
 
 
 @dataclass
@@ -187,9 +187,11 @@ def compact(
     order = range(len(pieces))
     flows = [row["flow"] for row in rows.values() if "flow" in row]
     flow = sum(flows) / len(flows) if flows else None
-    compacted = _rectangular([pieces[row] for row in order], flow)
+    # rows of one group lie side by side already
+    compacted = done if len(groups) == 1 else _rectangular([pieces[row] for row in order])
     memory = torch.stack([memories[row] for row in order]) if len(memories) == len(order) else None
-    return Outcome(compacted, [rows[row] for row in order], [fates[row] for row in order] if trace else [], memory)
+    fate_by_row = [fates[row] for row in order] if trace else []
+    return Outcome(replace(compacted, flow=flow), [rows[row] for row in order], fate_by_row, memory)
 
 
 def _everything(view: LayerView) -> Plan:
@@ -197,9 +199,10 @@ def _everything(view: LayerView) -> Plan:
 
 
 def _row(done: Compacted, n: int) -> Compacted:
-    """Row `n`, without its batch dimension."""
-    bias = done.bias[n] if done.bias is not None else None
-    return Compacted(done.keys[n], done.values[n], done.positions[n], done.mass[n], None, bias)
+    """Row `n`, as a batch of one."""
+    part = slice(n, n + 1)
+    bias = done.bias[part] if done.bias is not None else None
+    return Compacted(done.keys[part], done.values[part], done.positions[part], done.mass[part], None, bias)
 
 
 def _described(plan: Plan, n: int) -> dict[str, Any]:
@@ -212,23 +215,13 @@ def _described(plan: Plan, n: int) -> dict[str, Any]:
     return words | {name: float(number[n]) for name, number in plan.log.items()}
 
 
-def _rectangular(rows: list[Compacted], flow: float | None) -> Compacted:
+def _rectangular(rows: list[Compacted]) -> Compacted:
     """Rows of unequal counts as one batch, empty slots first."""
-    slots = max(row.positions.shape[-1] for row in rows)
-
-    def stack(tensors: list[Tensor], empty: int) -> Tensor:
-        padded = []
-        for x in tensors:  # [kv_heads, kept] or [kv_heads, kept, dim]
-            missing = slots - x.shape[1]
-            padded.append(torch.cat([x.new_full((x.shape[0], missing, *x.shape[2:]), empty), x], 1) if missing else x)
-        return torch.stack(padded)
-
     biases = [row.bias if row.bias is not None else torch.zeros_like(row.mass) for row in rows]
     return Compacted(
-        stack([row.keys for row in rows], 0),
-        stack([row.values for row in rows], 0),
-        stack([row.positions for row in rows], -1),
-        stack([row.mass for row in rows], 0),
-        flow,
-        stack(biases, 0) if any(row.bias is not None for row in rows) else None,
+        side_by_side([row.keys for row in rows], 0, empty=0),
+        side_by_side([row.values for row in rows], 0, empty=0),
+        side_by_side([row.positions for row in rows], 0, empty=-1),
+        side_by_side([row.mass for row in rows], 0, empty=0),
+        bias=side_by_side(biases, 0, empty=0) if any(row.bias is not None for row in rows) else None,
     )

@@ -67,11 +67,6 @@ class LayerView:
     def length(self) -> int:
         return self.keys.shape[2]
 
-    @property
-    def group(self) -> int:
-        """Query heads that read one KV head."""
-        return self._queries().shape[1] // self.kv_heads
-
     def window_attention(self, window: int) -> Tensor:
         """Attention received from the last `window` rows: [batch, kv_heads, length] (SPEC 2.1, `I`)."""
         return self.once(
@@ -91,8 +86,7 @@ class LayerView:
 
     def column_mass(self) -> Tensor:
         """Attention received by each token from all rows: [batch, kv_heads, length] (SPEC 2.1, `C`)."""
-        by_head = self.column_sums().sum(2)
-        return by_head.unflatten(1, (self.kv_heads, -1)).mean(2)
+        return self.once("column mass", lambda: self.column_sums().sum(2).unflatten(1, (self.kv_heads, -1)).mean(2))
 
     def flow(self, rows: int = 0, seed: int = 0) -> Flow:
         """The layer's cross-modal flow ratios, [batch] each (SPEC 3, step 1).

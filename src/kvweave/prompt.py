@@ -1,6 +1,7 @@
 """Which of the prompt's tokens are what: visual or text, real or padding."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ class Prompt:
     def length(self) -> int:
         return self.valid.shape[1]
 
+    @cached_property
     def lengths(self) -> list[int]:
-        """Real tokens of each row (one host synchronisation)."""
+        """Real tokens of each row (one host synchronisation, however often it is asked)."""
         return self.valid.sum(1).tolist()
 
     def extended(self, visual: Tensor, valid: Tensor) -> "Prompt":
@@ -46,10 +48,15 @@ class Prompt:
         return Prompt(torch.cat([self.visual, visual], 1), torch.cat([self.valid, valid], 1))
 
     def cropped(self, length: int | None) -> "Prompt":
-        """The first `length` columns."""
+        """The first `length` columns; the prompt itself if it has no more."""
+        if length is None or length >= self.length:
+            return self
         return Prompt(self.visual[:, :length], self.valid[:, :length])
 
     def to(self, device: torch.device) -> "Prompt":
+        """The prompt on that device; itself if it is there."""
+        if self.visual.device == device and self.valid.device == device:
+            return self
         return Prompt(self.visual.to(device), self.valid.to(device))
 
     def rows(self, index: Tensor) -> "Prompt":

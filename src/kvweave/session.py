@@ -39,6 +39,7 @@ class Session:
         self.trace = trace
         self.cache: CompressedCache | None = None
         self._visual = visual
+        self._warned = False  # said once that nothing is compressed
         self._base = ""  # the attention that the model came with
         self._running = threading.local()  # generate and forward calls may nest, and run in several threads
         self._undo: list[Callable[[], None]] = []
@@ -213,7 +214,7 @@ class Session:
                 layer.unread = False
                 layer.kind = "keys are transformed after the cache"
         cache.finish_prompt()
-        if not cache.compressed_layers and not getattr(self, "_warned", False):
+        if not cache.compressed_layers and not self._warned:
             self._warned = True
             kinds = sorted({layer["kind"] for layer in cache.report["layers"]})
             warnings.warn(

@@ -227,25 +227,30 @@ def rectangular(blocks: Sequence[Slots]) -> Slots:
     if len(blocks) == 1:
         return blocks[0]
     blocks = [block.written() for block in blocks]
-    slots = max(block.count for block in blocks)
-
-    def stack(tensors: list[Tensor], empty: float) -> Tensor:
-        return torch.cat([_padded(x, slots, empty) for x in tensors], 1)
-
     positions = [block.positions for block in blocks if block.positions is not None]
     masses = [block.mass for block in blocks if block.mass is not None]
     biases = [block.bias for block in blocks if block.bias is not None]
     return Slots(
-        stack([block.keys for block in blocks], 0),
-        stack([block.values for block in blocks], 0),
-        stack(positions, -1),
-        stack(masses, 0),
-        stack(biases, 0) if biases else None,
+        side_by_side([block.keys for block in blocks], 1, empty=0),
+        side_by_side([block.values for block in blocks], 1, empty=0),
+        side_by_side(positions, 1, empty=-1),
+        side_by_side(masses, 1, empty=0),
+        side_by_side(biases, 1, empty=0) if biases else None,
         True,
     )
 
 
-def _padded(x: Tensor, slots: int, empty: float) -> Tensor:
-    """`x` [batch, kv_heads, n, ...] with empty slots in front."""
-    missing = slots - x.shape[2]
-    return torch.cat([x.new_full((*x.shape[:2], missing, *x.shape[3:]), empty), x], 2) if missing else x
+def side_by_side(tensors: Sequence[Tensor], dim: int, *, empty: int) -> Tensor:
+    """Tensors [batch, kv_heads, n, ...] of unequal n as one; shorter ones have empty slots in front.
+
+    Args:
+        dim: along which they are put: 0, rows, or 1, heads.
+        empty: what fills the slots in front.
+    """
+    slots = max(x.shape[2] for x in tensors)
+
+    def padded(x: Tensor) -> Tensor:
+        missing = slots - x.shape[2]
+        return torch.cat([x.new_full((*x.shape[:2], missing, *x.shape[3:]), empty), x], 2) if missing else x
+
+    return torch.cat([padded(x) for x in tensors], dim)

@@ -49,7 +49,7 @@ def compress_tensors(
         _check_rotary(rotary, keys[0])
     batch, _, length, dim = keys[0].shape
     layers = len(keys)
-    lengths = prompt.lengths()
+    lengths = prompt.lengths
     padded = min(lengths) < length
     bytes_per_entry = batch * sum(_entry_bytes(k, v) for k, v in zip(keys, values, strict=True))
     budgets = [entries(method.budget, n, bytes_per_entry) for n in lengths]

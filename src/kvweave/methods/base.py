@@ -202,10 +202,7 @@ class MergingMethod(Method):
         Args:
             kept: bool [batch, kv_heads, length].
         """
-        if view.empty is not None:
-            kept = kept & ~view.empty
-        gone = ~kept if view.empty is None else ~kept & ~view.empty
-        keep, source = chosen(kept), chosen(gone)
+        keep, source = parted(view, kept)
         at, goal = source.clamp(min=0), keep.clamp(min=0)
         everyone = torch.zeros_like(at)
         target, cosine = nearest(view.keys, at, goal, (keep >= 0)[:, :, None], everyone)
@@ -226,6 +223,16 @@ class MergingMethod(Method):
             before = torch.zeros_like(mass) if view.bias is None else view.bias.gather(-1, keep)
             bias = (before - own.log()).clamp(0, math.log(view.length)).to(mass.dtype)
         return Plan(keep, merge, bias)
+
+
+def parted(view: LayerView, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots that stay and slots that go, heads with fewer with -1 in front; empty slots do neither.
+
+    Args:
+        kept: bool [batch, kv_heads, length].
+    """
+    held = torch.ones_like(kept) if view.empty is None else ~view.empty
+    return chosen(kept & held), chosen(~kept & held)
 
 
 def register(name: str, *, wrapper: bool = False) -> Any:

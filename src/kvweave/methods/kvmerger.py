@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from kvweave.layer import LayerView
-from kvweave.methods.base import ALL_ROWS, MergingMethod, register
+from kvweave.methods.base import ALL_ROWS, MergingMethod, parted, register
 from kvweave.methods.options import choice, flag, integer, real
 from kvweave.ops.match import take, unit
 from kvweave.ops.merge import RULES, segment_sum
-from kvweave.ops.select import chosen, ranks
+from kvweave.ops.select import ranks
 from kvweave.plan import Plan
 
 
@@ -68,10 +68,8 @@ class KVMerger(MergingMethod):
 
     def merge_runs(self, view: LayerView, kept: Tensor, cluster: Tensor, importance: Tensor) -> Plan:
         """Every token into its cluster's pivot, the only one of the cluster that is `kept`."""
-        if view.empty is not None:
-            kept = kept & ~view.empty
-        gone = ~kept if view.empty is None else ~kept & ~view.empty
-        keep, source = chosen(kept), chosen(gone)
+        keep, source = parted(view, kept)
+        kept = kept if view.empty is None else kept & ~view.empty
         number = kept.long().cumsum(-1) - 1  # a kept token's place among those of its head
         place = segment_sum(number * kept, cluster, view.length)  # of each cluster's pivot
         missing = (keep < 0).sum(-1, keepdim=True)  # heads that keep less have -1 in front

@@ -70,8 +70,8 @@ def top_by_modality(scores: Tensor, visual: Tensor, visual_count: Tensor, count:
         int64 [batch, kv_heads, count].
     """
     quota = torch.where(visual, visual_count[..., None], count - visual_count[..., None])
-    chosen = modality_ranks(scores, visual) < quota
-    return (~chosen).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :count]
+    stays = modality_ranks(scores, visual) < quota
+    return (~stays).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :count]
 
 
 def complement(keep: Tensor, length: int) -> Tensor:
