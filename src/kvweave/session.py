@@ -161,7 +161,7 @@ class Session:
         if inputs is None or cache is None:
             return None
         kwargs["past_key_values"] = cache
-        self.cache = cache
+        self.cache = running.cache = cache  # the last one of all threads, and this thread's
         if not any(isinstance(layer, CompressedLayer) for layer in cache.layers):
             return (), kwargs  # no full attention at all: `_after_forward` says so
         talk = cache.conversation
@@ -189,7 +189,7 @@ class Session:
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the rotary tables, for methods that turn keys."""
-        cache, tables = self.cache, kwargs.get("position_embeddings")
+        cache, tables = getattr(self._running, "cache", None), kwargs.get("position_embeddings")
         if cache is None or not cache.conversation.turns_keys or not isinstance(tables, tuple):
             return
         layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None  # type: ignore
@@ -203,6 +203,8 @@ class Session:
         if not inside or inside[-1] is not model:
             return  # a hook that raised before ours: the forward pass never began
         inside.pop()
+        if not inside:
+            self._running.cache = None
         cache = kwargs.get("past_key_values")
         if inside or not isinstance(cache, CompressedCache):
             return

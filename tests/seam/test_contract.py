@@ -564,6 +564,28 @@ def test_attach_compresses_only_the_caches_that_bring_a_method():
     assert static[0, -4:].tolist() == plain.argmax(-1)[0].tolist()
 
 
+def assert_threads_agree_with_one(run):
+    """`run(0)` and `run(1)`, logits and report, are the same eight times over when two threads run them at once."""
+    expected = [run(n) for n in range(2)]
+    got, barrier = [[], []], threading.Barrier(2)
+
+    def work(n):
+        barrier.wait()
+        for _ in range(8):
+            got[n].append(run(n))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n in range(2):
+        assert len(got[n]) == 8
+        for logits, report in got[n]:
+            assert torch.equal(logits, expected[n][0])
+            assert report == expected[n][1]
+
+
 def test_two_threads_with_two_models_do_not_disturb_each_other():
     models = [text_model(seed=n) for n in range(2)]
     batches = [text_inputs((24,), seed=n) for n in range(2)]
@@ -573,55 +595,24 @@ def test_two_threads_with_two_models_do_not_disturb_each_other():
         with kvweave.compress(models[n], methods[n]) as session:
             return decode(models[n], batches[n], 5)[1], session.report
 
-    expected = [run(n) for n in range(2)]
-    got, barrier = [[], []], threading.Barrier(2)
-
-    def work(n):
-        barrier.wait()
-        for _ in range(8):
-            got[n].append(run(n))
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for n in range(2):
-        assert len(got[n]) == 8
-        for logits, report in got[n]:
-            assert torch.equal(logits, expected[n][0])
-            assert report == expected[n][1]
+    assert_threads_agree_with_one(run)
 
 
-def test_two_threads_on_one_attached_model_keep_their_caches_apart():
+@pytest.mark.parametrize(
+    "method", [SNAP, kvweave.FlowMM(budget=0.25, rope_aware=True)], ids=["snapkv", "turned keys"]
+)
+def test_two_threads_on_one_attached_model_keep_their_caches_apart(method):
     model = text_model()
     batches = [text_inputs((24,), seed=1), text_inputs((40,), seed=2)]
 
     def run(n):
-        cache = kvweave.CompressedCache(model.config, SNAP)
+        cache = kvweave.CompressedCache(model.config, method)
         logits = decode(model, batches[n], 5, past_key_values=cache)[1]
         return logits, cache.report
 
     handle = kvweave.attach(model)
-    expected = [run(n) for n in range(2)]
-    got, barrier = [[], []], threading.Barrier(2)
-
-    def work(n):
-        barrier.wait()
-        for _ in range(8):
-            got[n].append(run(n))
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert_threads_agree_with_one(run)
     handle.detach()
-    for n in range(2):
-        assert len(got[n]) == 8
-        for logits, report in got[n]:
-            assert torch.equal(logits, expected[n][0])
-            assert report == expected[n][1]
 
 
 # -------------------------------------------------------------------- refusals
