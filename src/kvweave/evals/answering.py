@@ -6,7 +6,7 @@ it reads the compressed cache and is never compressed itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,7 +112,11 @@ class _Following(LogitsProcessor):
 
 
 def answer(model: PreTrainedModel, processor: Any, method: Method, batch: Batch, max_new_tokens: int) -> list[Answer]:
-    """Greedy answers to a batch under `kvweave.compress`."""
+    """Greedy answers to a batch under `kvweave.compress`.
+
+    A method that defers its cut decodes again what it drafted from the full cache (`redecode`), unless that was the
+    question: no token behind an answer's first comes from the full cache.
+    """
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
     following = batch.following.to(model.device)
     start = inputs["input_ids"].shape[1]
@@ -120,6 +124,8 @@ def answer(model: PreTrainedModel, processor: Any, method: Method, batch: Batch,
     if following.shape[1]:
         _check_following(model, following)
         settings["logits_processor"] = LogitsProcessorList([_Following(following, start)])
+    if method.defer > following.shape[1]:
+        method = replace(method, redecode=True)
     with torch.inference_mode(), compress(model, method) as session:
         tokens = model.generate(**inputs, **settings)
     lengths = (following >= 0).sum(1).tolist()

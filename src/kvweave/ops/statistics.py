@@ -5,7 +5,7 @@ keys, both after rotary, as the model's attention used them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -130,13 +130,42 @@ def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights:
         float [batch, heads, kinds, length].
     """
     batch, kv_heads, length, _ = keys.shape
-    heads, rows = queries.shape[1], queries.shape[2]
-    group, kinds = heads // kv_heads, row_weights.shape[1]
-    grouped = _grouped(queries, kv_heads)
+    heads, kinds = queries.shape[1], row_weights.shape[1]
     wide = _wide(keys[:0]).dtype
-    out = torch.zeros(batch, kv_heads, group, kinds, length, dtype=wide, device=keys.device)
+    out = torch.zeros(batch, kv_heads, heads // kv_heads, kinds, length, dtype=wide, device=keys.device)
     row_weights = row_weights.to(wide)
+    for b, h, rows, weights in _blocks(queries, keys, rule):
+        received = torch.matmul(row_weights[b, None, None, :, rows], weights)
+        out[b, h, ..., : weights.shape[-1]] += received  # [batch, kv_heads, group, kinds, visible]
+    return out.view(batch, heads, kinds, length)
 
+
+@torch.no_grad()
+def column_peaks(queries: Tensor, keys: Tensor, rule: AttentionRule) -> Tensor:
+    """Most attention that each token receives from any one row, the mean over the heads of a group (SPEC 13.2).
+
+    Args:
+        queries: [batch, heads, rows, dim]; keys: [batch, kv_heads, length, dim].
+    Returns:
+        float [batch, kv_heads, length].
+    """
+    batch, kv_heads, length, _ = keys.shape
+    out = torch.zeros(batch, kv_heads, length, dtype=_wide(keys[:0]).dtype, device=keys.device)
+    for b, h, _, weights in _blocks(queries, keys, rule):
+        seen = out[b, h, : weights.shape[-1]]
+        torch.maximum(seen, weights.mean(2).amax(2), out=seen)
+    return out
+
+
+def _blocks(queries: Tensor, keys: Tensor, rule: AttentionRule) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """Attention of all rows, a block at a time: rows of the batch, KV heads, rows of queries, their attention.
+
+    The last is [batch, kv_heads, group, block, visible], and is overwritten by the next.
+    """
+    batch, kv_heads, length, _ = keys.shape
+    heads, rows = queries.shape[1], queries.shape[2]
+    group = heads // kv_heads
+    grouped = _grouped(queries, kv_heads)
     if keys.is_cuda:  # all heads together, as many rows as the buffer takes
         block = max(1, min(rows, _GPU_LOGITS // max(1, batch * heads * length)))
         parts = [(slice(0, batch), slice(0, kv_heads))]
@@ -144,19 +173,16 @@ def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights:
         block = max(1, _BLOCK // group)
         parts = [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(kv_heads)]
     first = grouped[parts[0]]
-    room = torch.empty(*first.shape[:3], block, length + 1, dtype=wide, device=keys.device)
+    room = torch.empty(*first.shape[:3], block, length + 1, dtype=_wide(keys[:0]).dtype, device=keys.device)
     for b, h in parts:
         part_rule = _rows_of(rule, b)
         part_keys = _wide(keys[b, h])
         query_heads = slice(h.start * group, h.stop * group)
         for start in range(0, rows, block):
             stop = min(rows, start + block)
-            weights = _probabilities(
-                _wide(grouped[b, h, :, start:stop]), part_keys, part_rule, start, rows, query_heads, room
-            )
-            received = torch.matmul(row_weights[b, None, None, :, start:stop], weights)
-            out[b, h, ..., : weights.shape[-1]] += received  # [batch, kv_heads, group, kinds, visible]
-    return out.view(batch, heads, kinds, length)
+            asked = _wide(grouped[b, h, :, start:stop])
+            weights = _probabilities(asked, part_keys, part_rule, start, rows, query_heads, room)
+            yield b, h, slice(start, stop), weights
 
 
 def _rows_of(rule: AttentionRule, batch: slice) -> AttentionRule:
