@@ -3,8 +3,8 @@
 Two passes. The first answers with the full cache and notes, for each layer and KV head, the largest attention that a
 token decoded after the prompt pays to each of its slots (`paid_attention`): what one token needs is not outvoted by
 many that do not. The second keeps the slots that are paid most, to the same budget as any method, and answers again.
-Nobody can serve like that: it is a row to hold methods against. It is no proof of a bound: it keeps equally many slots
-in every layer and head, goes by attention alone, and merging carries along what eviction loses.
+Nobody can serve like that: it is a row to hold methods against. It is no proof of a bound: it keeps equally many
+slots in every layer and head, goes by attention alone, and merging carries along what eviction loses.
 """
 
 from dataclasses import dataclass, replace
