@@ -35,6 +35,8 @@ class Layer:
     visual: list[bool]
     scale: float | None = None
     rotary: tuple[list[Vector], list[Vector]] | None = None  # cos, sin: [token][channel]
+    decoded: tuple[list[list[Vector]], list[list[Vector]]] | None = None  # queries[head][token], keys[kv_head][token]
+    decoded_weight: float = 0.0  # 13.1, lam
 
     @property
     def length(self) -> int:
@@ -59,6 +61,22 @@ class Layer:
         g = self.heads // self.kv_heads
         scale = 1 / math.sqrt(len(self.queries[0][0])) if self.scale is None else self.scale
         return [[[scale * dot(q, k) for k in self.keys[h // g]] for q in self.queries[h]] for h in range(self.heads)]
+
+    @cached_property
+    def decoded_attention(self) -> list[Vector]:
+        """13.1, D[kv][j]: mean over decoded tokens and the group's heads of their probabilities on the prompt."""
+        assert self.decoded is not None
+        queries, keys = self.decoded
+        scale = 1 / math.sqrt(len(queries[0][0])) if self.scale is None else self.scale
+        out = []
+        for kv in range(self.kv_heads):
+            rows = []
+            for h in self.group(kv):
+                for t, q in enumerate(queries[h]):
+                    seen = self.keys[kv] + keys[kv][: t + 1]
+                    rows.append(softmax([scale * dot(q, k) for k in seen])[: self.length])
+            out.append([mean([row[j] for row in rows]) for j in range(self.length)])
+        return out
 
     @cached_property
     def attention(self) -> list[list[Vector]]:
@@ -135,14 +153,26 @@ def budget_tokens(budget: float | int, length: int) -> int:
 
 
 def column_sum(layer: Layer, kv: int) -> Vector:
-    """C[j]: group mean of what every causal row gives to j."""
-    return rows_sum(layer, kv, list(range(layer.length)))
+    """C[j]: group mean of what every causal row gives to j; 13.1 adds lam/(1-lam) * 32 * D."""
+    sums = rows_sum(layer, kv, list(range(layer.length)))
+    if layer.decoded is None:
+        return sums
+    odds = layer.decoded_weight / (1 - layer.decoded_weight)
+    return [c + odds * 32 * d for c, d in zip(sums, layer.decoded_attention[kv], strict=True)]
 
 
 def proxy_importance(layer: Layer, kv: int, proxies: int) -> Vector:
-    """I[j]: group mean of what the last P rows give to j."""
+    """I[j]: group mean of what the last P rows give to j, decoded tokens mixed in; 13.1 times P."""
     P = min(proxies, layer.length)
-    return rows_sum(layer, kv, list(range(layer.length - P, layer.length)))
+    return mixed(layer, kv, P, rows_sum(layer, kv, list(range(layer.length - P, layer.length))))
+
+
+def mixed(layer: Layer, kv: int, P: int, own: Vector) -> Vector:
+    """13.1: P * ((1 - lam) W + lam D), where P * W is `own`, which may be of the first tokens only."""
+    if layer.decoded is None:
+        return own
+    lam = layer.decoded_weight
+    return [(1 - lam) * x + lam * P * layer.decoded_attention[kv][j] for j, x in enumerate(own)]
 
 
 def rows_sum(layer: Layer, kv: int, rows: list[int]) -> Vector:
@@ -152,13 +182,14 @@ def rows_sum(layer: Layer, kv: int, rows: list[int]) -> Vector:
 
 def pooled_window_score(layer: Layer, kv: int, window: int, kernel: int, recent: int) -> Vector:
     """10.3: the window's attention on j < L-R, averaged over a width with zeros outside, divisor fixed."""
-    raw = proxy_importance(layer, kv, window)[: layer.length - recent]
+    P = min(window, layer.length)
+    raw = rows_sum(layer, kv, list(range(layer.length - P, layer.length)))[: layer.length - recent]
     half = kernel // 2
     pooled = []
     for j in range(len(raw)):
         inside = [raw[i] for i in range(j - half, j - half + kernel) if 0 <= i < len(raw)]
         pooled.append(sum(inside) / kernel)
-    return pooled
+    return mixed(layer, kv, P, pooled)
 
 
 # ---------------------------------------------------------------- 2.3 Integer allocation
@@ -839,7 +870,9 @@ def density(layer: Layer, rows: list[int], p: float) -> float:
 
 def vlcache_layer(layer: Layer, B: int, rows: list[int], recent_frac: float) -> LayerResult:
     R = 0 if B == 1 else max(1, floor(recent_frac * B))
-    return each_head(layer, lambda kv: recent_and_top(layer, kv, R, B, rows_sum(layer, kv, rows)))
+    return each_head(
+        layer, lambda kv: recent_and_top(layer, kv, R, B, mixed(layer, kv, len(rows), rows_sum(layer, kv, rows)))
+    )
 
 
 def mixkv(layer: Layer, B: int, *, window: int = 32, kernel: int = 5) -> LayerResult:
@@ -911,17 +944,22 @@ def madakv(layer: Layer, B: int, *, proxies: int = 32) -> LayerResult:
     return each_head(layer, keep)
 
 
-# ---------------------------------------------------------------- 13 peak and weave, nothing deferred
+# ---------------------------------------------------------------- 13 peak and weave
 
 
-def peak(layer: Layer, B: int, *, recent: int = 32) -> LayerResult:
-    """13.2: the largest group-mean attention that any prompt row gives."""
-    L = layer.length
+def peak_score(layer: Layer, kv: int, probed: bool) -> Vector:
+    """13.2: the largest group-mean attention that any prompt row gives; with probes D / max D + 0.5 peak."""
+    L, heads = layer.length, layer.group(kv)
+    most = [max(mean([layer.attention[h][i][j] for h in heads]) for i in range(L)) for j in range(L)]
+    if layer.decoded is None or not probed:
+        return mixed(layer, kv, 1, most)
+    D = layer.decoded_attention[kv]
+    return [d / max(D) + 0.5 * p for d, p in zip(D, most, strict=True)]
 
+
+def peak(layer: Layer, B: int, *, recent: int = 32, probed: bool = False) -> LayerResult:
     def keep(kv: int) -> Head:
-        heads = layer.group(kv)
-        score = [max(mean([layer.attention[h][i][j] for h in heads]) for i in range(L)) for j in range(L)]
-        return recent_and_top(layer, kv, min(recent, B // 2), B, score)
+        return recent_and_top(layer, kv, min(recent, B // 2), B, peak_score(layer, kv, probed))
 
     return each_head(layer, keep)
 
@@ -936,17 +974,19 @@ def weave(
     cross_scope: str = "any",
     merge_rule: str = "average",
     mass_bias: bool = True,
+    probed: bool = False,
     **merging,
 ) -> LayerResult:
-    """13.3 with defer=0, where s is the window mean W."""
+    """13.3: s is that of 13.1, with probes that of 13.2."""
     P = min(proxies, layer.length)
 
     def keep(kv: int) -> Head:
+        score = peak_score(layer, kv, True) if probed else [x / P for x in proxy_importance(layer, kv, proxies)]
         return match_and_merge(
             layer,
             kv,
             B,
-            [x / P for x in proxy_importance(layer, kv, proxies)],
+            score,
             recent=recent,
             scope="cross",
             sensitivity_quantile=sensitivity_quantile,

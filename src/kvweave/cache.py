@@ -4,8 +4,8 @@ Two lengths are kept apart: the logical one, which transformers is told and posi
 number of slots that memory holds. `kvweave.session` lets attention know which logical column each slot is.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvweave.compaction import Group, compact, fits, group_rows, observe
-from kvweave.deferred import Waiting, decoded_attention, known_by_row, known_together
+from kvweave.deferred import Waiting, known_by_row
 from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.budget import entries
 from kvweave.ops.rotary import paired_tables
@@ -45,6 +45,10 @@ class Conversation:
         counted: with a deferred cut, bool [batch, tokens], the first decoded tokens that belong to a reply which has
             not ended; None: no cut is waiting.
         deferred: tokens decoded before the last cut.
+        held: prompts stay whole until `CompressedCache.compress` is called, or probes have been answered.
+        expected: tokens of the probe that is being answered; 0: none is.
+        last_position: position ids of the prompt's last tokens, [..., batch, 1], where the model was given them.
+        probes: what answering the probes before the last cut took; empty: there were none.
         known: views' statistics by what they are of, for caches that are filled with one and the same prompt.
     """
 
@@ -60,7 +64,21 @@ class Conversation:
     attached: bool = False
     counted: Tensor | None = None
     deferred: int = 0
+    held: bool = False
+    expected: int = 0
+    last_position: Tensor | None = None
+    probes: dict[str, Any] = field(default_factory=dict)
     known: dict[Any, dict[Any, Any]] | None = None
+
+    @property
+    def query_rows(self) -> int:
+        """Queries of how many of a prompt's last rows are needed."""
+        return self.method.probed_rows if self.held else self.method.query_rows
+
+    @property
+    def awaited(self) -> int:
+        """Tokens behind the prompt whose queries are wanted."""
+        return self.expected or (0 if self.held else self.method.defer)
 
     @property
     def turns_keys(self) -> bool:
@@ -292,7 +310,7 @@ class CompressedLayer(DynamicLayer):
             return
         self.waiting = None  # another prompt: it is compressed with all that came before
         real = min(self.seen, talk.end) - start
-        wanted = talk.method.query_rows
+        wanted = talk.query_rows
         if wanted:
             self._queries.append(queries[:, :, :real].detach())
             if wanted != ALL_ROWS and len(self._queries) > 1:
@@ -312,7 +330,7 @@ class CompressedLayer(DynamicLayer):
     def _prompt_complete(self, queries: Tensor | None, rule: AttentionRule, mask: Tensor | None, behind: int) -> None:
         """Cut all slots but the last `behind`, or with a layer-adaptive method prepare for `cut`."""
         talk = self.conversation
-        talk.deferred = 0
+        talk.deferred, talk.probes = 0, {}
         assert talk.prompt is not None
         prompt = talk.prompt.cropped(talk.end).to(self.device)
         lengths = prompt.lengths
@@ -335,7 +353,7 @@ class CompressedLayer(DynamicLayer):
                 rows = 0 if group.view.queries is None else group.view.queries.shape[2]
                 group.view.remember_in(talk.known.setdefault((self.index, *group.index, rows), {}))
         pending = Pending(groups, [], budgets, lengths, whole, after)
-        if talk.method.defer:
+        if talk.method.defer or talk.held:
             self._wait(pending, prompt, rule)
         elif adaptive:
             pending.weights = observe(talk.method, groups, budgets)
@@ -364,7 +382,7 @@ class CompressedLayer(DynamicLayer):
             layers=talk.layers,
             memory=self.memory,
             rotary=talk.rotary if talk.turns_keys else None,
-            wanted=talk.method.query_rows,
+            wanted=talk.query_rows,
             apart=range(len(prompt.valid)) if talk.method.plans_rows_alone else apart,
         )
         for group in groups:
@@ -373,12 +391,13 @@ class CompressedLayer(DynamicLayer):
 
     def _wait(self, pending: Pending, prompt: Prompt, rule: AttentionRule) -> None:
         """Hold what the prompt's queries say until the first tokens are decoded."""
-        method, batch = self.conversation.method, len(prompt.valid)
+        talk, batch = self.conversation, len(prompt.valid)
         self._store(self.blocks, pending.lengths, pending.prompt, packs=False)
-        weights = observe(method, pending.groups, pending.budgets)
+        probed = (False, True) if talk.held else (False,)
+        weights = observe(talk.method, pending.groups, pending.budgets, probed=probed)
         by_row = {row: weight for group, weight in zip(pending.groups, weights, strict=True) for row in group.index}
         heads, dim = self._query_shape
-        queries = pending.prompt.keys.new_zeros(batch, heads, method.defer, dim)
+        queries = pending.prompt.keys.new_zeros(batch, heads, talk.awaited, dim)
         self.waiting = Waiting(
             prompt,
             pending.prompt.count,
@@ -387,7 +406,31 @@ class CompressedLayer(DynamicLayer):
             pending.budgets,
             rule,
             queries,
+            [None] * batch,
+            torch.zeros(batch, device=queries.device),
         )
+
+    @torch.no_grad()
+    def count_attention(self, counted: Tensor) -> None:
+        """Note what the tokens behind the prompt attend to in it.
+
+        Args:
+            counted: bool [batch, tokens], those that count.
+        """
+        if self.waiting is not None and self.conversation.query_rows:
+            groups, _, after = self._held_groups(self.waiting)
+            for group in groups:
+                self.waiting.add(group, after.keys, counted)
+
+    def _held_groups(self, waiting: Waiting) -> tuple[list[Group], Slots, Slots]:
+        """What the method will see of the prompt that waits, its slots, and those behind it."""
+        prompt = waiting.prompt.to(self.device)
+        slots = rectangular([block.unpacked() for block in self.blocks])
+        behind = prompt.valid.new_ones(len(prompt.valid), self.seen - prompt.length)
+        slots = slots.explicit(torch.cat([prompt.valid, behind], 1))
+        whole, after = slots.first(waiting.slots), slots.after(waiting.slots)
+        rows = [known.get("rows", 0) for known in waiting.known]
+        return self._groups(whole, None, prompt, waiting.rule, apart=rows), whole, after
 
     @torch.no_grad()
     def cut_deferred(self, share: list[int], counted: Tensor | None) -> None:
@@ -397,32 +440,19 @@ class CompressedLayer(DynamicLayer):
             share: entries that each row of the batch keeps in this layer.
             counted: bool [batch, tokens], those that count; None: there are none.
         """
-        waiting, method = self.waiting, self.conversation.method
+        waiting, talk = self.waiting, self.conversation
         assert waiting is not None
         self.waiting = None
-        prompt = waiting.prompt.to(self.device)
-        slots = rectangular([block.unpacked() for block in self.blocks])
-        behind = self.seen - prompt.length
-        decoded = torch.ones(len(prompt.valid), behind, dtype=torch.bool, device=prompt.valid.device)
-        slots = slots.explicit(torch.cat([prompt.valid, decoded], 1))
-        whole, after = slots.first(waiting.slots), slots.after(waiting.slots)
-        rows = [known.get("rows", 0) for known in waiting.known]
-        groups = self._groups(whole, None, prompt, waiting.rule, apart=rows)
-        tokens = min(behind, method.defer)
+        groups, whole, after = self._held_groups(waiting)
         for group in groups:
             view, at = group.view, group.index
-            view.known = known_together([waiting.known[row] for row in at])
-            if counted is None or not tokens or not (method.query_rows and share[at[0]] < view.length):
-                continue
-            view.decoded_weight = method.weight_of(method.defer)
-            view.decoded = decoded_attention(
-                view,
-                waiting.queries[at, :, :tokens],
-                after.keys[at, :, :tokens],
-                counted[at, :tokens].to(self.device),
-                waiting.rule,
-            )
-        self.cut(Pending(groups, [], waiting.budgets, prompt.lengths, whole, after), share)
+            if counted is not None and after.count and talk.query_rows and share[at[0]] < view.length:
+                waiting.add(group, after.keys, counted)
+            waiting.tell(view, at)
+            view.probed = bool(talk.probes)
+            rows = waiting.counts[at] if talk.probes else torch.full_like(waiting.counts[at], talk.method.defer)
+            view.decoded_weight = talk.method.weight_of(rows)[:, None, None]
+        self.cut(Pending(groups, [], waiting.budgets, waiting.prompt.lengths, whole, after), share)
 
     @torch.no_grad()
     def cut(self, pending: Pending, share: list[int]) -> None:
@@ -482,9 +512,10 @@ class CompressedCache(Cache):
         config: the model's.
         method: what decides, such as `FlowMM(budget=0.2)`.
         trace: keep what became of each token, for pictures (`layers[i].fate`).
+        hold: prompts stay whole until `compress` is called, which may ask probes first.
     """
 
-    def __init__(self, config: Any, method: Method, *, trace: bool = False) -> None:
+    def __init__(self, config: Any, method: Method, *, trace: bool = False, hold: bool = False) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...)")
         self.method = method
@@ -492,7 +523,8 @@ class CompressedCache(Cache):
         crossed = set(getattr(decoder, "cross_attention_layers", None) or ())
         layers: list[Any] = list(DynamicCache(config=config).layers)
         places = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in crossed]
-        self.conversation = Conversation(method, layers=len(places), trace=trace)
+        self.conversation = Conversation(method, layers=len(places), trace=trace, held=hold)
+        self.session: Callable[[], Any] | None = None  # a weak reference to who attached the model that fills it
         for index, place in enumerate(places):
             layers[place] = CompressedLayer(index, self.conversation)
         self._kinds = [
@@ -542,8 +574,37 @@ class CompressedCache(Cache):
 
         Called when the tokens at hand are the reply's, and not candidates that may be taken back.
         """
-        if self.waits and self.decoded >= self.method.defer:
+        if self.waits and not self.conversation.held and self.decoded >= self.method.defer:
             self._cut_deferred()
+
+    def compress(self, probes: Any = None, *, processor: Any = None, probe_tokens: int = 32) -> None:
+        """Cut the prompt that a cache made with `hold=True` holds whole.
+
+        Args:
+            probes: what the model is asked before, as in `kvweave.compress`; None: nothing.
+            processor: the model's, where probes are texts.
+            probe_tokens: most tokens of an answer to a probe.
+        Raises:
+            ValueError: there is no prompt, it was cut already, or probes that are not allowed.
+        """
+        talk = self.conversation
+        if talk.end is None or self.decoded < 0:
+            raise ValueError("compress: the cache holds no whole prompt: allowed is one that a model has read")
+        if probes is not None:
+            if not talk.held or (self.waits and self.decoded):
+                raise ValueError(
+                    f"probes={probes!r} is not allowed: the cache was cut already, or a reply has begun; allowed is "
+                    "right after the prompt, on CompressedCache(config, method, hold=True)"
+                )
+            session = None if self.session is None else self.session()
+            if session is None:
+                raise ValueError("probes: no model is attached to this cache: allowed is after kvweave.attach(model)")
+            session.answer_probes(self, probes, processor, probe_tokens)
+        elif not self.waits and not talk.held:
+            raise ValueError(
+                "compress: the cache was cut already; allowed is CompressedCache(config, method, hold=True)"
+            )
+        self._cut_deferred()
 
     @property
     def decoded(self) -> int:
@@ -560,11 +621,37 @@ class CompressedCache(Cache):
         """
         talk = self.conversation
         if talk.counted is None:
-            talk.counted = torch.zeros(len(live), self.method.defer, dtype=torch.bool, device=live.device)
-        for n in range(min(live.shape[1], self.method.defer - start)):
+            talk.counted = torch.zeros(len(live), talk.awaited, dtype=torch.bool, device=live.device)
+        for n in range(min(live.shape[1], talk.awaited - start)):
             going = live[:, n] & ~ended[:, n]
             at = start + n
             talk.counted[:, at] = going & talk.counted[:, at - 1] if at else going
+
+    def expect(self, tokens: int) -> None:
+        """A probe comes, with an answer, `tokens` together at most."""
+        self.conversation.expected, self.conversation.counted = tokens, None
+        for layer in self.compressed_layers:
+            if layer.waiting is not None:
+                layer.waiting.expect(tokens)
+
+    def answered(self) -> bool:
+        """The answers to the probe have ended in all rows."""
+        counted = self.conversation.counted
+        return counted is None or not bool(counted[:, self.decoded - 1].any())
+
+    def take_back(self, tokens: int) -> None:
+        """Note what the probe and its answer looked at, and forget them, `tokens` together."""
+        talk = self.conversation
+        assert talk.counted is not None
+        for layer in self.compressed_layers:
+            layer.count_attention(talk.counted)
+        self.crop(-tokens)
+        talk.expected, talk.counted = 0, None
+
+    def cut_probed(self, cost: dict[str, Any]) -> None:
+        """Make the cut that waited for probes; `cost` goes into the report."""
+        self.conversation.probes = cost
+        self._cut_deferred()
 
     @torch.compiler.disable
     def _cut_deferred(self) -> None:
@@ -638,7 +725,8 @@ class CompressedCache(Cache):
         `layers`: for each layer its length, how many tokens were kept, merged and evicted (means over rows and KV
         heads, they add up to the length), tokens in the heaviest entry, bytes after the cut, flow ratio and scope;
         `rows`: the same for each row of a batch. `totals`: over the compressed layers; `peak_bytes`: most that they
-        held at once. `deferred`: tokens decoded before the cut, None: it has not come.
+        held at once. `deferred`: tokens decoded before the cut, None: it has not come. `probes`: how many were asked,
+        their tokens and the seconds that they took.
         """
         layers = [self._described(place) for place in range(len(self.layers))]
         done = [layer for layer in layers if layer["compressed"]]
@@ -649,11 +737,14 @@ class CompressedCache(Cache):
         totals["layers"] = len(done)
         totals["peak_bytes"] = self._peak([x.record for x in self.compressed_layers if x.record is not None])
         deferred = None if self.waits else self.conversation.deferred
-        return {"method": self.method.to_dict(), "layers": layers, "totals": totals, "deferred": deferred}
+        report = {"method": self.method.to_dict(), "layers": layers, "totals": totals, "deferred": deferred}
+        return report | ({"probes": self.conversation.probes} if self.conversation.probes else {})
 
     def _peak(self, records: list[Record]) -> int:
         """Most bytes held at once while these layers were filled and cut."""
-        if self.method.layer_adaptive or self.method.defer:  # none is cut before all are filled
+        if (
+            self.method.layer_adaptive or self.method.defer or self.conversation.held
+        ):  # none is cut before all are filled
             return sum(record.bytes_before + record.bytes_behind for record in records)
         cut = [0, *accumulate(record.bytes_after for record in records)]
         return max((done + record.bytes_before for done, record in zip(cut, records, strict=False)), default=0)

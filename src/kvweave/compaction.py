@@ -144,11 +144,14 @@ def fits(groups: list[Group], budgets: Sequence[int]) -> bool:
     return all(budgets[row] >= group.view.length for group in groups for row in group.index)
 
 
-def observe(method: Method, groups: list[Group], budgets: Sequence[int]) -> list[float]:
+def observe(
+    method: Method, groups: list[Group], budgets: Sequence[int], *, probed: Sequence[bool] = (False,)
+) -> list[float]:
     """Each group's layer weight, all statistics computed and queries released; 0 where nothing has to go.
 
     Args:
         budgets: mean entries of a layer, by row of the batch.
+        probed: whether the plan will know of probes; both where that is still open.
     """
     weights = []
     for group in groups:
@@ -157,7 +160,8 @@ def observe(method: Method, groups: list[Group], budgets: Sequence[int]) -> list
             if method.layer_adaptive:  # a group of one row
                 weight = float(method.observe(view))
             elif method.query_rows:
-                method.plan(view, view.length - 1)  # asks for every statistic; one token to place costs nothing
+                for view.probed in probed:
+                    method.plan(view, view.length - 1)  # asks for every statistic; one token to place costs nothing
         weights.append(weight)
         view.release_queries()
     return weights

@@ -28,6 +28,8 @@ class Waiting:
         budgets: mean entries of a layer, by row.
         rule: how queries become attention; no mask.
         queries: [batch, heads, tokens, dim] of the first decoded tokens, written as they come.
+        sums: for each row [1, kv_heads, length], attention received from the decoded tokens so far.
+        counts: float [batch], how many there were.
     """
 
     prompt: Prompt
@@ -37,6 +39,8 @@ class Waiting:
     budgets: list[int]
     rule: AttentionRule
     queries: Tensor
+    sums: list[Tensor | None]
+    counts: Tensor
 
     def note(self, queries: Tensor, start: int) -> None:
         """Keep the queries [batch, heads, new, dim] of decoded tokens from number `start` on."""
@@ -55,7 +59,38 @@ class Waiting:
             weights=[self.weights[row] for row in places],
             budgets=[self.budgets[row] for row in places],
             queries=self.queries[index.to(self.queries.device)],
+            sums=[self.sums[row] for row in places],
+            counts=self.counts[index.to(self.counts.device)],
         )
+
+    def expect(self, tokens: int) -> None:
+        """Make room for the queries of as many further tokens behind the prompt."""
+        batch, heads, _, dim = self.queries.shape
+        self.queries = self.queries.new_zeros(batch, heads, tokens, dim)
+
+    def add(self, group: Group, keys: Tensor, counted: Tensor) -> None:
+        """Add what the tokens behind the prompt attend to, of a group's rows.
+
+        Args:
+            keys: [batch, kv_heads, tokens, dim], of those tokens.
+            counted: bool [batch, tokens], those that belong to a reply that has not ended.
+        """
+        at = group.index
+        tokens = min(keys.shape[2], self.queries.shape[2])
+        counted = counted[at, :tokens].to(keys.device)
+        given = decoded_attention(group.view, self.queries[at, :, :tokens], keys[at, :, :tokens], counted, self.rule)
+        for n, row in enumerate(at):
+            before = self.sums[row]
+            self.sums[row] = given[n : n + 1] if before is None else before + given[n : n + 1]
+        self.counts[at] += counted.sum(-1)
+
+    def tell(self, view: LayerView, at: Sequence[int]) -> None:
+        """Let a view of the given rows know all that was learnt."""
+        view.known = known_together([self.known[row] for row in at])
+        sums = [part for row in at if (part := self.sums[row]) is not None]
+        if sums:
+            counts = self.counts[list(at), None, None]
+            view.decoded = torch.cat(sums) / counts.clamp(min=1).to(sums[0].dtype)
 
 
 def known_by_row(groups: Sequence[Group], batch: int) -> list[dict[Any, Any]]:
@@ -95,12 +130,12 @@ def _together(values: list[Any]) -> Any:
 
 @torch.no_grad()
 def decoded_attention(view: LayerView, queries: Tensor, keys: Tensor, counted: Tensor, rule: AttentionRule) -> Tensor:
-    """Mean attention that decoded tokens pay to the prompt's slots, among all that they see (SPEC 13.1, `D`).
+    """Attention that decoded tokens pay to the prompt's slots, among all that they see, summed (SPEC 13.1, `D`).
 
     Args:
         view: of the prompt.
         queries: [batch, heads, tokens, dim]; keys: [batch, kv_heads, tokens, dim], of the tokens behind it.
-        counted: bool [batch, tokens], tokens that belong to a reply that has not ended; a row without any gets zeros.
+        counted: bool [batch, tokens], those that take part.
         rule: without mask.
     Returns:
         float [batch, kv_heads, length].
@@ -108,8 +143,7 @@ def decoded_attention(view: LayerView, queries: Tensor, keys: Tensor, counted: T
     tokens = queries.shape[2]
     if view.bias is not None or view.empty is not None:
         rule = replace(rule, mask=lambda start, stop: _mask(view, tokens, queries.shape[1], start, stop))
-    share = counted.double() / counted.sum(-1, keepdim=True).clamp(min=1)
-    sums = column_sums(queries, torch.cat([view.keys, keys], 2), rule, share[:, None])
+    sums = column_sums(queries, torch.cat([view.keys, keys], 2), rule, counted[:, None])
     return sums[:, :, 0, : view.length].unflatten(1, (view.kv_heads, -1)).mean(2)
 
 

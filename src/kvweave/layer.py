@@ -40,7 +40,7 @@ class LayerView:
         rotated: the layer's keys are rotated at all.
         decoded: float [batch, kv_heads, length], attention received from tokens decoded behind the prompt, mean over
             them (SPEC 13.1, `D`), where the cut was deferred or probes were answered; else None.
-        decoded_weight: its weight against the prompt's own rows, in [0, 1).
+        decoded_weight: its weight against the prompt's own rows, in [0, 1); one, or [batch, 1, 1].
         probed: the decoded tokens are answers to probes, not the reply's beginning.
         known: statistics that were computed, by name.
     """
@@ -62,7 +62,7 @@ class LayerView:
     interleaved: bool = False
     rotated: bool = True
     decoded: Tensor | None = None
-    decoded_weight: float = 0.0
+    decoded_weight: float | Tensor = 0.0
     probed: bool = False
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
 

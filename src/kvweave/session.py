@@ -10,6 +10,7 @@ import functools
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvweave.attention import PREFIX, interleaved, twin
 from kvweave.cache import CompressedCache, CompressedLayer
 from kvweave.methods.base import Method
+from kvweave.probing import answer_probes, read_probes, rewindable
 from kvweave.prompt import Prompt, visual_mask, visual_token_ids
 
 
@@ -32,13 +34,21 @@ class Session:
     """
 
     def __init__(
-        self, model: PreTrainedModel, method: Method | None, *, visual: Tensor | None = None, trace: bool = False
+        self,
+        model: PreTrainedModel,
+        method: Method | None,
+        *,
+        visual: Tensor | None = None,
+        trace: bool = False,
+        probes: list[list[int]] | None = None,
+        probe_tokens: int = 32,
     ) -> None:
         self.model = model
         self.method = method
         self.trace = trace
         self.cache: CompressedCache | None = None
         self._visual = visual
+        self._probes, self._probe_tokens = probes, probe_tokens
         self._warned = False  # said once that nothing is compressed
         self._base = ""  # the attention that the model came with
         self._running = threading.local()  # generate and forward calls may nest, and run in several threads
@@ -170,7 +180,13 @@ class Session:
         cache.cut_if_due()  # candidates of assisted decoding have been taken back by now
         seen, new = cache.get_seq_length(), inputs.shape[1]
         end = self._prompt_end(cache, seen, new)
-        if talk.method.redecode and cache.waits and (end is None or seen >= end) and not self._drafting:
+        if self._probes and (end is not None and seen < end):
+            talk.held = True
+        if talk.held and end is not None and seen < end:
+            talk.last_position = _last_position(kwargs.get("position_ids"))
+        cache.session = weakref.ref(self)
+        redecodes = talk.method.redecode and not talk.held and cache.waits
+        if redecodes and (end is None or seen >= end) and not self._drafting:
             self._redecode(model, cache, kwargs)
             self.cache = running.cache = cache
         talk.attached = True
@@ -181,7 +197,7 @@ class Session:
                 talk.counted = None
         if talk.declared is not None and seen + new >= talk.declared:
             talk.declared = None
-        if talk.method.defer and talk.end is not None:
+        if talk.awaited and talk.end is not None:
             self._count(cache, ids, seen, new)
         return (), kwargs
 
@@ -196,12 +212,31 @@ class Session:
         step = _first_token(kwargs)
         inside, running.inside, running.drafting = running.inside, [], True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), rewindable(cache):
                 for _ in range(missing):
                     step = _next_token(step, model(**step).logits[:, -1:].argmax(-1))
+                cache.crop(-missing)
         finally:
             running.inside, running.drafting = inside, False
-        cache.crop(-missing)
+
+    def answer_probes(self, cache: CompressedCache, probes: Any, processor: Any, tokens: int) -> None:
+        """For `CompressedCache.compress`: ask the model, and cut the cache by what it looked at."""
+        if not self._undo:
+            raise ValueError("probes: the model is not attached any more: allowed is after kvweave.attach(model)")
+        asked = read_probes(probes, processor, tokens)
+        if cache.waits:
+            self._answer(self.model, cache, asked, tokens)
+
+    def _answer(self, model: nn.Module, cache: CompressedCache, probes: list[list[int]], tokens: int = 0) -> None:
+        if cache.decoded:
+            raise ValueError(
+                "probes are not allowed with assisted decoding: allowed is generate without an assistant"
+            )
+        self._running.drafting = True
+        try:
+            answer_probes(model, cache, probes, tokens or self._probe_tokens)
+        finally:
+            self._running.drafting = False
 
     @property
     def _drafting(self) -> bool:
@@ -211,7 +246,7 @@ class Session:
         """Tell the cache which of a forward pass's columns are decoded tokens of replies that have not ended."""
         end, prompt = cache.conversation.end, cache.prompt
         first = max(seen, end or 0)
-        if prompt is None or first >= min(seen + new, (end or 0) + cache.method.defer):
+        if prompt is None or first >= min(seen + new, (end or 0) + cache.conversation.awaited):
             return
         live = prompt.valid[:, first : seen + new]
         ended = torch.zeros_like(live)
@@ -232,6 +267,8 @@ class Session:
     def _prompt_end(self, cache: CompressedCache, seen: int, new: int) -> int | None:
         """Logical length at which the prompt ends that this forward pass belongs to; None: it decodes."""
         running = self._running
+        if self._drafting:
+            return None
         if getattr(running, "end", None) is not None:  # inside `generate`
             if running.own is None:
                 running.own = cache  # of all conversations that it may run, the one it was given
@@ -272,6 +309,8 @@ class Session:
         cache.finish_prompt()
         if _new_tokens(kwargs) == 1:
             cache.cut_if_due()
+        if self._probes and cache.waits and cache.decoded >= 0 and not self._drafting:
+            self._answer(model, cache, self._probes)
         if not cache.compressed_layers and not self._warned:
             self._warned = True
             kinds = sorted({layer["kind"] for layer in cache.report["layers"]})
@@ -374,6 +413,16 @@ def _first_token(kwargs: dict[str, Any]) -> dict[str, Any]:
     return step
 
 
+def _last_position(position_ids: Any) -> Tensor | None:
+    """Position ids [..., batch, 1] of the last of [..., batch, new]; of several axes, before the next text."""
+    if not isinstance(position_ids, Tensor):
+        return None
+    last = position_ids.amax(-1, keepdim=True)
+    if last.dim() == 3:  # height, width and time of an image may end elsewhere
+        last = torch.cat([last[:-3], last[-3:].amax(0, keepdim=True).expand_as(last[-3:])])
+    return last
+
+
 def _next_token(step: dict[str, Any], token: Tensor) -> dict[str, Any]:
     """The inputs of the forward pass after `step`, of the tokens [batch, 1]."""
     following = {name: value for name, value in step.items() if name != "inputs_embeds"} | {"input_ids": token}
@@ -427,7 +476,16 @@ def _one_axis(table: Tensor, config: Any) -> Tensor:
 # -------------------------------------------------------------------- what users call
 
 
-def compress(model: PreTrainedModel, method: Method, *, visual: Tensor | None = None, trace: bool = False) -> Session:
+def compress(
+    model: PreTrainedModel,
+    method: Method,
+    *,
+    visual: Tensor | None = None,
+    trace: bool = False,
+    probes: Any = None,
+    processor: Any = None,
+    probe_tokens: int = 32,
+) -> Session:
     """Compress the KV cache of everything that `model` is given inside the `with` block.
 
         with kvweave.compress(model, kvweave.FlowMM(budget=0.2)) as session:
@@ -440,6 +498,11 @@ def compress(model: PreTrainedModel, method: Method, *, visual: Tensor | None = 
         visual: bool [batch, length], which tokens are visual, where only embeddings are passed; else it is read
             from the inputs.
         trace: keep what became of each token, for pictures.
+        probes: for contexts whose question is not known: what the model is asked about a prompt before it is cut;
+            what it then looks at stays (SPEC 13.2). A list of texts or of token ids, or "default". They take the
+            place of `defer`, which is ignored. A method that reads no attention is none the wiser.
+        processor: the model's, or its tokenizer, where probes are texts.
+        probe_tokens: most tokens of an answer to a probe.
     Raises:
         TypeError: `method` is none, `model` is none.
         ValueError, RuntimeError: on entering, where the model cannot be compressed or already is.
@@ -448,7 +511,8 @@ def compress(model: PreTrainedModel, method: Method, *, visual: Tensor | None = 
         raise TypeError(f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...)")
     if visual is not None and (visual.dtype != torch.bool or visual.dim() != 2):
         raise ValueError(f"visual must be bool [batch, length], got {visual.dtype} {list(visual.shape)}")
-    return Session(model, method, visual=visual, trace=trace)
+    asked = None if probes is None else read_probes(probes, processor, probe_tokens)
+    return Session(model, method, visual=visual, trace=trace, probes=asked, probe_tokens=probe_tokens)
 
 
 def attach(model: PreTrainedModel) -> Session:

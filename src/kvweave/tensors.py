@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from kvweave.compaction import Group, compact, fits, group_rows, observe
+from kvweave.deferred import decoded_attention
+from kvweave.layer import LayerView
 from kvweave.methods.base import Method
 from kvweave.ops.budget import entries
 from kvweave.ops.statistics import AttentionRule
@@ -25,6 +27,8 @@ def compress_tensors(
     valid: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     scaling: float | None = None,
+    decoded: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+    probed: bool = False,
 ) -> list[Compacted]:
     """Compress the layers of one prompt, or of a batch of prompts, given as tensors.
 
@@ -37,6 +41,10 @@ def compress_tensors(
         valid: bool [batch, length], False for padding; None: no padding.
         rotary: (cos, sin), [batch, length, rotary_dim] each, for methods that turn keys (`rope_aware=True`).
         scaling: factor of the logits; None: dim ** -0.5.
+        decoded: (queries, keys) of the tokens that were decoded behind the prompt, lists, one a layer, [batch, heads,
+            tokens, dim] and [batch, kv_heads, tokens, dim], for methods that defer their cut (`defer` tokens); None:
+            the method cuts when the prompt ends, whatever its `defer`.
+        probed: those tokens are probes and their answers.
     Returns:
         One `Compacted` a layer.
     Raises:
@@ -47,6 +55,9 @@ def compress_tensors(
     prompt = _checked(queries, keys, values, visual, valid)
     if rotary is not None:
         _check_rotary(rotary, keys[0])
+    if decoded is not None:
+        _check_decoded(decoded, queries, keys, None if probed else method.defer)
+    wanted = method.probed_rows if probed else method.query_rows
     batch, _, length, dim = keys[0].shape
     layers = len(keys)
     lengths = prompt.lengths
@@ -57,18 +68,27 @@ def compress_tensors(
 
     layers_of_slots = [Slots(k, v).explicit(prompt.valid) for k, v in zip(keys, values, strict=True)]
 
+    tokens = 0 if decoded is None else decoded[0][0].shape[2]
+    rows = torch.full((1,), float(tokens), device=keys[0].device)
+
     def view(layer: int) -> list[Group]:
-        return group_rows(
+        groups = group_rows(
             layers_of_slots[layer],
-            queries[layer] if method.query_rows else None,
+            queries[layer] if wanted else None,
             prompt,
             rule,
             layer=layer,
             layers=layers,
             rotary=rotary,
-            wanted=method.query_rows,
+            wanted=wanted,
             apart=range(batch) if method.plans_rows_alone else None,
         )
+        for group in groups:
+            if decoded is not None and wanted:
+                _tell(group.view, decoded[0][layer][group.index], decoded[1][layer][group.index], rule)
+                group.view.probed = probed
+                group.view.decoded_weight = method.weight_of(rows)[:, None, None]
+        return groups
 
     if method.layer_adaptive:
         views = [view(layer) for layer in range(layers)]
@@ -88,6 +108,13 @@ def compress_tensors(
         else:
             done.append(compact(method, groups, share, budgets).compacted)
     return done
+
+
+def _tell(view: LayerView, queries: Tensor, keys: Tensor, rule: AttentionRule) -> None:
+    """Let a view know what tokens behind its prompt attend to."""
+    tokens = queries.shape[2]
+    counted = torch.ones(len(queries), tokens, dtype=torch.bool, device=keys.device)
+    view.decoded = decoded_attention(view, queries, keys, counted, rule) / tokens
 
 
 def _adaptive(
@@ -144,6 +171,23 @@ def _checked(
         empty = (~valid.any(1)).nonzero().flatten().tolist()
         raise ValueError(f"valid: row {empty[0]} has no token; every row needs at least one")
     return Prompt(visual, valid)
+
+
+def _check_decoded(
+    decoded: tuple[Sequence[Tensor], Sequence[Tensor]],
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    tokens: int | None,
+) -> None:
+    if not (len(decoded) == 2 and len(decoded[0]) == len(decoded[1]) == len(keys)):
+        raise ValueError(f"decoded must be (queries, keys), lists of {len(keys)} tensors each, one a layer")
+    for layer, (asked, known) in enumerate(zip(*decoded, strict=True)):
+        for name, x, prompt in (("queries", asked, queries[layer]), ("keys", known, keys[layer])):
+            wanted = [*prompt.shape[:2], decoded[0][0].shape[2] if tokens is None else tokens, prompt.shape[3]]
+            if list(x.shape) != wanted or not x.shape[2]:
+                raise ValueError(
+                    f"decoded, layer {layer}: {name} {list(x.shape)} must be {wanted}, defer tokens, > 0"
+                )
 
 
 def _check_rotary(rotary: tuple[Tensor, Tensor], keys: Tensor) -> None:

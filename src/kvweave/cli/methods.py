@@ -44,23 +44,17 @@ def _described(kind: "type[Method]") -> dict[str, Any]:
         "default": defaults["budget"],
         "allowed": "a share in (0, 1], tokens as an int >= 1, or bytes such as 256MiB",
         "help": "entries that stay",
-        "own": True,
     }
-    listed = [
-        {
-            "name": option,
-            "default": defaults[option],
-            "allowed": about.allowed,
-            "help": about.help,
-            "own": kind.has_own(option),
-        }
+    listed = {
+        option: {"name": option, "default": defaults[option], "allowed": about.allowed, "help": about.help}
         for option, about in kind.options()
-    ]
+    }
     return {
         "name": kind.name,
         "summary": " ".join(doc.partition("\n\n")[0].split()),
         "description": doc,
-        "options": [budget, *listed],
+        "options": [budget, *(told for option, told in listed.items() if kind.has_own(option))],
+        "common": [told for option, told in listed.items() if not kind.has_own(option)],
     }
 
 
@@ -69,16 +63,20 @@ def _print_all(described: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from kvweave.methods.base import COMMON
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=False)
     table.add_column("method", style="bold")
     table.add_column("what it does", ratio=3)
     table.add_column("options, with defaults", ratio=2)
     for told in described:
-        listed = ", ".join(f"{option['name']}={option['default']}" for option in told["options"] if option["own"])
+        listed = ", ".join(f"{option['name']}={option['default']}" for option in told["options"])
         table.add_row(told["name"], Text(told["summary"]), Text(listed, style="dim"))
     out().print(table)
+    common = ", ".join(COMMON)
     out().print(
-        "[dim]kvweave methods NAME says what each option allows; kvweave run --method NAME:option=value[/dim]"
+        f"[dim]All take {common}. kvweave methods NAME says what each option allows; "
+        "kvweave run --method NAME:option=value[/dim]"
     )
 
 
@@ -93,8 +91,8 @@ def _print_one(told: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("option", "default", "allowed", "what it does"):
         table.add_column(heading, overflow="fold")
-    for option in told["options"]:
-        table.add_row(
-            Text(option["name"], style="bold"), str(option["default"]), Text(option["allowed"]), Text(option["help"])
-        )
+    for style, listed in (("bold", told["options"]), ("dim", told["common"])):
+        for option in listed:
+            words = (option["name"], str(option["default"]), option["allowed"], option["help"])
+            table.add_row(Text(words[0], style=style), *map(Text, words[1:]))
     console.print(table)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kvweave.methods import Method
     from kvweave.report.data import Answer, Run
 
+_SHOWN = ["flowmm", "weave:redecode=True"]  # no token behind the first comes from the full cache
 _LONG = 40  # characters: longer answers do not fit a table
 
 
@@ -20,7 +21,7 @@ def run(
     prompt: options.PromptText = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="NAME or NAME:option=value,...; repeatable, to compare. [default: flowmm]"),
+        typer.Option(help=f"NAME or NAME:option=value,...; repeatable, to compare. [default: {', '.join(_SHOWN)}]"),
     ] = None,
     budget: Annotated[
         str, typer.Option(help="What stays: a share such as 0.2, tokens such as 512, or bytes such as 256MiB.")
@@ -42,7 +43,7 @@ def run(
 
     Writes run.html (a page that needs no network), run.png and report.json.
     """
-    methods = options.parse_methods(method or ["flowmm"], budget)
+    methods = options.parse_methods(method or _SHOWN, budget)
     options.check_model(model)
     console.check_out(out)
     console.quiet_libraries()

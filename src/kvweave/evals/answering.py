@@ -132,8 +132,9 @@ def answer(
 ) -> list[Answer]:
     """Greedy answers to a batch under `kvweave.compress`.
 
-    A method that defers its cut decodes again what it drafted from the full cache (`redecode`), unless that was the
-    question: no token behind an answer's first comes from the full cache.
+    A method that defers its cut decodes again what it drafted from the full cache (`redecode`), so that no token
+    behind an answer's first comes from that. Where the question comes afterwards nothing is deferred: the tokens that
+    follow the context are the question's, and must not be seen.
 
     Args:
         shared: the batch's own prefill, which is then not computed again.
@@ -143,8 +144,9 @@ def answer(
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
     settings = _settings(model, batch, max_new_tokens)
     start = inputs["input_ids"].shape[1]
-    if method.defer > batch.following.shape[1]:
-        method = replace(method, redecode=True)
+    if method.defer:
+        unseen = batch.following.shape[1] > 0
+        method = replace(method, redecode=False, defer=0) if unseen else replace(method, redecode=True)
     with torch.inference_mode(), compress(model, method) as session:
         if shared is None:
             tokens = model.generate(**inputs, **settings)

@@ -59,7 +59,13 @@ class LabImageProcessor(Qwen2VLImageProcessorPil):
 
 
 class LabProcessor(ProcessorMixin):
-    """Pictures and text in, `input_ids`, `mm_token_type_ids`, `pixel_values`, `image_grid_thw` out."""
+    """Pictures and text in, `input_ids`, `mm_token_type_ids`, `pixel_values`, `image_grid_thw` out.
+
+    Attributes:
+        default_probes: what the lab model is asked about an album before it is cut, with `probes="default"`.
+    """
+
+    default_probes = tuple(f"list image {label} ?" for label in words.LABELS)
 
     def __init__(
         self,

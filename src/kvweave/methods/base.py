@@ -102,9 +102,9 @@ class Method:
         """Not an option that every method takes, or one with a default of its own."""
         return option not in COMMON or getattr(cls, option) != getattr(Method, option)
 
-    def weight_of(self, rows: int) -> float:
-        """Weight of the attention of `rows` decoded tokens against that of the prompt's own rows (SPEC 13.1)."""
-        return rows / (rows + 4) if self.defer_weight is None else self.defer_weight
+    def weight_of(self, rows: Tensor) -> Tensor:
+        """Weight of the attention of that many decoded tokens against the prompt's own rows' (SPEC 13.1)."""
+        return rows / (rows + 4) if self.defer_weight is None else torch.full_like(rows, self.defer_weight)
 
     @property
     def plans_rows_alone(self) -> bool:

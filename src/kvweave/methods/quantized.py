@@ -28,6 +28,8 @@ class Quantized(Method):
     """
 
     budget: Budget | None = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: the inner method's
+    defer: int | None = field(default=None, kw_only=True)  # type: ignore[assignment]
+    redecode: bool | None = field(default=None, kw_only=True)  # type: ignore[assignment]
     method: Method = wrapped(
         Full, allowed="a method that is not quantized", help="what decides", check=lambda m: _decides(m)
     )
@@ -38,7 +40,7 @@ class Quantized(Method):
     def __post_init__(self) -> None:
         if _decides(self.method):
             budget = self.method.budget if self.budget is None else self.budget
-            given = {name: getattr(self, name) for name in COMMON if getattr(self, name) != getattr(Method, name)}
+            given = {name: getattr(self, name) for name in COMMON if getattr(self, name) is not None}
             object.__setattr__(self, "method", dataclasses.replace(self.method, budget=budget, **given))
             for name in ("budget", *COMMON):
                 object.__setattr__(self, name, getattr(self.method, name))
