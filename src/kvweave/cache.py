@@ -44,7 +44,7 @@ class Conversation:
         attached: a model that knows how to read this cache is running.
         counted: with a deferred cut, bool [batch, tokens], the first decoded tokens that belong to a reply which has
             not ended; None: no cut is waiting.
-        deferred: tokens decoded before the last cut.
+        deferred: tokens decoded before the last prompt's cut, where it waited; else None.
         held: prompts stay whole until `CompressedCache.compress` is called, or probes have been answered.
         expected: tokens of the probe that is being answered; 0: none is.
         last_position: position ids of the prompt's last tokens, [..., batch, 1], where the model was given them.
@@ -63,7 +63,7 @@ class Conversation:
     interleaved: bool = False
     attached: bool = False
     counted: Tensor | None = None
-    deferred: int = 0
+    deferred: int | None = None
     held: bool = False
     expected: int = 0
     last_position: Tensor | None = None
@@ -330,7 +330,7 @@ class CompressedLayer(DynamicLayer):
     def _prompt_complete(self, queries: Tensor | None, rule: AttentionRule, mask: Tensor | None, behind: int) -> None:
         """Cut all slots but the last `behind`, or with a layer-adaptive method prepare for `cut`."""
         talk = self.conversation
-        talk.deferred, talk.probes = 0, {}
+        talk.deferred, talk.probes = None, {}
         assert talk.prompt is not None
         prompt = talk.prompt.cropped(talk.end).to(self.device)
         lengths = prompt.lengths
@@ -591,7 +591,7 @@ class CompressedCache(Cache):
         if talk.end is None or self.decoded < 0:
             raise ValueError("compress: the cache holds no whole prompt: allowed is one that a model has read")
         if probes is not None:
-            if not talk.held or (self.waits and self.decoded):
+            if not talk.held or talk.deferred is not None or self.decoded:
                 raise ValueError(
                     f"probes={probes!r} is not allowed: the cache was cut already, or a reply has begun; allowed is "
                     "right after the prompt, on CompressedCache(config, method, hold=True)"
@@ -600,7 +600,7 @@ class CompressedCache(Cache):
             if session is None:
                 raise ValueError("probes: no model is attached to this cache: allowed is after kvweave.attach(model)")
             session.answer_probes(self, probes, processor, probe_tokens)
-        elif not self.waits and not talk.held:
+        elif not talk.held or talk.deferred is not None:
             raise ValueError(
                 "compress: the cache was cut already; allowed is CompressedCache(config, method, hold=True)"
             )
@@ -736,7 +736,7 @@ class CompressedCache(Cache):
         }
         totals["layers"] = len(done)
         totals["peak_bytes"] = self._peak([x.record for x in self.compressed_layers if x.record is not None])
-        deferred = None if self.waits else self.conversation.deferred
+        deferred = None if self.waits else self.conversation.deferred or 0
         report = {"method": self.method.to_dict(), "layers": layers, "totals": totals, "deferred": deferred}
         return report | ({"probes": self.conversation.probes} if self.conversation.probes else {})
 
