@@ -68,9 +68,11 @@ class FlowMM(MergingMethod):
         flow, log = self.measure(view)
         cross = self.is_cross(flow)  # [batch]
         eligible = self.insensitive(importance.gather(-1, pivots))
-        target, cosine = self.match(view, pivots, eligible, source, cross)
+        # read from the device at once: which rows are cross-modal, and the most eligible pivots of a head
+        *crosses, most = torch.cat([cross.long(), eligible.sum(-1).max()[None]]).tolist()
+        target, cosine = self.match(view, pivots, eligible, most, source, cross)
         plan = self.merged(view, keep, source, target, cosine, importance)
-        scope = tuple("cross" if row else "intra" for row in cross.tolist())
+        scope = tuple("cross" if row else "intra" for row in crosses)
         return replace(plan, flow=flow, scope=scope, log=log)
 
     def measure(self, view: LayerView) -> tuple[Tensor, dict[str, Tensor]]:
@@ -105,10 +107,9 @@ class FlowMM(MergingMethod):
         return importance <= importance.sort(-1).values[..., rank, None]
 
     def match(
-        self, view: LayerView, pivots: Tensor, eligible: Tensor, source: Tensor, cross: Tensor
+        self, view: LayerView, pivots: Tensor, eligible: Tensor, most: int, source: Tensor, cross: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Step 5, Eqs. 9-10: the nearest eligible pivot of an allowed modality, as an index into the kept tokens."""
-        most = int(eligible.sum(-1).max())
         order = (~eligible).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]  # eligible ones first
         eligible = eligible.gather(-1, order)
         goals = pivots.gather(-1, order)  # [batch, kv_heads, most]

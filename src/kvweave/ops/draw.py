@@ -22,8 +22,8 @@ def uniform(seed: int, layer: int, like: Tensor) -> Tensor:
 def stratified_rows(row_visual: Tensor, count: int, seed: int, layer: int) -> tuple[Tensor, Tensor]:
     """Some rows, drawn from text and visual ones in proportion, at least one of each that there is.
 
-    The rows of a modality are cut into as many runs of neighbours as it gives rows, and each run gives one: what a row
-    attends to changes slowly along the prompt, so that the draw speaks for all of it.
+    The rows of a modality are cut into as many runs of neighbours as it gives rows, and each run gives one: what a
+    row attends to changes slowly along the prompt, so that the draw speaks for all of it.
 
     Args:
         row_visual: bool [batch, rows]; count: rows to draw, 2 <= count <= rows.
