@@ -11,10 +11,11 @@ from transformers.utils import logging
 
 from kvweave import models
 from kvweave.evals import processes, store
-from kvweave.evals.answering import Answer, Batch, answer, prepare
+from kvweave.evals.answering import Answer, Batch, answer, prefill, prepare
 from kvweave.evals.fidelity import Reference
 from kvweave.evals.metrics import METRICS
 from kvweave.evals.plan import FULL, Cell, Evaluation
+from kvweave.evals.prefill import Prefill
 from kvweave.evals.tasks import Example
 from kvweave.methods import Method
 from kvweave.ops.budget import entries
@@ -24,7 +25,8 @@ Result = dict[str, Any]
 Progress = Callable[[Result, int, int, bool], None]
 #: Hears what a cell at work in this process has come to: how many of its samples are done, of how many.
 Tick = Callable[[Cell, int, int], None]
-_HELD = 2**30  # bytes of prompts that are kept, read, for the next method
+_HELD = 2**30  # bytes of prompts that a worker keeps, read, for the next methods
+_SHARED = 2**31  # and of their prefills
 
 
 def run(
@@ -121,7 +123,7 @@ def _no_loading_bars() -> Iterator[None]:
 
 
 class Worker:
-    """Computes cells one after the other; loads the model, and reads a task's prompts, once."""
+    """Computes cells one after the other; loads the model, reads a task's prompts, and prefills them, once."""
 
     def __init__(self, evaluation: Evaluation, out: Path, batch: int, device: str, about: dict[str, Any]) -> None:
         self.model, self.dtype, self.device = evaluation.model, evaluation.dtype, device
@@ -129,6 +131,7 @@ class Worker:
         self.out, self.batch, self.about = out, batch, about
         self._loaded: tuple[Any, Any] | None = None
         self._read: tuple[Any, Sequence[Example], dict[tuple[str, ...], Batch]] | None = None
+        self._prefills: dict[tuple[str, ...], Prefill] = {}
 
     def __call__(self, cell: Cell, tick: Tick | None = None) -> Result:
         """The cell's result, written to its file batch by batch."""
@@ -186,6 +189,7 @@ class Worker:
         key = cell.protocol, cell.task, cell.seed
         if self._read is None or self._read[0] != key:
             self._read = key, cell.task.examples(cell.seed), {}
+            self._prefills.clear()
         return self._read[1:]
 
     def _answers(
@@ -202,6 +206,7 @@ class Worker:
                 cell.method,
                 batch,
                 cell.task.max_new_tokens,
+                self._prefill(cell, batch),
                 references=references if self.fidelity and not cell.whole else (),
                 refer=self.fidelity and cell.whole,
             )
@@ -222,6 +227,26 @@ class Worker:
         if key not in held and sum(other.nbytes for other in held.values()) + batch.nbytes <= _HELD:
             held[key] = batch
         return batch
+
+    def _prefill(self, cell: Cell, batch: Batch) -> Prefill | None:
+        """The batch's prefill, where there is room for it; the full cache's one answer needs none."""
+        key = tuple(example.id for example in batch.examples)
+        if key not in self._prefills and not cell.whole:
+            model = self._model()[0]
+            room = _SHARED - sum(held.nbytes for held in self._prefills.values())
+            if _prefill_bytes(model.config, batch, model.dtype.itemsize) > room:
+                return None
+            self._prefills[key] = prefill(model, batch, cell.task.max_new_tokens)
+        return self._prefills.get(key)
+
+
+def _prefill_bytes(config: Any, batch: Batch, itemsize: int) -> int:
+    """What the prompt's keys, values and queries come to."""
+    decoder = config.get_text_config(decoder=True)
+    heads = decoder.num_attention_heads
+    dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
+    rows = heads + 2 * (getattr(decoder, "num_key_value_heads", None) or heads)
+    return decoder.num_hidden_layers * rows * dim * itemsize * batch.inputs["input_ids"].numel()
 
 
 def batches(examples: Sequence[Example], protocol: str, size: int) -> list[list[Example]]:
