@@ -41,6 +41,7 @@ class Conversation:
         rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
         interleaved: how rotary pairs channels.
         attached: a model that knows how to read this cache is running.
+        known: views' statistics by what they are of, for caches that are filled with one and the same prompt.
     """
 
     method: Method
@@ -53,6 +54,7 @@ class Conversation:
     rotary: tuple[Tensor, Tensor] | None = None
     interleaved: bool = False
     attached: bool = False
+    known: dict[Any, dict[Any, Any]] | None = None
 
     @property
     def turns_keys(self) -> bool:
@@ -322,6 +324,9 @@ class CompressedLayer(DynamicLayer):
         )
         for group in groups:
             group.view.interleaved, group.view.rotated = talk.interleaved, self.rotated
+            if talk.known is not None:
+                rows = 0 if group.view.queries is None else group.view.queries.shape[2]
+                group.view.remember_in(talk.known.setdefault((self.index, *group.index, rows), {}))
         pending = Pending(groups, [], budgets, lengths, whole, after)
         if not adaptive:
             self.cut(pending, share)

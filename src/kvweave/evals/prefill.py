@@ -9,7 +9,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class Prefill:
         rotary, interleaved: as in `Conversation`.
         tokens: int64 [batch, prompt + answer], what `generate` returned.
         start: columns of the prompt.
+        known: statistics that methods asked for, kept for the next ones and other budgets.
     """
 
     layers: list[Any]
@@ -76,6 +77,7 @@ class Prefill:
     interleaved: bool
     tokens: Tensor
     start: int
+    known: dict[Any, dict[Any, Any]] = field(default_factory=dict)
 
     @classmethod
     def recorded(cls, model: PreTrainedModel, answer: Callable[..., Tensor]) -> "Prefill":
@@ -152,6 +154,7 @@ class Prefill:
     @torch.no_grad()
     def _fill(self, cache: CompressedCache, memory: Sequence[Tensor]) -> None:
         """What the forward pass would have done to an empty cache."""
+        cache.conversation.known = self.known
         if cache.conversation.turns_keys:
             cache.conversation.rotary, cache.conversation.interleaved = self.rotary, self.interleaved
         remembered = iter(memory)
