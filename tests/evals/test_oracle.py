@@ -8,11 +8,10 @@ import tiny
 import torch
 
 import kvweave
-from kvweave.evals.answering import Batch, _Talk, answer, prefill, prepare
-from kvweave.evals.oracle import Oracle
-from kvweave.evals.prefill import Prefill, Whole, recorded_bytes, recording
+from kvweave.evals.answering import Batch, answer, prefill, prepare
+from kvweave.evals.oracle import Oracle, paid_attention
+from kvweave.evals.prefill import Prefill
 from kvweave.evals.tasks import lab_tasks
-from kvweave.methods.full import Full
 
 PROTOCOLS = ("seen", "unseen")
 
@@ -33,7 +32,7 @@ def shared(model: Any, batch: Batch) -> Prefill:
 def test_a_shared_prefill_changes_nothing(model: Any, processor: Any, batch: Batch, shared: Prefill, name: str):
     method = kvweave.parse_method(name, budget=0.2)
     alone = answer(model, processor, method, batch, 6)
-    assert answer(model, processor, method, batch, 6, shared=shared) == alone
+    assert answer(model, processor, method, batch, 6, shared) == alone
     assert "forward" not in vars(model)
 
 
@@ -45,10 +44,8 @@ def test_it_can_be_replayed_on_other_architectures(kind: str, other: str | None)
     say = partial(model.generate, **inputs, max_new_tokens=5, do_sample=False)
     method = kvweave.get_method("h2o", budget=0.3)
     with torch.inference_mode():
-        with kvweave.compress(model, Whole()), recording(model) as recorder:
-            assert torch.equal(say(past_key_values=recorder.cache), say())
-        shared = recorder.made
-        assert shared.nbytes == recorded_bytes(model, inputs["input_ids"].numel()) * len(shared.recorded_layers) // 2
+        shared = Prefill.recorded(model, say)
+        assert torch.equal(shared.tokens, say())
         with kvweave.compress(model, method) as plain:
             expected = say()
         with kvweave.compress(model, method) as session, shared.replayed(model):
@@ -56,22 +53,18 @@ def test_it_can_be_replayed_on_other_architectures(kind: str, other: str | None)
     assert session.report == plain.report
 
 
-def test_paid_attention_is_what_eager_attention_shows(model: Any, processor: Any, batch: Batch, shared: Prefill):
+def test_paid_attention_is_what_eager_attention_shows(model: Any, batch: Batch, shared: Prefill):
     ends = torch.tensor([model.generation_config.eos_token_id]).view(-1)
-    start = shared.start
-    with torch.inference_mode(), kvweave.compress(model, Full()) as session:
-        replies = _Talk(model, session, batch.inputs).replies(batch.rounds[0].questions, 6)
-    later = [question + reply for question, reply in zip(batch.rounds[0].questions, replies, strict=True)]
-    counts = [len(row) - int(row[-1] in ends) for row in later]
-    most = max(map(len, later))
-    fed = torch.tensor([row + [0] * (most - len(row)) for row in later])
+    start, fed = shared.start, shared.tokens[:, shared.start :]
+    paid = paid_attention(shared, ends)
+    steps = fed.shape[1] - 1
     model.set_attn_implementation("eager")
     try:
         with torch.inference_mode():
             mask = torch.cat([batch.inputs["attention_mask"], torch.ones_like(fed)], 1)
             kinds = torch.cat([batch.inputs["mm_token_type_ids"], torch.zeros_like(fed)], 1)
             whole = dict(batch.inputs) | {
-                "input_ids": torch.cat([batch.inputs["input_ids"], fed], 1),
+                "input_ids": shared.tokens,
                 "attention_mask": mask,
                 "mm_token_type_ids": kinds,
             }
@@ -79,15 +72,16 @@ def test_paid_attention_is_what_eager_attention_shows(model: Any, processor: Any
     finally:
         model.set_attn_implementation("sdpa")
     for layer, seen in enumerate(attentions):
-        for row, count in enumerate(counts):
-            count = min(count, most - 1)  # the last token of the longest is never fed
+        for row in range(len(fed)):
+            going = [bool((~torch.isin(fed[row, : n + 1], ends)).all()) for n in range(steps)]
             for head in range(2):
-                group = seen[row, 2 * head : 2 * head + 2, start : start + count, :start]
-                torch.testing.assert_close(shared.paid[layer][row, head], group.amax((0, 1)), rtol=1e-4, atol=1e-5)
+                group = seen[row, 2 * head : 2 * head + 2, start : start + steps, :start]
+                expected = torch.stack([group[:, n].amax(0) for n in range(steps) if going[n]]).amax(0)
+                torch.testing.assert_close(paid[layer][row, head], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_oracle_keeps_what_is_paid_most(model: Any, processor: Any, batch: Batch, shared: Prefill):
-    said = answer(model, processor, Oracle(budget=0.2), batch, 6, shared=shared)
+    said = answer(model, processor, Oracle(budget=0.2), batch, 6, shared)
     assert said == answer(model, processor, Oracle(budget=0.2), batch, 6)
     for each in said:
         assert each.kept == [int(0.2 * each.length + 1e-9)] * 4

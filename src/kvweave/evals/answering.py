@@ -5,7 +5,6 @@ alone is the prompt, compressed once; every question about it is read by the fro
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from kvweave.cache import CompressedCache
 from kvweave.chat import encode, written
 from kvweave.evals.fidelity import TOKENS, Fidelity, Reference, compared
 from kvweave.evals.oracle import Oracle, paid_attention
-from kvweave.evals.prefill import Prefill, Whole, recording
+from kvweave.evals.prefill import Prefill
 from kvweave.evals.tasks import Example
 from kvweave.methods import Method
 from kvweave.session import Session, compress
@@ -162,49 +161,62 @@ def _without(inputs: dict[str, Tensor], counts: list[int], pad: int) -> dict[str
 # -------------------------------------------------------------------- answers
 
 
+def prefill(model: PreTrainedModel, batch: Batch, max_new_tokens: int, turn: int = 0) -> Prefill:
+    """The batch's prefill with the full cache, and the answers that follow it, to be shared by many methods.
+
+    Args:
+        turn: number of the round whose questions are answered. Of what was fed, ends in a question are -1.
+    """
+    questions = batch.rounds[turn].questions
+
+    def decode(past_key_values: CompressedCache) -> Tensor:
+        talk = _Talk(model, batch, cache=past_key_values)
+        if not any(questions):
+            return talk.prompted(max_new_tokens)
+        tokens = talk.after(questions, min(map(len, questions)), max_new_tokens).sequences
+        asked = torch.arange(tokens.shape[1], device=tokens.device) < talk.ends_of(questions)[:, None]
+        return tokens.masked_fill(asked & torch.isin(tokens, talk.ends), -1)
+
+    with torch.inference_mode():
+        return Prefill.recorded(model, decode)
+
+
 def answer(
     model: PreTrainedModel,
     processor: Any,
     method: Method,
     batch: Batch,
     max_new_tokens: int,
+    shared: Prefill | None = None,
     *,
     references: Sequence[Reference | None] = (),
     refer: bool = False,
-    shared: Prefill | None = None,
 ) -> list[Answer]:
     """Greedy answers to a batch under `kvweave.compress`.
 
     Args:
+        shared: the batch's own prefill, which is then not computed again.
         references: what the full cache said to each example; none: no fidelity.
         refer: give references for others.
-        shared: the batch's own prefill, which is then not computed again.
     """
-    if isinstance(method, Oracle) and shared is None:
-        shared = prefill(model, batch, max_new_tokens)
-    inputs = batch.inputs
-    if shared is not None:
-        inputs = {name: tensor for name, tensor in inputs.items() if not name.startswith("pixel_values")}
-    paid = shared.paid if shared is not None and isinstance(method, Oracle) else []
+    memory: list[Tensor] = []
+    if isinstance(method, Oracle):
+        shared = shared or prefill(model, batch, max_new_tokens)
+        memory = _foreseen(model, batch, max_new_tokens, shared)
     found: dict[int, Answer] = {}
-    with (
-        torch.inference_mode(),
-        compress(model, method) as session,
-        shared.replayed(model, paid) if shared is not None else nullcontext(),
-    ):
-        talk = _Talk(model, session, inputs)
+    with torch.inference_mode(), compress(model, method) as session:
+        talk = _Talk(model, batch, session=session, shared=shared, memory=memory)
         for round_ in batch.rounds:
             replies = talk.replies(round_.questions, max_new_tokens)
             texts = [text.strip() for text in processor.batch_decode(replies, skip_special_tokens=True)]
             said = [replace(held, text=text) for held, text in zip(talk.held, texts, strict=True)]
             if refer:
-                made = [Reference(reply, 0, torch.empty(0), torch.empty(0)) for reply in replies]
-                first, logits = talk.expected(round_.questions, made)
-                made = [Reference.of(r.tokens, first, rows) for r, rows in zip(made, logits, strict=True)]
+                first, logits = talk.expected(round_.questions, replies)
+                made = [Reference.of(reply, first, rows) for reply, rows in zip(replies, logits, strict=True)]
                 said = [replace(one, reference=reference) for one, reference in zip(said, made, strict=True)]
             elif any(references):
                 given = [references[n] for n in round_.examples]
-                _, logits = talk.expected(round_.questions, given)
+                _, logits = talk.expected(round_.questions, [one.tokens if one else [] for one in given])
                 said = [
                     one if reference is None else replace(one, fidelity=compared(reference, reply, rows))
                     for one, reference, reply, rows in zip(said, given, replies, logits, strict=True)
@@ -213,28 +225,22 @@ def answer(
     return [found[n] for n in range(len(batch.examples))]
 
 
-def prefill(model: PreTrainedModel, batch: Batch, max_new_tokens: int) -> Prefill:
-    """The batch's prefill with the full cache, and what the questions and their answers then looked at."""
-    with torch.inference_mode(), compress(model, Whole()) as session, recording(model) as recorder:
-        talk = _Talk(model, session, batch.inputs, recorder.cache)
-        for round_ in batch.rounds:
-            replies = talk.replies(round_.questions, max_new_tokens)
-            made = recorder.made
-            ends = set(talk.ends.tolist())
-            said = [[token for token in reply if token not in ends] for reply in replies]
-            counts = [len(question) + len(reply) for question, reply in zip(round_.questions, said, strict=True)]
-            paid = [paid_attention(layer, made.start, counts) for layer in made.recorded_layers]
-            made.paid[:] = map(torch.maximum, made.paid, paid) if made.paid else paid
-            for layer in made.recorded_layers:
-                layer.later.clear()
-    return recorder.made
+def _foreseen(model: PreTrainedModel, batch: Batch, max_new_tokens: int, first: Prefill) -> list[Tensor]:
+    """What the answers of all rounds will pay most to each slot, by layer."""
+    rounds = [first, *(prefill(model, batch, max_new_tokens, turn) for turn in range(1, len(batch.rounds)))]
+    paid = [paid_attention(recorded, _ends(model)) for recorded in rounds]
+    return [torch.stack(layers).amax(0) for layers in zip(*paid, strict=True)]
+
+
+def _ends(model: PreTrainedModel) -> Tensor:
+    """Tokens that end generation."""
+    settings: Any = model.generation_config
+    ends = settings.eos_token_id
+    return torch.tensor([] if ends is None else ends, dtype=torch.int64, device=model.device).view(-1)
 
 
 class _Talk:
     """A model that reads a batch's prompts, and is asked again and again.
-
-    Args:
-        cache: an empty one that the prompts are read into; None: the session's own.
 
     Attributes:
         held: for each row an answer without its text: what the cache held of the prompt.
@@ -243,101 +249,106 @@ class _Talk:
     def __init__(
         self,
         model: PreTrainedModel,
-        session: Session,
-        inputs: dict[str, Tensor],
+        batch: Batch,
+        *,
+        session: Session | None = None,
         cache: CompressedCache | None = None,
+        shared: Prefill | None = None,
+        memory: Sequence[Tensor] = (),
     ) -> None:
-        self.model, self.session = model, session
-        self.inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        self.cache = {} if cache is None else {"past_key_values": cache}
+        """Args: cache: to be filled; None: the session makes one. memory: as in `Prefill.replayed`."""
+        self.model, self.session, self.given, self.shared, self.memory = model, session, cache, shared, memory
+        self.inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
         self.batch, self.start = self.inputs["input_ids"].shape
+        self.ends = _ends(model)
         self.held: list[Answer] = []
-        settings: Any = model.generation_config
-        ends = settings.eos_token_id
-        self.ends = torch.tensor([] if ends is None else ends, device=model.device, dtype=torch.long).reshape(-1)
-        self._read = False
+
+    @property
+    def cache(self) -> Any:
+        return self.given if self.session is None else self.session.cache
+
+    def prompted(self, max_new_tokens: int) -> Tensor:
+        """Tokens of the prompts and what follows them."""
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
+        if self.given is not None:
+            settings["past_key_values"] = self.given
+        if self.shared is None:
+            tokens = self.model.generate(**self.inputs, **settings)
+        else:
+            seen = {name: tensor for name, tensor in self.inputs.items() if not name.startswith("pixel_values")}
+            with self.shared.replayed(self.model, self.memory):
+                tokens = self.model.generate(**seen, **settings)
+        self._note()
+        return tokens
 
     def replies(self, questions: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Tokens of the answers, ends included."""
-        if any(questions):
-            return self._after(questions, min(map(len, questions)), max_new_tokens)[0]
-        tokens = self._read_prompts(max_new_tokens)
-        return [self._cut(row) for row in tokens[:, self.start :]]
+        if not any(questions):
+            return [self._cut(row) for row in self.prompted(max_new_tokens)[:, self.start :]]
+        tokens = self.after(questions, min(map(len, questions)), max_new_tokens).sequences
+        begins = self.ends_of(questions).tolist()
+        return [self._cut(row[at : at + max_new_tokens]) for row, at in zip(tokens, begins, strict=True)]
 
-    def expected(
-        self, questions: list[list[int]], references: Sequence[Reference | None]
-    ) -> tuple[int, list[Tensor]]:
-        """The first token of an answer that comes from the cache, and logits from there on along the references.
+    def expected(self, questions: list[list[int]], answers: Sequence[list[int]]) -> tuple[int, list[Tensor]]:
+        """The first token of an answer that comes from the cache, and logits from there on along given answers.
 
         The logits: for each row [tokens, vocabulary], at most `TOKENS` of them.
         """
         shared = min(map(len, questions)) or 1
         first = 0 if any(questions) else 1
-        paths = [[] if r is None else r.tokens[: first + TOKENS] for r in references]
-        tails = [question + path for question, path in zip(questions, paths, strict=True)]
-        longest = max(map(len, tails))
-        if longest == shared:
+        tails = [question + path[: first + TOKENS] for question, path in zip(questions, answers, strict=True)]
+        if max(map(len, tails)) <= shared:
             return first, [torch.empty(0, 1)] * self.batch
-        filled = [tail or [0] for tail in tails]
-        _, logits = self._after(filled, shared, 0)
+        logits = torch.stack(self.after([tail or [0] for tail in tails], shared, 0).logits)
         ends = [len(tail) - shared for tail in tails]
         starts = [len(question) + first - shared for question in questions]
         return first, [logits[start:end, row] for row, (start, end) in enumerate(zip(starts, ends, strict=True))]
 
-    def _after(self, tails: list[list[int]], shared: int, free: int) -> tuple[list[list[int]], Tensor]:
+    def after(self, tails: list[list[int]], shared: int, free: int) -> Any:
         """Let the prompts be followed by `tails`, the first `shared` tokens at once, then by `free` of the model's.
 
         Returns:
-            The free tokens of each row; and where there are none the logits [steps, batch, vocabulary].
+            As `generate`: `sequences`, and where no token is free `logits`, [batch, vocabulary] a step.
         """
         cache = self._at_the_prompts_end()
-        steps = max(map(len, tails)) - shared + free
-        start = self.start + shared
+        longest, start = max(map(len, tails)), self.start + shared
         whole = torch.tensor([tail[:shared] for tail in tails], device=self.model.device)
-        longest = max(map(len, tails))
         rest = [tail[shared:] + [-1] * (longest - len(tail)) for tail in tails]
         following = torch.tensor(rest, device=self.model.device, dtype=torch.long).reshape(self.batch, -1)
-        free_from = torch.tensor([self.start + len(tail) for tail in tails], device=self.model.device)
-        out: Any = self.model.generate(
+        ended = StoppingCriteriaList([_Ended(self.ends, self.ends_of(tails))])
+        return self.model.generate(
             input_ids=torch.cat([self.inputs["input_ids"], whole], 1),
             attention_mask=torch.cat([self.inputs["attention_mask"], torch.ones_like(whole)], 1),
             past_key_values=cache,
             do_sample=False,
-            max_new_tokens=steps,
+            max_new_tokens=longest - shared + free,
             eos_token_id=_NEVER,
             pad_token_id=0,
             logits_processor=LogitsProcessorList([_Following(following, start)]),
-            stopping_criteria=StoppingCriteriaList([_Ended(self.ends, free_from)]) if free else None,
+            stopping_criteria=ended if free else None,
             output_logits=not free,
             return_dict_in_generate=True,
         )
-        replies = [
-            self._cut(row[begin : begin + free]) for row, begin in zip(out.sequences, free_from.tolist(), strict=True)
-        ]
-        return replies, torch.empty(0) if free else torch.stack(out.logits)
 
-    def _at_the_prompts_end(self) -> Any:
+    def ends_of(self, tails: list[list[int]]) -> Tensor:
+        """Columns behind the prompt and each row's tail: int64 [batch]."""
+        return torch.tensor([self.start + len(tail) for tail in tails], device=self.model.device)
+
+    def _at_the_prompts_end(self) -> CompressedCache:
         """The cache as the prompts left it, frozen: cropped back to there, or filled anew where it cannot be."""
-        if not (self._read and _rewound(self.session.cache, self.start)):
-            self._read_prompts(1)
-        assert self.session.cache is not None
-        self.session.cache.freeze()
-        return self.session.cache
+        if not (self.held and _rewound(self.cache, self.start)):
+            self.prompted(1)
+        self.cache.freeze()
+        return self.cache
 
-    def _read_prompts(self, max_new_tokens: int) -> Tensor:
-        """Prompts and answers, int64 [batch, columns]; notes what the cache holds."""
-        if self._read and self.cache:
-            raise ValueError("this model's cache cannot be cropped: allowed is one question a context")
-        tokens: Any = self.model.generate(**self.inputs, **self.cache, do_sample=False, max_new_tokens=max_new_tokens)
-        self._read = True
-        report = self.session.report
+    def _note(self) -> None:
+        report = self.cache.report
         layers = [layer for layer in report["layers"] if layer["compressed"]]
         rows = [layer.get("rows", [layer]) for layer in layers]  # a batch of one is described by its layer
         size = report["totals"]["bytes"] / self.batch
         self.held = [
             Answer("", rows[0][n]["length"], [layer[n]["kept"] for layer in rows], size) for n in range(self.batch)
         ]
-        return tokens
 
     def _cut(self, row: Tensor) -> list[int]:
         """A row's tokens up to the first that ends it."""

@@ -1,13 +1,13 @@
 """One batch's prefill with the full cache, kept so that many methods can be tried on it.
 
-A prefill is the same whatever is cut afterwards. `recording` gives a cache that keeps all, and what each layer's
-attention was called with; inside `Prefill.replayed` the model's first forward pass puts that into the cache at hand,
-which cuts it as it would have cut it then. The rest is the model's own `generate`.
+A prefill is the same whatever is cut afterwards. `Prefill.recorded` lets the model answer once with everything in its
+cache and keeps what each layer's attention was called with; inside `Prefill.replayed` the model's first forward pass
+puts that into the cache at hand, which cuts it as it would have cut it then. The rest is the model's own `generate`.
 """
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from kvweave.cache import CompressedCache, CompressedLayer, Conversation
 from kvweave.methods.full import Full
 from kvweave.ops.statistics import AttentionRule
+from kvweave.session import compress
 
 #: What an attention was called with: queries [batch, heads, new, dim], its rule, and its mask.
 Call = tuple[Tensor, AttentionRule, Tensor | None]
 
 
 @dataclass(frozen=True)
-class Whole(Full):
+class _Whole(Full):
     """The full cache, its rotary tables noted for methods that turn keys."""
 
     @property
@@ -38,15 +39,13 @@ class RecordedLayer(CompressedLayer):
 
     Attributes:
         given: keys and values [batch, kv_heads, length, dim] of the prompt.
-        first: the prompt's call of attention.
-        later: the calls since, until somebody takes them.
+        calls: of attention, the prompt's first, then one for each decoded token.
     """
 
     def __init__(self, index: int, conversation: Conversation) -> None:
         super().__init__(index, conversation)
         self.given: tuple[Tensor, Tensor] | None = None
-        self.first: Call | None = None
-        self.later: list[Call] = []
+        self.calls: list[Call] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.given is None:
@@ -54,25 +53,21 @@ class RecordedLayer(CompressedLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def after_attention(self, queries: Tensor, rule: AttentionRule, mask: Tensor | None) -> None:
-        call = queries, rule, mask
-        if self.unread and self.first is None:
-            self.first = call
-        elif self.unread:
-            self.later.append(call)
+        if self.unread:
+            self.calls.append((queries, rule, mask))
         super().after_attention(queries, rule, mask)
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """What a prefill left behind.
+    """A prefill, and the answer that the full cache gave after it.
 
     Attributes:
         layers: of the cache in order; recorded ones, and others as the prefill left them.
         output: of the first forward pass.
         rotary, interleaved: as in `Conversation`.
+        tokens: int64 [batch, prompt + answer], what `generate` returned.
         start: columns of the prompt.
-        paid: for each recorded layer the largest attention that what came later paid to the prompt's slots, float
-            [batch, kv_heads, start] (`oracle.paid_attention`), over all that was asked.
         known: statistics that methods asked for, kept for the next ones and other budgets.
     """
 
@@ -80,9 +75,41 @@ class Prefill:
     output: Any
     rotary: tuple[Tensor, Tensor] | None
     interleaved: bool
+    tokens: Tensor
     start: int
-    paid: list[Tensor] = field(default_factory=list)
     known: dict[Any, dict[Any, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def recorded(cls, model: PreTrainedModel, answer: Callable[..., Tensor]) -> "Prefill":
+        """Let the model answer with the full cache, and keep what it did.
+
+        Args:
+            answer: calls `model.generate` with the keywords that it is given; returns the tokens.
+        """
+        method = _Whole()
+        cache = CompressedCache(model.config, method)
+        for place, layer in enumerate(cache.layers):
+            if isinstance(layer, CompressedLayer):
+                cache.layers[place] = RecordedLayer(layer.index, cache.conversation)
+        first: dict[str, Any] = {}
+
+        def note(module: Any, args: Any, output: Any) -> None:
+            if not first:
+                others = [None if isinstance(x, RecordedLayer) else copy.deepcopy(x) for x in cache.layers]
+                first.update(
+                    output=output, others=others, rotary=cache.conversation.rotary, start=cache.get_seq_length()
+                )
+
+        noted = model.register_forward_hook(note)
+        try:
+            with compress(model, method):
+                tokens = answer(past_key_values=cache)
+        finally:
+            noted.remove()
+        layers = [
+            layer if other is None else other for layer, other in zip(cache.layers, first["others"], strict=True)
+        ]
+        return cls(layers, first["output"], first["rotary"], cache.conversation.interleaved, tokens, first["start"])
 
     @property
     def recorded_layers(self) -> list[RecordedLayer]:
@@ -92,9 +119,10 @@ class Prefill:
     @property
     def nbytes(self) -> int:
         """Bytes of the recorded keys, values and queries."""
-        given = [x for layer in self.recorded_layers for x in layer.given or ()]
-        queries = [layer.first[0] for layer in self.recorded_layers if layer.first is not None]
-        return sum(x.nbytes for x in (*given, *queries))
+        held = [
+            x for layer in self.recorded_layers for x in (*(layer.given or ()), *(call[0] for call in layer.calls))
+        ]
+        return sum(x.nbytes for x in held)
 
     @contextmanager
     def replayed(self, model: PreTrainedModel, memory: Sequence[Tensor] = ()) -> Iterator[None]:
@@ -139,51 +167,5 @@ class Prefill:
             if layer.given is not None:
                 target.update(*layer.given)
                 target.rotated = layer.rotated
-                if layer.first is not None:
-                    target.after_attention(*layer.first)
-
-
-def recorded_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """About what a recorded prefill of so many tokens holds: their queries, keys and values."""
-    config: Any = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rows = heads + 2 * (getattr(config, "num_key_value_heads", None) or heads)
-    return tokens * config.num_hidden_layers * rows * dim * model.dtype.itemsize
-
-
-class Recorder:
-    """A full cache whose layers keep what they are given, for one prompt and whatever is asked about it."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.cache = CompressedCache(model.config, Whole())
-        for place, layer in enumerate(self.cache.layers):
-            if isinstance(layer, CompressedLayer):
-                self.cache.layers[place] = RecordedLayer(layer.index, self.cache.conversation)
-        self.prefill: Prefill | None = None
-
-    @property
-    def made(self) -> Prefill:
-        """What was recorded, once the prompt was read."""
-        assert self.prefill is not None
-        return self.prefill
-
-    def note(self, model: Any, args: Any, output: Any) -> None:
-        """Forward hook: what the first pass left."""
-        if self.prefill is not None:
-            return
-        layers = [x if isinstance(x, RecordedLayer) else copy.deepcopy(x) for x in self.cache.layers]
-        talk = self.cache.conversation
-        start = self.cache.get_seq_length()
-        self.prefill = Prefill(layers, output, talk.rotary, talk.interleaved, start)
-
-
-@contextmanager
-def recording(model: PreTrainedModel) -> Iterator[Recorder]:
-    """A `Recorder` whose cache is to be passed to the model's next prefill, in a session of `Whole`."""
-    recorder = Recorder(model)
-    noted = model.register_forward_hook(recorder.note)
-    try:
-        yield recorder
-    finally:
-        noted.remove()
+                if layer.calls:
+                    target.after_attention(*layer.calls[0])

@@ -15,7 +15,7 @@ from kvweave.evals.answering import Answer, Batch, answer, prefill, prepare
 from kvweave.evals.fidelity import Reference
 from kvweave.evals.metrics import METRICS
 from kvweave.evals.plan import FULL, Cell, Evaluation
-from kvweave.evals.prefill import Prefill, recorded_bytes
+from kvweave.evals.prefill import Prefill
 from kvweave.evals.tasks import Example
 from kvweave.methods import Method
 from kvweave.ops.budget import entries
@@ -25,9 +25,8 @@ Result = dict[str, Any]
 Progress = Callable[[Result, int, int, bool], None]
 #: Hears what a cell at work in this process has come to: how many of its samples are done, of how many.
 Tick = Callable[[Cell, int, int], None]
-_HELD = 2**31  # bytes of prompts and their prefills that are kept for the next method
-#: Batches by their examples' ids, and their prefills where there is room.
-Held = dict[tuple[str, ...], tuple[Batch, Prefill | None]]
+_HELD = 2**30  # bytes of prompts that a worker keeps, read, for the next methods
+_SHARED = 2**31  # and of their prefills
 
 
 def run(
@@ -131,19 +130,20 @@ class Worker:
         self.fidelity = evaluation.fidelity
         self.out, self.batch, self.about = out, batch, about
         self._loaded: tuple[Any, Any] | None = None
-        self._read: tuple[Any, Sequence[Example], Held] | None = None
+        self._read: tuple[Any, Sequence[Example], dict[tuple[str, ...], Batch]] | None = None
+        self._prefills: dict[tuple[str, ...], Prefill] = {}
 
     def __call__(self, cell: Cell, tick: Tick | None = None) -> Result:
         """The cell's result, written to its file batch by batch."""
         start = time.perf_counter()
-        examples, held = self._examples(cell)
+        examples, prepared = self._examples(cell)
         begun = _begun(cell, self.out) or {"samples": [], "seconds": 0.0}
         samples = {sample["id"]: sample for sample in begun["samples"]}
         asked = [example for example in examples if example.id not in samples]
         failed: list[dict[str, Any]] = []
         result = self._result(cell, examples, samples, failed, begun["seconds"])
         for batch in batches(asked, cell.protocol, self.batch):
-            for example, said in zip(batch, self._answers(cell, batch, held), strict=True):
+            for example, said in zip(batch, self._answers(cell, batch, prepared), strict=True):
                 if isinstance(said, str):
                     failed.append({"id": example.id, "error": said})
                 else:
@@ -184,18 +184,21 @@ class Worker:
                 raise ValueError(f"model={self.model!r} reads text only: allowed is a model that reads images")
         return self._loaded
 
-    def _examples(self, cell: Cell) -> tuple[Sequence[Example], Held]:
+    def _examples(self, cell: Cell) -> tuple[Sequence[Example], dict[tuple[str, ...], Batch]]:
         """The cell's samples, and the batches that have been read; kept for the next cell."""
         key = cell.protocol, cell.task, cell.seed
         if self._read is None or self._read[0] != key:
             self._read = key, cell.task.examples(cell.seed), {}
+            self._prefills.clear()
         return self._read[1:]
 
-    def _answers(self, cell: Cell, examples: Sequence[Example], held: Held | None) -> list[dict[str, Any] | str]:
+    def _answers(
+        self, cell: Cell, examples: Sequence[Example], prepared: dict[tuple[str, ...], Batch]
+    ) -> list[dict[str, Any] | str]:
         """What is to be stored, or an error in its place, for each sample: one does not take others along."""
         model, processor = self._model()
         try:
-            batch, shared = self._prepared(cell, examples, held)
+            batch = self._prepared(processor, examples, cell.protocol, prepared)
             references = [Reference.load(cell.reference(self.out, example.id)) for example in examples]
             said = answer(
                 model,
@@ -203,9 +206,9 @@ class Worker:
                 cell.method,
                 batch,
                 cell.task.max_new_tokens,
+                self._prefill(cell, batch),
                 references=references if self.fidelity and not cell.whole else (),
                 refer=self.fidelity and cell.whole,
-                shared=shared,
             )
             for example, one in zip(examples, said, strict=True):
                 if one.reference is not None:
@@ -214,23 +217,36 @@ class Worker:
         except Exception as error:
             if len(examples) == 1:
                 return [f"{type(error).__name__}: {error}"]
-        return [one for example in examples for one in self._answers(cell, [example], None)]
+        return [one for example in examples for one in self._answers(cell, [example], {})]
 
-    def _prepared(self, cell: Cell, examples: Sequence[Example], held: Held | None) -> tuple[Batch, Prefill | None]:
-        """The batch, read and, as long as that fits into `held`, prefilled; once for all methods."""
-        model, processor = self._model()
+    def _prepared(
+        self, processor: Any, examples: Sequence[Example], protocol: str, held: dict[tuple[str, ...], Batch]
+    ) -> Batch:
         key = tuple(example.id for example in examples)
-        if held is None:
-            return prepare(processor, examples, cell.protocol), None
-        if key not in held:
-            batch, shared = prepare(processor, examples, cell.protocol), None
-            room = _HELD - batch.nbytes - sum(b.nbytes + (p.nbytes if p else 0) for b, p in held.values())
-            if recorded_bytes(model, batch.inputs["input_ids"].numel()) <= room:
-                shared = prefill(model, batch, cell.task.max_new_tokens)
-            if room < 0:
-                return batch, shared
-            held[key] = batch, shared
-        return held[key]
+        batch = held.get(key) or prepare(processor, examples, protocol)
+        if key not in held and sum(other.nbytes for other in held.values()) + batch.nbytes <= _HELD:
+            held[key] = batch
+        return batch
+
+    def _prefill(self, cell: Cell, batch: Batch) -> Prefill | None:
+        """The batch's prefill, where there is room for it; the full cache's one answer needs none."""
+        key = tuple(example.id for example in batch.examples)
+        if key not in self._prefills and not cell.whole:
+            model = self._model()[0]
+            room = _SHARED - sum(held.nbytes for held in self._prefills.values())
+            if _prefill_bytes(model.config, batch, model.dtype.itemsize) > room:
+                return None
+            self._prefills[key] = prefill(model, batch, cell.task.max_new_tokens)
+        return self._prefills.get(key)
+
+
+def _prefill_bytes(config: Any, batch: Batch, itemsize: int) -> int:
+    """What the prompt's keys, values and queries come to."""
+    decoder = config.get_text_config(decoder=True)
+    heads = decoder.num_attention_heads
+    dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
+    rows = heads + 2 * (getattr(decoder, "num_key_value_heads", None) or heads)
+    return decoder.num_hidden_layers * rows * dim * itemsize * batch.inputs["input_ids"].numel()
 
 
 def batches(examples: Sequence[Example], protocol: str, size: int) -> list[list[Example]]:
