@@ -42,11 +42,11 @@ guard: $(READY)  ## record what each method dispatches, multiplies, holds and wa
 	$(BIN)/python -m benchmarks.guard
 
 table: $(READY)  ## README's tables: all methods x the lab's tasks x budgets, question seen and not (resumes)
-	$(BIN)/kvweave eval --protocol seen,unseen --out out/table
+	$(BIN)/kvweave eval --protocol seen,unseen --workers 2 --out out/table
 	$(BIN)/python -m benchmarks.publish out/table lab --readme
 
 errata: $(READY)  ## what our readings of the papers change (resumes)
-	$(BIN)/kvweave eval --budgets 0.2 --methods "$$(cat docs/results/errata.txt)" --out out/errata
+	$(BIN)/kvweave eval --budgets 0.2 --methods "$$(cat docs/results/errata.txt)" --workers 2 --out out/errata
 	$(BIN)/python -m benchmarks.publish out/errata errata
 
 docs: $(READY)  ## docs/METHODS.md from the registry

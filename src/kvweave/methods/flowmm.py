@@ -46,7 +46,9 @@ class FlowMM(MergingMethod):
         "aligned", "aligned", "misaligned", "cross", "intra", help="layer mode: by the flow ratio, or fixed"
     )
     flow_ratio: str = choice("literal", "literal", "balanced", "nosink", help="which ratio is held against theta")
-    flow_rows: int = integer(0, minimum=0, help="rows, drawn from both modalities, that estimate it; 0: all of them")
+    flow_rows: int = integer(
+        256, minimum=0, help="rows, drawn from both modalities, that estimate it in longer prompts; 0: all of them"
+    )
     seed: int = integer(0, minimum=0, help="of that draw")
     cross_scope: str = choice("any", "any", "other_only", help="modalities that a cross-modal merge allows")
     no_target: str = choice("evict", "evict", "any", help="a token without an allowed pivot: gone, or into any")

@@ -1,9 +1,13 @@
 """Random choices that depend on the seed, the layer and what a row holds, and on nothing else."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def uniform(seed: int, layer: int, like: Tensor) -> Tensor:
@@ -50,8 +54,8 @@ def stratified_rows(row_visual: Tensor, count: int, seed: int, layer: int) -> tu
 
 
 def _one_of_each_run(
-    these: NDArray[np.int64], runs: int, generator: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    these: "NDArray[np.int64]", runs: int, generator: np.random.Generator
+) -> "tuple[NDArray[np.int64], NDArray[np.int64]]":
     """One of each of `runs` runs of neighbours, as equal as can be, and the runs' lengths."""
     edges = np.arange(runs + 1) * len(these) // max(1, runs)
     lengths = np.diff(edges)
