@@ -25,7 +25,7 @@ from benchmarks.shapes import Shape, layer_of
 
 RECORDED = Path(__file__).parents[1] / "tests" / "benchmarks" / "guard.json"
 SHAPE, LENGTH, LAYERS, BUDGET = Shape(8, 4, 32), 512, 2, 0.2
-VARIANTS = ("flowmm:flow_rows=64", "lookm:text_prior=union", "flowmm:mass_bias=True")
+VARIANTS = ("flowmm:flow_rows=0", "lookm:text_prior=union", "flowmm:mass_bias=True")
 
 
 class Operations(TorchDispatchMode):

@@ -36,8 +36,8 @@ BUDGET = 0.2
 WINDOW = 32
 ATTENTION = "attention"  # the row that all others are held against
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-SAMPLED = "flowmm:flow_rows=256"
-FIRST = ("snapkv", "h2o", "flowmm", SAMPLED)  # methods that marks speak of
+EXACT = "flowmm:flow_rows=0"
+FIRST = ("snapkv", "h2o", "flowmm", EXACT)  # methods that marks speak of
 IMPORT = "import kvweave"
 EXPONENT_FROM = 2048  # below it what a call costs whatever the length outweighs the rest
 
@@ -72,9 +72,10 @@ class Mark:
 
 
 MARKS = (
-    Mark("flowmm", 2.5, "x", (4096,)),
+    Mark(EXACT, 2.5, "x", (4096,)),
     Mark("h2o", 2.0, "x", (4096,)),
     Mark("flowmm", 100, "MiB", (4096,)),
+    Mark(EXACT, 100, "MiB", (4096,)),
     Mark("h2o", 100, "MiB", (4096,)),
     Mark("snapkv", 100, "MiB", (4096,)),
     Mark("column sums", 1.0, "x", (4096,), (SMALL,)),
@@ -85,8 +86,8 @@ MARKS = (
     Mark("snapkv", 45, "MiB", (4096,), (QWEN,)),
     Mark("matching", 0.25, "x", (4096, 8192)),
     Mark("merging", 60, "MiB", (8192,)),
-    Mark("flowmm", 1.4, "x", (4096, 8192)),
-    Mark(SAMPLED, 0.5, "x", (4096, 8192)),
+    Mark(EXACT, 1.4, "x", (4096, 8192)),
+    Mark("flowmm", 0.5, "x", (4096, 8192)),
     Mark("weave", 0.5, "x", (4096, 8192)),
     Mark("flashcache", 1.25, "exponent", ()),  # L log L has 1.10 to 1.13 between 2k and 32k
 )

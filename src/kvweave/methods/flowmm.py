@@ -81,6 +81,8 @@ class FlowMM(MergingMethod):
         """Step 1, Eqs. 6-7: the ratio that decides, and the other two for the report."""
         ratios = view.flow(self.flow_rows, self.seed)
         log = {"flow_literal": ratios.literal, "flow_balanced": ratios.balanced, "flow_nosink": ratios.nosink}
+        if 0 < self.flow_rows < view.row_visual().shape[-1]:  # estimates: so say how many rows they are from
+            log["flow_rows"] = torch.full_like(ratios.literal, self.flow_rows)
         return log.pop(f"flow_{self.flow_ratio}"), log
 
     def is_cross(self, flow: Tensor) -> Tensor:
