@@ -70,15 +70,20 @@ def evaluate(
     device: options.Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder of the results; resumes if it holds some.")] = Path("out/eval"),
     json: options.Json = False,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="Samples that the page shows kept tokens, speed and flow of; 0: none.")
+    ] = 2,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")] = False,
 ) -> None:
     """Evaluate methods at equal budgets; interrupted anywhere, the same command resumes.
 
-    Writes a file for each cell under OUT/cells, and table.md, table.csv and table.json; of a folder in MileBench's
-    layout also OUT/outputs, which its own scorer reads. Exits with 1 if samples failed: they are listed, not scored.
+    Writes a file for each cell under OUT/cells, table.md, table.csv and table.json, and a page, index.html; of a
+    folder in MileBench's layout also OUT/outputs, which its own scorer reads. Exits with 1 if samples failed: they
+    are listed, not scored.
     """
     from kvweave.evals import Evaluation, run, summarise, write_tables
     from kvweave.evals.outputs import write_outputs
+    from kvweave.evals.page import write_page
     from kvweave.evals.plan import parse_budgets, parse_methods
     from kvweave.evals.tables import rendered
 
@@ -135,12 +140,13 @@ def evaluate(
     seconds = round(time.perf_counter() - start, 1)
     summary = summarise(evaluation, results, baseline=baseline, command=command_line(), seconds=seconds)
     write_tables(summary, out)
+    page = write_page(evaluation, summary, out, samples=pictures, device=device)
     layout = write_outputs(evaluation, results, out)
     if json:
         print_json(summary)
     elif not quiet:
         stdout().print(rendered(summary))
-        stdout().print(f"written: [bold]{out / 'table.md'}[/bold], table.csv, table.json")
+        stdout().print(f"written: [bold]{page}[/bold], table.md, table.csv, table.json")
         if layout is not None:
             stdout().print(f"written: [bold]{layout}[/bold], as MileBench's scorer reads it")
     if summary["failed"]:
