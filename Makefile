@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test lint format bench bench-decode bench-peers table errata docs gpu clean
+.PHONY: run test lint format bench bench-decode bench-peers results docs gpu clean
 
 run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
 	$(BIN)/kvweave run
@@ -35,13 +35,9 @@ bench-decode: $(READY)  ## a decoded token over what each budget keeps, against 
 bench-peers: $(READY)  ## kvweave beside kvpress on the same tensors (makes .venv-peers for it)
 	$(BIN)/python -m benchmarks.peers
 
-table: $(READY)  ## README's tables: all methods x the lab's tasks x budgets, question seen and not (resumes)
-	$(BIN)/kvweave eval --protocol seen,unseen --out out/table
-	$(BIN)/python -m benchmarks.publish out/table lab --readme
-
-errata: $(READY)  ## what our readings of the papers change (resumes)
-	$(BIN)/kvweave eval --budgets 0.2 --methods "$$(cat docs/results/errata.txt)" --out out/errata
-	$(BIN)/python -m benchmarks.publish out/errata errata
+results: $(READY)  ## docs/RESULTS.md and README's tables: the papers' tables and figures on the lab model (resumes)
+	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --workers 2 --out out/results
+	$(BIN)/python -m benchmarks.publish out/results
 
 docs: $(READY)  ## docs/METHODS.md from the registry
 	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md

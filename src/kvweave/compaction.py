@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvweave.layer import LayerView
 from kvweave.methods.base import ALL_ROWS, Method
-from kvweave.ops.select import last
+from kvweave.ops.select import last, places
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted, Plan
 from kvweave.prompt import Prompt
@@ -72,7 +72,7 @@ def group_rows(
         length, asked, _ = key
         whole = len(index) == batch and length == count
         at = torch.tensor(index, device=real.device)
-        held = (~real[at]).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :length]  # ascending
+        held = places(real[at], length)
 
         def pick(x: Tensor, at: Tensor = at, held: Tensor = held, whole: bool = whole) -> Tensor:
             """These rows' held slots of `x` [batch, heads, slots, ...]."""

@@ -93,7 +93,7 @@ def test_an_interrupted_plan_resumes(
 
     computed: list[Any] = []
     original = Worker.__call__
-    monkeypatch.setattr(Worker, "__call__", lambda self, cell: computed.append(cell) or original(self, cell))
+    monkeypatch.setattr(Worker, "__call__", lambda self, cell, *rest: computed.append(cell) or original(self, cell))
     results = run(plan(), tmp_path, workers=1, command="kvweave eval")
     assert len(computed) == len(results) - 4
     assert all(path.stat().st_mtime_ns == time for path, time in cells.items())

@@ -18,7 +18,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
         return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
     out = x.new_empty(*index.shape, x.shape[-1])
     for b, h in itertools.product(*map(range, index.shape[:2])):  # copies rows, where gather copies numbers
-        out[b, h] = x[b, h].index_select(0, index[b, h])
+        torch.index_select(x[b, h], 0, index[b, h], out=out[b, h])
     return out
 
 
