@@ -42,12 +42,13 @@ def test_decode_writes_every_method_and_what_the_bias_costs(tmp_path, capsys):
     printed = capsys.readouterr().out
     (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("decode-*.json"))
     figures = data["figures"]
-    assert {f["what"] for f in figures} == {decode.FULL, decode.FULL + decode.GROUPED, decode.PLAIN, *decode.METHODS}
+    assert {f["what"] for f in figures} == {decode.FULL, decode.PLAIN, *decode.METHODS}
+    assert data["left_out"] == []
     assert {f["batch"] for f in figures} == {1, 8}
     for batch in (1, 8):
         held = {f["what"]: f["mebibytes"] for f in figures if f["batch"] == batch}
         assert all(held[name] < 0.3 * held[decode.FULL] for name in decode.METHODS)
-    assert [mark["mark"].split()[:2] for mark in data["marks"]] == [["flowmm", "mass_bias"]] * 4
+    assert [mark["mark"].split()[:2] for mark in data["marks"]] == [["flowmm", "mass_bias"]] * 2
     (text,) = (path.read_text() for path in tmp_path.glob("decode-*.md"))
     for name in decode.METHODS:
         assert name in printed

@@ -77,7 +77,7 @@ def evaluate(
 ) -> None:
     """Evaluate methods at equal budgets; interrupted anywhere, the same command resumes.
 
-    Writes a file for each cell under OUT/cells, table.md, table.csv and table.json, and index.html, a page; of a
+    Writes a file for each cell under OUT/cells, table.md, table.csv and table.json, and a page, index.html; of a
     folder in MileBench's layout also OUT/outputs, which its own scorer reads. Exits with 1 if samples failed: they
     are listed, not scored.
     """
