@@ -125,7 +125,7 @@ def evaluate(
             fidelity=fidelity,
         )
         baseline = _baseline(baseline, evaluation.labels)
-        with _Progress(quiet) as progress:
+        with CellProgress(quiet) as progress:
             results = run(
                 evaluation,
                 out,
@@ -184,7 +184,7 @@ def _baseline(name: str | None, labels: list[str]) -> str | None:
     return name
 
 
-class _Progress:
+class CellProgress:
     """A bar on stderr: share of the cells done, time left, and which cell is at work or was the last."""
 
     def __init__(self, quiet: bool) -> None:
@@ -208,7 +208,7 @@ class _Progress:
         self.bar = Progress(*columns, console=err(), disable=quiet, speed_estimate_period=120)
         self.line = self.bar.add_task("starting", total=None)
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "CellProgress":
         self.bar.start()
         return self
 

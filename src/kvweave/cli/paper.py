@@ -9,7 +9,7 @@ import typer
 from kvweave.cli import options
 from kvweave.cli.console import BadInput, bad_input, check_out, command_line, err, print_json, quiet_libraries
 from kvweave.cli.console import out as stdout
-from kvweave.cli.eval import _Progress
+from kvweave.cli.eval import CellProgress
 
 if TYPE_CHECKING:
     from kvweave.evals.paper import Sheet
@@ -72,7 +72,7 @@ def paper(
             workers=workers,
             command=command_line(),
         )
-        with _Progress(quiet) as progress:
+        with CellProgress(quiet) as progress:
             sheets = make(recipes, subject, progress)
     written = [path for sheet in sheets for path in sheet.write(out)]
     if json:
@@ -99,8 +99,15 @@ def _lab(samples: int | None) -> Source:
 
 
 def _milebench(data: Path, samples: int | None) -> Source:
-    """The paper's tasks in the folder; for lengths, whatever is there."""
-    raise BadInput(f"--data {str(data)!r}: allowed is no --data yet")
+    """Those of a paper's tasks that the folder has, all of them if it has none; for lengths, whatever is there."""
+    from kvweave.evals import Options, milebench_tasks
+
+    there = milebench_tasks(data, (), Options(count=samples))
+
+    def tasks(names: Sequence[str]) -> "tuple[Task, ...]":
+        return tuple(task for task in there if task.name in names) or there
+
+    return tasks, lambda: there
 
 
 def _list(json: bool) -> None:

@@ -149,14 +149,14 @@ class Evaluation:
         there = store.read_json(path)
         different = [name for name in {**there, **mine} if there.get(name) != mine.get(name)]
         if different:
-            named = "; ".join(f"{name} {_difference(there.get(name), mine.get(name))}" for name in different)
+            named = "; ".join(f"{name} {difference(there.get(name), mine.get(name))}" for name in different)
             raise ValueError(
                 f"out={str(out)!r} holds results of other options, which are not mixed: {named}. "
                 "Name another folder, or delete this one"
             )
 
 
-def _difference(there: Any, here: Any) -> str:
+def difference(there: Any, here: Any) -> str:
     """Two values in a few words: of collections only what one side alone has."""
     if isinstance(there, dict) and isinstance(here, dict):
         names = [name for name in {**there, **here} if there.get(name) != here.get(name)]

@@ -63,6 +63,7 @@ def evaluation(recipe: Recipe, subject: Subject) -> Evaluation | None:
         seeds=subject.seeds,
         protocols=recipe.protocols,
         dtype=subject.dtype,
+        fidelity=False,  # no table of a paper has it
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvweave.evals import store
-from kvweave.evals.plan import Cell, Evaluation, _difference
+from kvweave.evals.plan import Cell, Evaluation, difference
 
 _EXTENT = ("tasks", "methods", "budgets", "seeds", "protocols")  # what may differ between tables
 
@@ -45,9 +45,9 @@ class Study(Evaluation):
             there = store.read_json(path)
             known = {name: there["tasks"].get(name, task) for name, task in mine["tasks"].items()}
             different = [name for name in mine if name != "tasks" and there.get(name) != mine[name]]
-            named = [f"{name} {_difference(there.get(name), mine[name])}" for name in different]
+            named = [f"{name} {difference(there.get(name), mine[name])}" for name in different]
             if known != mine["tasks"]:
-                named.append(f"tasks {_difference(known, mine['tasks'])}")
+                named.append(f"tasks {difference(known, mine['tasks'])}")
             if named:
                 raise ValueError(
                     f"out={str(out)!r} holds results of other options, which are not mixed: {'; '.join(named)}. "
