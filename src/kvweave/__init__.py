@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from kvweave.methods.madakv import MadaKV
     from kvweave.methods.meda import Meda
     from kvweave.methods.mixkv import MixKV
+    from kvweave.methods.peak import Peak
     from kvweave.methods.pyramidkv import PyramidKV
     from kvweave.methods.quantized import Quantized
     from kvweave.methods.random import Random
     from kvweave.methods.snapkv import SnapKV
     from kvweave.methods.streaming_llm import StreamingLLM
     from kvweave.methods.vlcache import VLCache
+    from kvweave.methods.weave import Weave
     from kvweave.plan import Compacted, Merge, Plan
     from kvweave.prompt import Prompt
     from kvweave.session import Session, attach, compress
@@ -60,6 +62,7 @@ __all__ = [
     "MergingMethod",
     "Method",
     "MixKV",
+    "Peak",
     "Plan",
     "Prompt",
     "PyramidKV",
@@ -69,6 +72,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "VLCache",
+    "Weave",
     "attach",
     "compress",
     "compress_tensors",
@@ -99,6 +103,7 @@ _HOMES = {
     "MergingMethod": "methods.base",
     "Method": "methods.base",
     "MixKV": "methods.mixkv",
+    "Peak": "methods.peak",
     "Plan": "plan",
     "Prompt": "prompt",
     "PyramidKV": "methods.pyramidkv",
@@ -108,6 +113,7 @@ _HOMES = {
     "SnapKV": "methods.snapkv",
     "StreamingLLM": "methods.streaming_llm",
     "VLCache": "methods.vlcache",
+    "Weave": "methods.weave",
     "attach": "session",
     "compress": "session",
     "compress_tensors": "tensors",

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvweave.compaction import Group, compact, fits, group_rows, observe
+from kvweave.deferred import Waiting, decoded_attention, known_by_row, known_together
 from kvweave.fixed import FixedSlots
 from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.budget import entries
@@ -42,6 +43,9 @@ class Conversation:
         rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
         interleaved: how rotary pairs channels.
         attached: a model that knows how to read this cache is running.
+        counted: with a deferred cut, bool [batch, tokens], the first decoded tokens that belong to a reply which has
+            not ended; None: no cut is waiting.
+        deferred: tokens decoded before the last cut.
         known: views' statistics by what they are of, for caches that are filled with one and the same prompt.
         sees_all: a token that is decoded sees every slot, whatever the model's mask says of padding.
         room: tokens to come for which memory is laid out once the prompt is cut, or None.
@@ -57,6 +61,8 @@ class Conversation:
     rotary: tuple[Tensor, Tensor] | None = None
     interleaved: bool = False
     attached: bool = False
+    counted: Tensor | None = None
+    deferred: int = 0
     known: dict[Any, dict[Any, Any]] | None = None
     sees_all: bool = False
     room: int | None = None
@@ -135,9 +141,11 @@ class CompressedLayer(DynamicLayer):
         self.memory: Tensor | None = None  # what the method left for a later turn
         self.record: Record | None = None
         self.pending: Pending | None = None
+        self.waiting: Waiting | None = None
         self.unread = False  # keys handed out that attention has not been seen to read
         self.rotated = True  # keys carry a rotary phase
         self._new = 0
+        self._query_shape = 0, 0  # heads, dim
         self._queries: list[Tensor] = []
 
     # ---------------------------------------------------------------- what memory holds
@@ -306,6 +314,8 @@ class CompressedLayer(DynamicLayer):
         if self._queries:
             rows = torch.cat(self._queries, 2)
             self._queries = [rows[:, :, : rows.shape[2] - gone]]
+        if self.waiting is not None and column < self.waiting.prompt.length:
+            self.waiting = None  # what was known spoke of a longer prompt
         self.seen = column
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -315,6 +325,7 @@ class CompressedLayer(DynamicLayer):
         """Keep the given rows of the batch, in that order."""
         self.blocks = [block.rows(indices) for block in self.blocks]
         self._queries = [queries[indices.to(queries.device)] for queries in self._queries]
+        self.waiting = self.waiting.rows(indices) if self.waiting is not None else None
         self.memory = self.memory[indices.to(self.memory.device)] if self.memory is not None else None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -336,13 +347,19 @@ class CompressedLayer(DynamicLayer):
         if not self.unread or self.fixed:
             return  # a second reader of the same keys (layers that share them)
         self.unread = False
+        self._query_shape = queries.shape[1], queries.shape[3]
         if queries.shape[2] != self._new:
             self.kind = "cross attention"
             return
         talk = self.conversation
         start = self.seen - self._new
-        if self.kind != "full" or talk.end is None or start >= talk.end:
+        if self.kind != "full" or talk.end is None:
             return
+        if start >= talk.end:
+            if self.waiting is not None:
+                self.waiting.note(queries.detach(), start - talk.end)
+            return
+        self.waiting = None  # another prompt: it is compressed with all that came before
         real = min(self.seen, talk.end) - start
         wanted = talk.method.query_rows
         if wanted:
@@ -360,10 +377,13 @@ class CompressedLayer(DynamicLayer):
         if mask is not None and mask.shape[1] not in (1, queries.shape[1]):
             mask = mask.repeat_interleave(queries.shape[1] // mask.shape[1], 1)
         self._prompt_complete(asked, rule, mask, behind)
+        if self.waiting is not None:
+            self.waiting.note(queries[:, :, real:].detach(), 0)
 
     def _prompt_complete(self, queries: Tensor | None, rule: AttentionRule, mask: Tensor | None, behind: int) -> None:
         """Cut all slots but the last `behind`, or with a layer-adaptive method prepare for `cut`."""
         talk = self.conversation
+        talk.deferred = 0
         assert talk.prompt is not None
         prompt = talk.prompt.cropped(talk.end).to(self.device)
         lengths = prompt.lengths
@@ -380,6 +400,31 @@ class CompressedLayer(DynamicLayer):
         if first and not adaptive and all(b >= n for b, n in zip(share, lengths, strict=True)):
             self._store(self.blocks, lengths, whole)  # nothing to give up: not a bit is touched
             return
+        groups = self._groups(whole, queries, prompt, rule, mask)
+        for group in groups:
+            if talk.known is not None:
+                rows = 0 if group.view.queries is None else group.view.queries.shape[2]
+                group.view.remember_in(talk.known.setdefault((self.index, *group.index, rows), {}))
+        pending = Pending(groups, [], budgets, lengths, whole, after)
+        if talk.method.defer:
+            self._wait(pending, prompt, rule)
+        elif adaptive:
+            pending.weights = observe(talk.method, groups, budgets)
+            self.pending = pending
+        else:
+            self.cut(pending, share)
+
+    def _groups(
+        self,
+        whole: Slots,
+        queries: Tensor | None,
+        prompt: Prompt,
+        rule: AttentionRule,
+        mask: Tensor | None = None,
+        apart: Sequence[int] | None = None,
+    ) -> list[Group]:
+        """What the method sees of the prompt's slots."""
+        talk = self.conversation
         groups = group_rows(
             whole,
             queries,
@@ -391,19 +436,64 @@ class CompressedLayer(DynamicLayer):
             memory=self.memory,
             rotary=talk.rotary if talk.turns_keys else None,
             wanted=talk.method.query_rows,
-            alone=talk.method.plans_rows_alone,
+            apart=range(len(prompt.valid)) if talk.method.plans_rows_alone else apart,
         )
         for group in groups:
             group.view.interleaved, group.view.rotated = talk.interleaved, self.rotated
-            if talk.known is not None:
-                rows = 0 if group.view.queries is None else group.view.queries.shape[2]
-                group.view.remember_in(talk.known.setdefault((self.index, *group.index, rows), {}))
-        pending = Pending(groups, [], budgets, lengths, whole, after)
-        if not adaptive:
-            self.cut(pending, share)
-            return
-        pending.weights = observe(talk.method, groups, budgets)
-        self.pending = pending
+        return groups
+
+    def _wait(self, pending: Pending, prompt: Prompt, rule: AttentionRule) -> None:
+        """Hold what the prompt's queries say until the first tokens are decoded."""
+        method, batch = self.conversation.method, len(prompt.valid)
+        self._store(self.blocks, pending.lengths, pending.prompt, packs=False)
+        weights = observe(method, pending.groups, pending.budgets)
+        by_row = {row: weight for group, weight in zip(pending.groups, weights, strict=True) for row in group.index}
+        heads, dim = self._query_shape
+        queries = pending.prompt.keys.new_zeros(batch, heads, method.defer, dim)
+        self.waiting = Waiting(
+            prompt,
+            pending.prompt.count,
+            known_by_row(pending.groups, batch),
+            [by_row[row] for row in range(batch)],
+            pending.budgets,
+            rule,
+            queries,
+        )
+
+    @torch.no_grad()
+    def cut_deferred(self, share: list[int], counted: Tensor | None) -> None:
+        """Replace the prompt's slots, the tokens decoded meanwhile having said what they look at.
+
+        Args:
+            share: entries that each row of the batch keeps in this layer.
+            counted: bool [batch, tokens], those that count; None: there are none.
+        """
+        waiting, method = self.waiting, self.conversation.method
+        assert waiting is not None
+        self.waiting = None
+        prompt = waiting.prompt.to(self.device)
+        slots = rectangular([block.unpacked() for block in self.blocks])
+        behind = self.seen - prompt.length
+        decoded = torch.ones(len(prompt.valid), behind, dtype=torch.bool, device=prompt.valid.device)
+        slots = slots.explicit(torch.cat([prompt.valid, decoded], 1))
+        whole, after = slots.first(waiting.slots), slots.after(waiting.slots)
+        rows = [known.get("rows", 0) for known in waiting.known]
+        groups = self._groups(whole, None, prompt, waiting.rule, apart=rows)
+        tokens = min(behind, method.defer)
+        for group in groups:
+            view, at = group.view, group.index
+            view.known = known_together([waiting.known[row] for row in at])
+            if counted is None or not tokens or not (method.query_rows and share[at[0]] < view.length):
+                continue
+            view.decoded_weight = method.weight_of(method.defer)
+            view.decoded = decoded_attention(
+                view,
+                waiting.queries[at, :, :tokens],
+                after.keys[at, :, :tokens],
+                counted[at, :tokens].to(self.device),
+                waiting.rule,
+            )
+        self.cut(Pending(groups, [], waiting.budgets, prompt.lengths, whole, after), share)
 
     @torch.no_grad()
     def cut(self, pending: Pending, share: list[int]) -> None:
@@ -414,14 +504,15 @@ class CompressedLayer(DynamicLayer):
         """
         self.pending = None
         if fits(pending.groups, share):
-            self._store(self.blocks, pending.lengths, pending.prompt)
+            self._store(self.blocks, pending.lengths, pending.prompt, behind=pending.behind.nbytes)
             return
         talk = self.conversation
         outcome = compact(talk.method, pending.groups, share, pending.budgets, trace=talk.trace)
         self.flow = outcome.compacted.flow
         self.fate = outcome.fate
         self.memory = outcome.memory
-        self._store(stored(outcome.compacted, pending.behind), pending.lengths, outcome.compacted, outcome.rows)
+        blocks = stored(outcome.compacted, pending.behind)
+        self._store(blocks, pending.lengths, outcome.compacted, outcome.rows, behind=pending.behind.nbytes)
 
     def _store(
         self,
@@ -429,21 +520,26 @@ class CompressedLayer(DynamicLayer):
         lengths: list[int],
         prompt: Slots | Compacted,
         said: list[dict[str, Any]] | None = None,
+        packs: bool = True,
+        behind: int = 0,
     ) -> None:
         """Let memory hold `blocks`, and keep what the report will say.
 
         Args:
             prompt: what is left of the prompt, for its positions and mass.
             said: for each row, what its plan says of itself.
+            packs: store it as the method wants it stored.
+            behind: bytes of the tokens that lie behind the prompt.
         """
-        before, storage = self.nbytes, self.conversation.method.storage
+        before, storage = self.nbytes - behind, self.conversation.method.storage if packs else None
         self.blocks = [packed(x, storage) if storage and isinstance(x, Slots) else x for x in blocks]
         assert prompt.positions is not None
         assert prompt.mass is not None
         held = prompt.positions >= 0
         mass = prompt.mass * held
         rows = said or [{} for _ in lengths]
-        self.record = Record(lengths, held.sum(-1), mass.sum(-1), mass.max(), before, self.nbytes, rows)
+        after = self.nbytes - behind
+        self.record = Record(lengths, held.sum(-1), mass.sum(-1), mass.max(), before, after, rows, behind)
 
 
 class CompressedCache(Cache):
@@ -547,7 +643,63 @@ class CompressedCache(Cache):
 
         Ask one, then `crop` the cache back to the length it had, and ask the next.
         """
+        self._cut_deferred()
         self.conversation.frozen = True
+
+    @property
+    def waits(self) -> bool:
+        """The prompt's cut is deferred and has not come yet."""
+        return any(layer.waiting is not None for layer in self.compressed_layers)
+
+    def cut_if_due(self) -> None:
+        """Make the deferred cut, once as many tokens have been decoded as the method asks for.
+
+        Called when the tokens at hand are the reply's, and not candidates that may be taken back.
+        """
+        if self.waits and self.decoded >= self.method.defer:
+            self._cut_deferred()
+
+    @property
+    def decoded(self) -> int:
+        """Tokens behind the last prompt."""
+        end = self.conversation.end
+        return 0 if end is None else self.get_seq_length() - end
+
+    def count_decoded(self, start: int, live: Tensor, ended: Tensor) -> None:
+        """Note which of the first decoded tokens belong to a reply that has not ended.
+
+        Args:
+            start: number of the first of them; the first decoded token is 0.
+            live: bool [batch, new], tokens that the attention mask shows; ended: alike, tokens that end a reply.
+        """
+        talk = self.conversation
+        if talk.counted is None:
+            talk.counted = torch.zeros(len(live), self.method.defer, dtype=torch.bool, device=live.device)
+        for n in range(min(live.shape[1], self.method.defer - start)):
+            going = live[:, n] & ~ended[:, n]
+            at = start + n
+            talk.counted[:, at] = going & talk.counted[:, at - 1] if at else going
+
+    @torch.compiler.disable
+    def _cut_deferred(self) -> None:
+        talk = self.conversation
+        layers = [layer for layer in self.compressed_layers if layer.waiting is not None]
+        if not layers:
+            return
+        first = layers[0].waiting
+        assert first is not None
+        lengths = first.prompt.lengths
+        shares = []  # of each row, by layer
+        for row, (budget, length) in enumerate(zip(first.budgets, lengths, strict=True)):
+            if self.method.layer_adaptive:
+                weights = [layer.waiting.weights[row] for layer in layers if layer.waiting is not None]
+                shares.append(self.method.allocate(weights, budget, length))
+            else:
+                whole = self.method.layer_budgets(budget, length, talk.layers)
+                shares.append([whole[layer.index] for layer in layers])
+        for place, layer in enumerate(layers):
+            layer.cut_deferred([share[place] for share in shares], talk.counted)
+        talk.deferred = self.decoded
 
     def finish_prompt(self) -> None:
         """Cut the layers of a layer-adaptive method, once all of them have been observed."""
@@ -560,6 +712,7 @@ class CompressedCache(Cache):
             and self.is_compileable
             and talk.end is not None
             and self.get_seq_length() >= talk.end
+            and not self.waits
         ):
             self.reserve(talk.room)
 
@@ -581,7 +734,7 @@ class CompressedCache(Cache):
         """Forget everything."""
         super().reset()
         talk = self.conversation
-        talk.prompt = talk.end = talk.declared = talk.rotary = None
+        talk.prompt = talk.end = talk.declared = talk.rotary = talk.counted = None
         talk.frozen = False
         talk.room = None
 
@@ -601,6 +754,8 @@ class CompressedCache(Cache):
     def _select_prompt(self, rows: Tensor) -> None:
         if self.prompt is not None:
             self.conversation.prompt = self.prompt.rows(rows)
+        if self.conversation.counted is not None:
+            self.conversation.counted = self.conversation.counted[rows.to(self.conversation.counted.device)]
         if self.conversation.rotary is not None:
             cos, sin = (table[rows.to(table.device)] for table in self.conversation.rotary)
             self.conversation.rotary = cos, sin
@@ -612,7 +767,7 @@ class CompressedCache(Cache):
         `layers`: for each layer its length, how many tokens were kept, merged and evicted (means over rows and KV
         heads, they add up to the length), tokens in the heaviest entry, bytes after the cut, flow ratio and scope;
         `rows`: the same for each row of a batch. `totals`: over the compressed layers; `peak_bytes`: most that they
-        held at once.
+        held at once. `deferred`: tokens decoded before the cut, None: it has not come.
         """
         layers = [self._described(place) for place in range(len(self.layers))]
         done = [layer for layer in layers if layer["compressed"]]
@@ -621,15 +776,16 @@ class CompressedCache(Cache):
             for name in ("length", "kept", "merged", "evicted", "bytes", "bytes_before")
         }
         totals["layers"] = len(done)
-        totals["peak_bytes"] = self._peak([(layer["bytes_before"], layer["bytes"]) for layer in done])
-        return {"method": self.method.to_dict(), "layers": layers, "totals": totals}
+        totals["peak_bytes"] = self._peak([x.record for x in self.compressed_layers if x.record is not None])
+        deferred = None if self.waits else self.conversation.deferred
+        return {"method": self.method.to_dict(), "layers": layers, "totals": totals, "deferred": deferred}
 
-    def _peak(self, sizes: list[tuple[int, int]]) -> int:
-        """Most bytes held at once while layers of the given bytes (before, after) were filled and cut."""
-        if self.method.layer_adaptive:
-            return sum(before for before, _ in sizes)  # none is cut before all are filled
-        cut = [0, *accumulate(after for _, after in sizes)]
-        return max((done + before for done, (before, _) in zip(cut, sizes, strict=False)), default=0)
+    def _peak(self, records: list[Record]) -> int:
+        """Most bytes held at once while these layers were filled and cut."""
+        if self.method.layer_adaptive or self.method.defer:  # none is cut before all are filled
+            return sum(record.bytes_before + record.bytes_behind for record in records)
+        cut = [0, *accumulate(record.bytes_after for record in records)]
+        return max((done + record.bytes_before for done, record in zip(cut, records, strict=False)), default=0)
 
     def _described(self, place: int) -> dict[str, Any]:
         """One layer's part of the report."""

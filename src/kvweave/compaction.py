@@ -40,7 +40,7 @@ def group_rows(
     rotary: tuple[Tensor, Tensor] | None = None,
     memory: Tensor | None = None,
     wanted: int = ALL_ROWS,
-    alone: bool = False,
+    apart: Sequence[int] | None = None,
 ) -> list[Group]:
     """Views of a layer without its padding.
 
@@ -52,7 +52,7 @@ def group_rows(
         rotary: (cos, sin), [batch, columns, rotary_dim] each.
         memory: [batch, ...], what the turn before left.
         wanted: queries of how many of the last tokens a view gets; `ALL_ROWS`: of all that are at hand.
-        alone: every row in a group of its own.
+        apart: by row of the batch; rows of different numbers are not planned together.
     """
     assert slots.positions is not None
     assert slots.mass is not None
@@ -65,7 +65,7 @@ def group_rows(
     rows = queries.shape[2] if queries is not None else 0
     sizes = torch.stack([real.sum(1), real[:, count - rows :].sum(1)], 1).tolist()
     most = rows if wanted == ALL_ROWS else wanted
-    keys = [(length, min(asked, most), row if alone else 0) for row, (length, asked) in enumerate(sizes)]
+    keys = [(length, min(asked, most), apart[row] if apart else 0) for row, (length, asked) in enumerate(sizes)]
     groups = []
     for key in sorted(set(keys)):
         index = [row for row in range(batch) if keys[row] == key]
@@ -151,10 +151,15 @@ def observe(method: Method, groups: list[Group], budgets: Sequence[int]) -> list
         budgets: mean entries of a layer, by row of the batch.
     """
     weights = []
-    for group in groups:  # of one row each
-        spare = budgets[group.index[0]] >= group.view.length
-        weights.append(0.0 if spare else float(method.observe(group.view)))
-        group.view.release_queries()
+    for group in groups:
+        view, weight = group.view, 0.0
+        if budgets[group.index[0]] < view.length:
+            if method.layer_adaptive:  # a group of one row
+                weight = float(method.observe(view))
+            elif method.query_rows:
+                method.plan(view, view.length - 1)  # asks for every statistic; one token to place costs nothing
+        weights.append(weight)
+        view.release_queries()
     return weights
 
 

@@ -11,6 +11,9 @@ from kvweave.ops import spread, statistics
 from kvweave.ops.draw import stratified_rows
 from kvweave.ops.statistics import AttentionRule, Flow
 
+#: Rows of column sums that the decoded tokens' attention counts as, before it is weighted (SPEC 13.1).
+DECODED_ROWS = 32
+
 
 @dataclass
 class LayerView:
@@ -35,6 +38,11 @@ class LayerView:
         rotary: (cos, sin), [batch, kv_heads, length, rotary_dim] each, where a method turns keys.
         interleaved: how rotary pairs channels: (2m, 2m + 1), else (m, m + rotary_dim / 2).
         rotated: the layer's keys are rotated at all.
+        decoded: float [batch, kv_heads, length], attention received from tokens decoded behind the prompt, mean over
+            them (SPEC 13.1, `D`), where the cut was deferred or probes were answered; else None.
+        decoded_weight: its weight against the prompt's own rows, in [0, 1).
+        probed: the decoded tokens are answers to probes, not the reply's beginning.
+        known: statistics that were computed, by name.
     """
 
     keys: Tensor
@@ -53,7 +61,10 @@ class LayerView:
     rotary: tuple[Tensor, Tensor] | None = None
     interleaved: bool = False
     rotated: bool = True
-    _known: dict[Any, Any] = field(default_factory=dict, repr=False)
+    decoded: Tensor | None = None
+    decoded_weight: float = 0.0
+    probed: bool = False
+    known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -67,12 +78,27 @@ class LayerView:
     def length(self) -> int:
         return self.keys.shape[2]
 
-    def window_attention(self, window: int) -> Tensor:
-        """Attention received from the last `window` rows: [batch, kv_heads, length] (SPEC 2.1, `I`)."""
-        return self.once(
+    def window_attention(self, window: int, adjust: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Attention received from the last `window` rows: [batch, kv_heads, length] (SPEC 2.1, `I`).
+
+        Where tokens were decoded before the cut, theirs is mixed in as if it came from as many rows (SPEC 13.1).
+
+        Args:
+            adjust: what is done to the prompt's own part first, such as pooling; it may leave the last tokens off.
+        """
+        received = self.once(
             ("window", window),
             lambda: statistics.window_attention(self._queries(), self.keys, self.rule, window),
         )
+        received = received if adjust is None else adjust(received)
+        if self.decoded is None:
+            return received
+        decoded = self.decoded[..., : received.shape[-1]] * min(window, self.rows)
+        return (1 - self.decoded_weight) * received + self.decoded_weight * decoded
+
+    def peak_attention(self) -> Tensor:
+        """Most attention from any one row, a group's mean: [batch, kv_heads, length] (SPEC 13.2)."""
+        return self.once("peak", lambda: statistics.column_peaks(self._queries(), self.keys, self.rule))
 
     def column_sums(self) -> Tensor:
         """Attention received by each token from text and from visual rows: [batch, heads, 2, length]."""
@@ -85,8 +111,15 @@ class LayerView:
         return self.once("columns", compute)
 
     def column_mass(self) -> Tensor:
-        """Attention received by each token from all rows: [batch, kv_heads, length] (SPEC 2.1, `C`)."""
-        return self.once("column mass", lambda: self.column_sums().sum(2).unflatten(1, (self.kv_heads, -1)).mean(2))
+        """Attention received by each token from all rows: [batch, kv_heads, length] (SPEC 2.1, `C`).
+
+        Where tokens were decoded before the cut, theirs is added (SPEC 13.1).
+        """
+        mass = self.once("column mass", lambda: self.column_sums().sum(2).unflatten(1, (self.kv_heads, -1)).mean(2))
+        if self.decoded is None:
+            return mass
+        odds = self.decoded_weight / (1 - self.decoded_weight)
+        return mass + odds * DECODED_ROWS * self.decoded
 
     def flow(self, rows: int = 0, seed: int = 0) -> Flow:
         """The layer's cross-modal flow ratios, [batch] each (SPEC 3, step 1).
@@ -141,12 +174,19 @@ class LayerView:
             lambda: spread.row_density(self._queries()[:, :, first:], self.keys, rule, share),
         )
 
+    @property
+    def rows(self) -> int:
+        """Rows whose queries are, or were, at hand."""
+        return self.once("rows", lambda: self._queries().shape[2])
+
     def row_visual(self) -> Tensor:
-        """Modality of the rows whose queries are at hand: bool [batch, rows]."""
-        return self.visual[:, 0, self.length - self._queries().shape[2] :]
+        """Modality of those rows: bool [batch, rows]."""
+        return self.visual[:, 0, self.length - self.rows :]
 
     def release_queries(self) -> None:
-        """Forget the queries; statistics already computed stay."""
+        """Forget the queries; statistics already computed stay, and how many rows there were."""
+        if self.queries is not None:
+            self.once("rows", lambda: self._queries().shape[2])
         self.queries = None
 
     def _queries(self) -> Tensor:
@@ -156,10 +196,10 @@ class LayerView:
 
     def remember_in(self, known: dict[Any, Any]) -> None:
         """Look statistics up in `known`, and put them there, before any has been computed."""
-        self._known = known
+        self.known = known
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """What `compute` returned when it was first called for this key."""
-        if key not in self._known:
-            self._known[key] = compute()
-        return self._known[key]
+        if key not in self.known:
+            self.known[key] = compute()
+        return self.known[key]

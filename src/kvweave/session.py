@@ -10,7 +10,8 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -132,8 +133,10 @@ class Session:
         @functools.wraps(generate)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             running = self._running
-            outer = {name: getattr(running, name, None) for name in ("end", "visual", "own")}
+            outer = {name: getattr(running, name, None) for name in ("end", "visual", "own", "stops")}
             running.end, running.own = _input_length(args, kwargs), None
+            settings = kwargs.get("generation_config")
+            running.stops = kwargs.get("eos_token_id", getattr(settings, "eos_token_id", None))
             running.inside = []
             planned = self._with_room(kwargs, running.end) if outer["end"] is None else None
             if planned is not None:
@@ -142,7 +145,10 @@ class Session:
             if ids is not None:
                 running.visual = visual_mask(self.model.config, ids, kwargs)
             try:
-                return generate(*args, **kwargs)
+                if planned is None:
+                    return generate(*args, **kwargs)
+                with self._compiling_from_the_cut(planned):
+                    return generate(*args, **kwargs)
             finally:
                 vars(running).update(outer)
                 if planned is not None:
@@ -150,6 +156,22 @@ class Session:
                     planned.settle()
 
         return wrapped
+
+    @contextmanager
+    def _compiling_from_the_cut(self, cache: CompressedCache) -> Iterator[None]:
+        """Decode steps that come before a deferred cut run as they are: memory has no fixed place yet."""
+        model: Any = self.model
+        get = model.get_compiled_call
+
+        def get_compiled_call(config: Any) -> Callable[..., Any]:
+            compiled = get(config)
+            return lambda *args, **kwargs: (compiled if cache.fixed else model)(*args, **kwargs)
+
+        model.get_compiled_call = get_compiled_call
+        try:
+            yield
+        finally:
+            del model.get_compiled_call
 
     def _with_room(self, kwargs: dict[str, Any], length: int | None) -> CompressedCache | None:
         """The cache of a `generate` whose decode steps are to be compiled, room asked for; None: they are not."""
@@ -171,6 +193,8 @@ class Session:
             return None
         if "flash" in self._base:
             raise ValueError("compile_config is not allowed with flash attention: allowed is sdpa or eager")
+        if cache.method.redecode:
+            raise ValueError("compile_config is not allowed with redecode=True: allowed is one of them")
         tokens = asked("max_new_tokens")
         if tokens is None:
             tokens = max(1, (asked("max_length") or 0) - length)
@@ -202,19 +226,71 @@ class Session:
         if not any(isinstance(layer, CompressedLayer) for layer in cache.layers):
             return (), kwargs  # no full attention at all: `_after_forward` says so
         talk = cache.conversation
-        talk.attached = True
         mask = kwargs.get("attention_mask")
         talk.sees_all = getattr(running, "end", None) is not None and (
             mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
         )
+        cache.cut_if_due()  # candidates of assisted decoding have been taken back by now
         seen, new = cache.get_seq_length(), inputs.shape[1]
         end = self._prompt_end(cache, seen, new)
+        if talk.method.redecode and cache.waits and (end is None or seen >= end) and not self._drafting:
+            self._redecode(model, cache, kwargs)
+            self.cache = running.cache = cache
+        talk.attached = True
         talk.prompt = self._prompt(cache, ids, inputs, kwargs, seen, seen + new if end is None else end)
         if not talk.frozen and end is not None:
             talk.end = end
+            if seen < end:
+                talk.counted = None
         if talk.declared is not None and seen + new >= talk.declared:
             talk.declared = None
+        if talk.method.defer and talk.end is not None:
+            self._count(cache, ids, seen, new)
         return (), kwargs
+
+    def _redecode(self, model: nn.Module, cache: CompressedCache, kwargs: dict[str, Any]) -> None:
+        """With `redecode`: draft the tokens that the cut waits for, make it, and take them back.
+
+        It happens inside the forward pass of the first decoded token, so that `generate` goes on as if nothing had
+        been: sampling, streamers, beams and processors of logits see no draft. The draft itself is greedy.
+        """
+        running = self._running
+        missing = cache.method.defer - cache.decoded
+        step = _first_token(kwargs)
+        inside, running.inside, running.drafting = running.inside, [], True
+        try:
+            with torch.no_grad():
+                for _ in range(missing):
+                    step = _next_token(step, model(**step).logits[:, -1:].argmax(-1))
+        finally:
+            running.inside, running.drafting = inside, False
+        cache.crop(-missing)
+
+    @property
+    def _drafting(self) -> bool:
+        return getattr(self._running, "drafting", False)
+
+    def _count(self, cache: CompressedCache, ids: Tensor | None, seen: int, new: int) -> None:
+        """Tell the cache which of a forward pass's columns are decoded tokens of replies that have not ended."""
+        end, prompt = cache.conversation.end, cache.prompt
+        first = max(seen, end or 0)
+        if prompt is None or first >= min(seen + new, (end or 0) + cache.method.defer):
+            return
+        live = prompt.valid[:, first : seen + new]
+        ended = torch.zeros_like(live)
+        if ids is not None:
+            stops = torch.tensor(self._stops(), device=ids.device)
+            ended = torch.isin(ids[:, first - seen :], stops).to(live.device)
+        cache.count_decoded(first - (end or 0), live, ended)
+
+    def _stops(self) -> list[int]:
+        """Tokens that end a reply, as `generate` was told or the model's settings say."""
+        stops = getattr(self._running, "stops", None)
+        if stops is None:
+            stops = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        if stops is None:
+            return []
+        return [int(stop) for stop in stops] if isinstance(stops, (list, tuple, Tensor)) else [int(stops)]
 
     def _prompt_end(self, cache: CompressedCache, seen: int, new: int) -> int | None:
         """Logical length at which the prompt ends that this forward pass belongs to; None: it decodes."""
@@ -257,6 +333,8 @@ class Session:
                 layer.unread = False
                 layer.kind = "keys are transformed after the cache"
         cache.finish_prompt()
+        if _new_tokens(kwargs) == 1:
+            cache.cut_if_due()
         if not cache.compressed_layers and not self._warned:
             self._warned = True
             kinds = sorted({layer["kind"] for layer in cache.report["layers"]})
@@ -353,6 +431,43 @@ def _columns_seen(mask: Any) -> Any:
         return mask
     last = mask[:, 0, -1]
     return last if last.dtype == torch.bool else last >= 0
+
+
+def _first_token(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a forward pass, of its first token alone."""
+    step = {"past_key_values": kwargs["past_key_values"], "use_cache": True, "return_dict": True}
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise ValueError("redecode=True is not allowed with an attention mask of one's own: allowed is a 2-D one")
+        step["attention_mask"] = mask[:, : mask.shape[1] - _new_tokens(kwargs) + 1]
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            step[name] = kwargs[name][:, :1]
+    for name in ("position_ids", "token_type_ids", "mm_token_type_ids"):
+        if kwargs.get(name) is not None:
+            step[name] = kwargs[name][..., :1]
+    return step
+
+
+def _next_token(step: dict[str, Any], token: Tensor) -> dict[str, Any]:
+    """The inputs of the forward pass after `step`, of the tokens [batch, 1]."""
+    following = {name: value for name, value in step.items() if name != "inputs_embeds"} | {"input_ids": token}
+    if "attention_mask" in step:
+        mask = step["attention_mask"]
+        following["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    if "position_ids" in step:
+        following["position_ids"] = step["position_ids"] + 1
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in step:
+            following[name] = torch.zeros_like(step[name])
+    return following
+
+
+def _new_tokens(kwargs: dict[str, Any]) -> int:
+    """Columns of a forward pass."""
+    ids = kwargs.get("input_ids")
+    return (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
 
 
 def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -67,7 +67,7 @@ def compress_tensors(
             layers=layers,
             rotary=rotary,
             wanted=method.query_rows,
-            alone=method.plans_rows_alone,
+            apart=range(batch) if method.plans_rows_alone else None,
         )
 
     if method.layer_adaptive:

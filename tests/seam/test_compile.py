@@ -61,6 +61,8 @@ CASES = {
     "unequal layers": (kvweave.get_method("pyramidkv", budget=0.3, window=4), (30, 21)),
     "unequal heads": (kvweave.get_method("adakv", budget=0.3, window=4), (30, 21)),
     "full": (kvweave.get_method("full"), (30, 21)),
+    "deferred": (kvweave.get_method("weave", budget=0.3, proxies=4, recent=4), (30, 21)),
+    "deferred by more": (kvweave.get_method("snapkv", budget=0.3, window=4, defer=4), (30,)),
 }
 
 
@@ -137,3 +139,10 @@ def test_room_is_refused_where_there_can_be_none():
         cache.reserve(0)
     with pytest.raises(ValueError, match="packs what it keeps"):
         kvweave.CompressedCache(model.config, kvweave.Quantized(kvweave.SnapKV(budget=0.3))).reserve(4)
+
+
+def test_decoding_again_is_not_compiled():
+    model, inputs = text_model(), text_inputs((30,))
+    method = kvweave.get_method("snapkv", budget=0.3, defer=2, redecode=True)
+    with kvweave.compress(model, method), pytest.raises(ValueError, match="redecode=True"):
+        model.generate(**inputs, **TWELVE, **Graphs().compiling())

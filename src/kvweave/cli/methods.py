@@ -44,9 +44,16 @@ def _described(kind: "type[Method]") -> dict[str, Any]:
         "default": defaults["budget"],
         "allowed": "a share in (0, 1], tokens as an int >= 1, or bytes such as 256MiB",
         "help": "entries that stay",
+        "own": True,
     }
     listed = [
-        {"name": option, "default": defaults[option], "allowed": about.allowed, "help": about.help}
+        {
+            "name": option,
+            "default": defaults[option],
+            "allowed": about.allowed,
+            "help": about.help,
+            "own": kind.has_own(option),
+        }
         for option, about in kind.options()
     ]
     return {
@@ -67,7 +74,7 @@ def _print_all(described: list[dict[str, Any]]) -> None:
     table.add_column("what it does", ratio=3)
     table.add_column("options, with defaults", ratio=2)
     for told in described:
-        listed = ", ".join(f"{option['name']}={option['default']}" for option in told["options"])
+        listed = ", ".join(f"{option['name']}={option['default']}" for option in told["options"] if option["own"])
         table.add_row(told["name"], Text(told["summary"]), Text(listed, style="dim"))
     out().print(table)
     out().print(

@@ -18,7 +18,7 @@ from kvweave.evals.fidelity import TOKENS, Fidelity, Reference, compared
 from kvweave.evals.oracle import Oracle, paid_attention
 from kvweave.evals.prefill import Prefill
 from kvweave.evals.tasks import Example
-from kvweave.methods import Method, method_from_dict
+from kvweave.methods import Method
 from kvweave.session import Session, compress
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # one entry a token
@@ -206,9 +206,8 @@ def answer(
     if isinstance(method, Oracle):
         shared = shared or prefill(model, batch, max_new_tokens)
         memory = _foreseen(model, batch, max_new_tokens, shared)
-    options = method.to_dict()
-    if options.get("defer"):
-        method = method_from_dict({**options, "redecode": True})
+    if method.defer:
+        method = replace(method, redecode=True)
     found: dict[int, Answer] = {}
     with torch.inference_mode(), compress(model, method) as session:
         talk = _Talk(model, batch, session=session, shared=shared, memory=memory)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvweave.layer import LayerView
-from kvweave.methods.options import Option, choice, flag
+from kvweave.methods.options import Option, choice, flag, integer, real
 from kvweave.ops.budget import Budget, check_budget
 from kvweave.ops.match import nearest
 from kvweave.ops.merge import RULES, merge_weights, segment_sum
@@ -29,6 +29,8 @@ M = TypeVar("M", bound=type["Method"])
 
 #: `Method.query_rows` of a method that needs the queries of all rows.
 ALL_ROWS = -1
+#: Options that every method takes beside its budget.
+COMMON = ("defer", "defer_weight", "redecode")
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,26 @@ class Method:
     Attributes:
         budget: entries that stay in each layer: a share of the prompt in (0, 1], tokens as an int, or bytes of
             keys and values over all layers and the whole batch, such as "256MiB".
+        defer: cut only when that many tokens have been decoded (SPEC 13.1). Methods that score by attention count
+            theirs, others simply cut later. A reply that is shorter is never cut. The idea is that of Lookahead
+            Q-Cache (2505.20334) and SpecKV (2506.08373).
+        defer_weight: of those tokens' attention against that of the prompt's rows.
+        redecode: for analysis: the tokens are drafted, taken back after the cut and decoded again, so that every
+            token behind the first comes from the compressed cache.
     """
 
     budget: Budget = 0.2
+    _: dataclasses.KW_ONLY
+    defer: int = integer(0, minimum=0, help="tokens decoded from the whole prompt before it is cut, which count too")
+    defer_weight: float | None = real(
+        None,
+        lo=0,
+        hi=1,
+        open_hi=True,
+        optional=True,
+        help="their weight against the prompt's rows; None: k / (k + 4)",
+    )
+    redecode: bool = flag(False, help="analysis: take those tokens back after the cut and decode them again")
 
     name: ClassVar[str] = ""
     #: For the table of methods: what it keeps by, merges by, allocates by, and where it was published.
@@ -59,6 +78,8 @@ class Method:
             value = getattr(self, field)
             if not option.check(value):
                 raise ValueError(f"{field}={value!r} is not allowed for {self.name}: allowed is {option.allowed}")
+        if self.redecode and not self.defer:
+            raise ValueError("redecode=True is not allowed with defer=0: nothing is drafted; allowed is defer >= 1")
 
     @classmethod
     def build(cls, **options: Any) -> "Method":
@@ -72,8 +93,18 @@ class Method:
 
     @classmethod
     def options(cls) -> list[tuple[str, Option]]:
-        """Names and descriptions of the method's own options, in order."""
-        return [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls) if "option" in f.metadata]
+        """Names and descriptions of the method's options, its own first, then those that all methods take."""
+        found = [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls) if "option" in f.metadata]
+        return sorted(found, key=lambda option: option[0] in COMMON)
+
+    @classmethod
+    def has_own(cls, option: str) -> bool:
+        """Not an option that every method takes, or one with a default of its own."""
+        return option not in COMMON or getattr(cls, option) != getattr(Method, option)
+
+    def weight_of(self, rows: int) -> float:
+        """Weight of the attention of `rows` decoded tokens against that of the prompt's own rows (SPEC 13.1)."""
+        return rows / (rows + 4) if self.defer_weight is None else self.defer_weight
 
     @property
     def plans_rows_alone(self) -> bool:
@@ -100,6 +131,11 @@ class Method:
         """Queries of how many of the last rows the method needs; 0: none; `ALL_ROWS`: all."""
         return 0
 
+    @property
+    def probed_rows(self) -> int:
+        """The same where probes are answered before the cut."""
+        return self.query_rows
+
     def plan(self, view: LayerView, budget: int) -> Plan:
         """Decide for rows of one layer; `budget` < `view.length` entries stay in each KV head."""
         raise TypeError(f"{type(self).__name__} does not define plan(view, budget)")
@@ -122,7 +158,9 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `method_from_dict` reads it back."""
-        return {"name": self.address(), **dataclasses.asdict(self)}
+        options = dataclasses.asdict(self)
+        common = {name: options.pop(name) for name in COMMON}
+        return {"name": self.address(), **options, **common}
 
     def spelling(self) -> str:
         """The command line's spelling, with the options that differ from their defaults."""

@@ -3,7 +3,8 @@
 import dataclasses
 import inspect
 
-from kvweave.methods.base import ALL_ROWS, MergingMethod, Method, list_methods, method_class
+from kvweave.methods.base import ALL_ROWS, COMMON, MergingMethod, Method, list_methods, method_class
+from kvweave.methods.options import Option
 from kvweave.methods.quantized import Quantized
 
 _HEAD = """# Methods
@@ -18,6 +19,11 @@ A method that allocates over layers by what it has seen cuts when the prefill en
 cache; the others cut each layer straight after its attention.
 """
 
+_COMMON = """All take `budget`: a share in (0, 1], tokens as an int, or bytes such as `"256MiB"`; and the options
+below. With `defer=k` the prompt stays whole while k tokens are decoded, and a method that scores by attention counts
+theirs as well; one that does not (flashcache, chelsea, random, streaming_llm) simply cuts later. Layer budgets go by
+the prompt alone. A reply shorter than k is never cut. Peak memory is the full cache until the cut."""
+
 
 def markdown() -> str:
     """The table of methods, and each one's options."""
@@ -31,7 +37,7 @@ def markdown() -> str:
         cells = [f"[`{name}`](#{name})", method.keeps_by, method.merges_by, method.allocates_by]
         when = "after the prefill" if method.layer_adaptive else "layer by layer"
         lines.append("| " + " | ".join([*cells, reads(method), cost(method), when, source(method)]) + " |")
-    lines += ["", 'All take `budget`: a share in (0, 1], tokens as an int, or bytes such as `"256MiB"`.']
+    lines += ["", _COMMON, "", *_table(Method, [option for option in Method.options() if option[0] in COMMON])]
     for name in list_methods():
         lines += ["", f"## {name}", "", *_section(method_class(name))]
     lines += ["", "# Around any method", "", "## quantized", "", *_section(Quantized)]
@@ -66,15 +72,18 @@ def source(method: Method) -> str:
 
 def _section(cls: type[Method]) -> list[str]:
     text = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
-    options = cls.options()
+    options = [option for option in cls.options() if cls.has_own(option[0])]
     shared = {name for name, _ in MergingMethod.options()} if issubclass(cls, MergingMethod) else set()
-    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     lines = ["\n\n".join(text)]
-    if options:
-        lines += ["", "| option | default | allowed | what it does |", "|---|---|---|---|"]
-        for name, option in sorted(options, key=lambda item: item[0] in shared):
-            default = defaults[name] if defaults[name] is not dataclasses.MISSING else "full"
-            lines.append(f"| `{name}` | {default} | {option.allowed} | {option.help} |")
+    return [*lines, "", *_table(cls, sorted(options, key=lambda item: item[0] in shared))] if options else lines
+
+
+def _table(cls: type[Method], options: list[tuple[str, Option]]) -> list[str]:
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    lines = ["| option | default | allowed | what it does |", "|---|---|---|---|"]
+    for name, option in options:
+        default = defaults[name] if defaults[name] is not dataclasses.MISSING else "full"
+        lines.append(f"| `{name}` | {default} | {option.allowed} | {option.help} |")
     return lines
 
 

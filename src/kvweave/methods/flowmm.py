@@ -13,9 +13,8 @@ from torch import Tensor
 from kvweave.layer import LayerView
 from kvweave.methods.base import ALL_ROWS, MergingMethod, register
 from kvweave.methods.options import choice, integer, real
-from kvweave.ops import budget as counts
-from kvweave.ops.match import nearest
-from kvweave.ops.select import complement, last, top, top_by_modality
+from kvweave.ops.match import nearest_of_few
+from kvweave.ops.select import complement, last, lowest, top, top_by_modality
 from kvweave.plan import Plan
 
 
@@ -69,7 +68,7 @@ class FlowMM(MergingMethod):
 
         flow, log = self.measure(view)
         cross = self.is_cross(flow)  # [batch]
-        eligible = self.insensitive(importance.gather(-1, pivots))
+        eligible = lowest(importance.gather(-1, pivots), self.sensitivity_quantile)  # step 4, Eq. 10
         # read from the device at once: which rows are cross-modal, and the most eligible pivots of a head
         *crosses, most = torch.cat([cross.long(), eligible.sum(-1).max()[None]]).tolist()
         target, cosine = self.match(view, pivots, eligible, most, source, cross)
@@ -103,29 +102,17 @@ class FlowMM(MergingMethod):
         texts = torch.maximum(count - visuals, torch.minimum(floor, (~visual).sum(-1)))
         return top_by_modality(importance, visual, count - texts, count)
 
-    def insensitive(self, importance: Tensor) -> Tensor:
-        """Step 4, Eq. 10: pivots that may absorb others, from their importance; bool [batch, kv_heads, pivots]."""
-        if self.sensitivity_quantile is None:
-            return torch.ones_like(importance, dtype=torch.bool)
-        rank = counts.floor(self.sensitivity_quantile * (importance.shape[-1] - 1))
-        return importance <= importance.sort(-1).values[..., rank, None]
-
     def match(
         self, view: LayerView, pivots: Tensor, eligible: Tensor, most: int, source: Tensor, cross: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Step 5, Eqs. 9-10: the nearest eligible pivot of an allowed modality, as an index into the kept tokens."""
-        order = (~eligible).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]  # eligible ones first
-        eligible = eligible.gather(-1, order)
-        goals = pivots.gather(-1, order)  # [batch, kv_heads, most]
         label = torch.tensor([False, True], device=pivots.device)[:, None]  # a source is text or visual
-        same = view.visual.gather(-1, goals)[:, :, None] == label  # [batch, kv_heads, 2, most]
+        same = view.visual.gather(-1, pivots)[:, :, None] == label  # [batch, kv_heads, 2, pivots]
         crossing = torch.ones_like(same) if self.cross_scope == "any" else ~same
         allowed = torch.where(cross[:, None, None, None], crossing, same) & eligible[:, :, None]
         if self.no_target == "any":
             allowed = torch.where(allowed.any(-1, keepdim=True), allowed, eligible[:, :, None])
-        kinds = view.visual.gather(-1, source).long()
-        target, cosine = nearest(view.keys, source, goals, allowed, kinds)
-        return order.gather(-1, target.clamp(min=0)).masked_fill_(target < 0, -1), cosine
+        return nearest_of_few(view.keys, source, pivots, allowed, view.visual.gather(-1, source).long(), most)
 
 
 if __name__ == "__main__":

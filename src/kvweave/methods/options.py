@@ -72,18 +72,27 @@ def wrapped(default: Callable[[], Any], *, allowed: str, help: str, check: Calla
 
 
 def real(
-    default: float | None, *, lo: float, hi: float, open_lo: bool = False, optional: bool = False, help: str
+    default: float | None,
+    *,
+    lo: float,
+    hi: float,
+    open_lo: bool = False,
+    open_hi: bool = False,
+    optional: bool = False,
+    help: str,
 ) -> Any:
-    """A number in [lo, hi], (lo, hi] with `open_lo`; with `optional` also None."""
+    """A number in [lo, hi], without an end that is open; with `optional` also None."""
 
     def check(value: Any) -> bool:
         if value is None:
             return optional
-        return _is_number(value) and lo <= value <= hi and not (open_lo and value == lo)
+        ends = (open_lo and value == lo) or (open_hi and value == hi)
+        return _is_number(value) and lo <= value <= hi and not ends
 
     def parse(text: str) -> float | None:
         return None if optional and text.lower() == "none" else float(text)
 
     unbounded = math.isinf(lo) and math.isinf(hi)
-    allowed = "a number" if unbounded else f"a number in {'(' if open_lo else '['}{lo:g}, {hi:g}]"
+    interval = f"{'(' if open_lo else '['}{lo:g}, {hi:g}{')' if open_hi else ']'}"
+    allowed = "a number" if unbounded else f"a number in {interval}"
     return _field(default, Option(allowed + (" or None" if optional else ""), help, check, parse))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from kvweave.layer import LayerView
-from kvweave.methods.base import Method, get_method, method_class, method_from_dict, register
+from kvweave.methods.base import COMMON, Method, get_method, method_class, method_from_dict, register
 from kvweave.methods.full import Full
 from kvweave.methods.options import Option, integer, one_of, wrapped
 from kvweave.ops.budget import Budget
@@ -22,7 +22,7 @@ class Quantized(Method):
 
     Keys are quantised by channel within groups of tokens, values by token within groups of channels; the youngest
     slots stay in full precision, and are packed in whole groups as decoding goes on. The budget is the inner
-    method's: it counts entries as if they were not quantised.
+    method's: it counts entries as if they were not quantised; so are `defer`, `defer_weight` and `redecode`.
 
     Spelled `quantized:method=flowmm,bits=4,budget=0.2,theta=0.3`: options that are not its own are the method's.
     """
@@ -36,11 +36,17 @@ class Quantized(Method):
     residual: int = integer(32, minimum=0, help="youngest slots that stay in full precision, at least")
 
     def __post_init__(self) -> None:
-        inner: Budget = self.method.budget if _decides(self.method) else 1.0
-        budget = inner if self.budget is None else self.budget
-        object.__setattr__(self, "budget", budget)
+        if _decides(self.method):
+            budget = self.method.budget if self.budget is None else self.budget
+            given = {name: getattr(self, name) for name in COMMON if getattr(self, name) != getattr(Method, name)}
+            object.__setattr__(self, "method", dataclasses.replace(self.method, budget=budget, **given))
+            for name in ("budget", *COMMON):
+                object.__setattr__(self, name, getattr(self.method, name))
         super().__post_init__()
-        object.__setattr__(self, "method", dataclasses.replace(self.method, budget=budget))
+
+    @classmethod
+    def options(cls) -> list[tuple[str, Option]]:
+        return [(name, option) for name, option in super().options() if name not in COMMON]
 
     @classmethod
     def takes(cls, given: dict[str, Any]) -> dict[str, Option]:
@@ -62,7 +68,7 @@ class Quantized(Method):
         return {"name": self.name, **own, "method": self.method.to_dict()}
 
     def spelling(self) -> str:
-        own = {f.name: f.default for f in dataclasses.fields(self) if "option" in f.metadata and f.name != "method"}
+        own = {f.name: f.default for f in dataclasses.fields(self) if f.name in ("bits", "group", "residual")}
         changed = [f"{key}={getattr(self, key)}" for key, default in own.items() if getattr(self, key) != default]
         inner = self.method.spelling().partition(":")[2]
         return f"{self.name}:" + ",".join([f"method={self.method.name}", *changed, inner])
@@ -96,6 +102,10 @@ class Quantized(Method):
     @property
     def query_rows(self) -> int:
         return self.method.query_rows
+
+    @property
+    def probed_rows(self) -> int:
+        return self.method.probed_rows
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         return self.method.plan(view, budget)

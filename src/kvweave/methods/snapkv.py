@@ -35,8 +35,8 @@ class SnapKV(Method):
 
     def score(self, view: LayerView, recent: int) -> Tensor:
         """Pooled window score of the tokens before the recent ones: [batch, kv_heads, length - recent]."""
-        received = view.window_attention(self.window)
-        return pool(received[..., : view.length - recent], self.kernel)
+        before = view.length - recent
+        return view.window_attention(self.window, lambda received: pool(received[..., :before], self.kernel))
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = self.recent(budget)

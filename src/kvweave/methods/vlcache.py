@@ -36,10 +36,14 @@ class VLCache(Method):
 
     def rows(self, view: LayerView) -> int:
         """Rows after the last visual token; where there are none, the last 32."""
-        visual = view.row_visual()[0]  # rows are planned one at a time
-        shown = visual.nonzero().flatten().tolist()
-        after = len(visual) - 1 - shown[-1] if shown else 0
-        return after or min(32, len(visual))
+
+        def compute() -> int:
+            visual = view.row_visual()[0]  # rows are planned one at a time
+            shown = visual.nonzero().flatten().tolist()
+            after = len(visual) - 1 - shown[-1] if shown else 0
+            return after or min(32, len(visual))
+
+        return view.once("rows after the images", compute)
 
     def layer_weight(self, view: LayerView) -> Tensor:
         return view.density(self.rows(view), self.p)
@@ -50,7 +54,7 @@ class VLCache(Method):
 
     def score(self, view: LayerView) -> Tensor:
         """Attention received from these rows: [batch, kv_heads, length]."""
-        return view.once("vlcache", lambda: view.window_attention(self.rows(view)))
+        return view.window_attention(self.rows(view))
 
     def allocate(self, weights: list[float], budget: int, length: int) -> list[int]:
         return counts.allocate(weights, len(weights) * budget, counts.least(budget, length), length)

@@ -85,6 +85,21 @@ def nearest(
     return index.masked_fill_(nothing, -1), cosine.masked_fill_(nothing, 0)
 
 
+def nearest_of_few(
+    keys: Tensor, source: Tensor, target: Tensor, allowed: Tensor, label: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
+    """As `nearest`, where many targets are allowed to nobody: those are not looked at.
+
+    Args:
+        most: no head has more than that many targets that are allowed to somebody; >= 1.
+    """
+    useful = allowed.any(2)
+    order = (~useful).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]  # useful ones first
+    some = allowed.gather(-1, order[:, :, None].expand(-1, -1, allowed.shape[2], -1))
+    index, cosine = nearest(keys, source, target.gather(-1, order), some, label)
+    return order.gather(-1, index.clamp(min=0)).masked_fill_(index < 0, -1), cosine
+
+
 def _first_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum over the last dimension, and where it is first: by tiles, since a bare maximum vectorises.
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvweave.ops.budget import floor
+
 
 def best(scores: Tensor, count: int) -> Tensor:
     """Which entries are the `count` best along the last dimension; ties go to the lower position.
@@ -71,6 +73,20 @@ def top_and_recent(scores: Tensor, count: int, recent: int, length: int | None =
     recents = torch.arange(length - recent, length, device=scores.device)
     best = top(scores[..., : length - recent], count - recent)
     return torch.cat([best, recents.expand(*scores.shape[:-1], recent)], -1)
+
+
+def lowest(scores: Tensor, quantile: float | None) -> Tensor:
+    """Which entries score no more than the lower order statistic at `quantile`; None: all do (SPEC 3, step 4).
+
+    Args:
+        scores: [batch, kv_heads, n], n >= 1.
+    Returns:
+        bool [batch, kv_heads, n].
+    """
+    if quantile is None:
+        return torch.ones_like(scores, dtype=torch.bool)
+    rank = floor(quantile * (scores.shape[-1] - 1))
+    return scores <= scores.sort(-1).values[..., rank, None]
 
 
 def modality_ranks(scores: Tensor, visual: Tensor) -> Tensor:

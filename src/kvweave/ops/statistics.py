@@ -5,7 +5,7 @@ keys, both after rotary, as the model's attention used them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -174,28 +174,57 @@ def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights:
         float [batch, heads, kinds, length].
     """
     batch, kv_heads, length, _ = keys.shape
-    heads, rows = queries.shape[1], queries.shape[2]
-    group, kinds = heads // kv_heads, row_weights.shape[1]
+    heads, kinds = queries.shape[1], row_weights.shape[1]
     if fused(queries, keys) and rule == AttentionRule(rule.scaling) and kinds <= 2:
         from kvweave.ops import kernels
 
         return kernels.column_sums(queries, keys, rule.scaling, row_weights)
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    out = keys.new_zeros(batch, kv_heads, heads // kv_heads, kinds, length, dtype=wide)
+    row_weights = row_weights.to(wide)
+    for b, h, rows, weights in _blocks(queries, keys, rule):
+        received = torch.matmul(row_weights[b, None, None, :, rows], weights)
+        out[b, h, ..., : weights.shape[-1]] += received  # [batch, kv_heads, group, kinds, visible]
+    return out.view(batch, heads, kinds, length)
+
+
+@torch.no_grad()
+def column_peaks(queries: Tensor, keys: Tensor, rule: AttentionRule) -> Tensor:
+    """Most attention that each token receives from any one row, the mean over the heads of a group (SPEC 13.2).
+
+    Args:
+        queries: [batch, heads, rows, dim]; keys: [batch, kv_heads, length, dim].
+    Returns:
+        float [batch, kv_heads, length].
+    """
+    batch, kv_heads, length, _ = keys.shape
+    out = keys.new_zeros(batch, kv_heads, length, dtype=torch.promote_types(keys.dtype, torch.float32))
+    for b, h, _, weights in _blocks(queries, keys, rule):
+        seen = out[b, h, : weights.shape[-1]]
+        torch.maximum(seen, weights.mean(2).amax(2), out=seen)
+    return out
+
+
+def _blocks(queries: Tensor, keys: Tensor, rule: AttentionRule) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """Attention of all rows, a block at a time: rows of the batch, KV heads, rows of queries, their attention.
+
+    The last is [batch, kv_heads, group, block, visible], and is overwritten by the next.
+    """
+    batch, kv_heads, length, _ = keys.shape
+    heads, rows = queries.shape[1], queries.shape[2]
+    group = heads // kv_heads
     grouped = _grouped(queries, kv_heads)
     block = max(1, _GPU_LOGITS // (batch * heads * length) if keys.is_cuda else _BLOCK // group)
     block = min(block, rows)
     parts = _parts(keys, group * block * length)
     room = _Room.of(keys[parts[0]], group, block)
-    out = room.logits.new_zeros(batch, kv_heads, group, kinds, length)
-    row_weights = row_weights.to(out.dtype)
     for b, h in parts:
         part_keys = keys[b, h] if keys.is_cuda else _wide(keys[b, h])
         part_rule, of = _rows_of(rule, b), slice(h.start * group, h.stop * group)
         for start in range(0, rows, block):
             stop = min(rows, start + block)
             weights = _probabilities(grouped[b, h, :, start:stop], part_keys, part_rule, start, rows, of, room)
-            received = torch.matmul(row_weights[b, None, None, :, start:stop], weights)
-            out[b, h, ..., : weights.shape[-1]] += received  # [batch, kv_heads, group, kinds, visible]
-    return out.view(batch, heads, kinds, length)
+            yield b, h, slice(start, stop), weights
 
 
 def _rows_of(rule: AttentionRule, batch: slice) -> AttentionRule:

@@ -1,0 +1,92 @@
+"""Weave: the queries that count, the important left sharp, everything else merged with its mass kept (SPEC 13.3).
+
+FlowMM's proxies and sensitivity (2511.05534) taken further by known ideas: queries of decoded tokens (Lookahead
+Q-Cache, 2505.20334; SpecKV, 2506.08373), probes (KVzip, 2505.23416), and a merged entry's mass on its logit.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvweave.layer import LayerView
+from kvweave.methods.base import ALL_ROWS, MergingMethod, register
+from kvweave.methods.options import choice, flag, integer, real
+from kvweave.methods.peak import peak_score
+from kvweave.ops.match import nearest_of_few
+from kvweave.ops.merge import RULES
+from kvweave.ops.select import complement, last, lowest, top
+from kvweave.plan import Plan
+
+
+@register("weave")
+@dataclass(frozen=True)
+class Weave(MergingMethod):
+    """Keeps what the first decoded tokens attend to and merges the rest into the least important of it.
+
+    The prompt stays whole for `defer` tokens, whose attention is counted beside that of the prompt's last rows; with
+    probes, the attention of their answers and the largest of the prompt's own is counted instead. Important pivots
+    are never blurred; the others take up everything else, and weigh in decoding as many tokens as they stand for.
+    """
+
+    keeps_by = "attention from the first decoded tokens and the last rows"
+    merges_by = "nearest of the least important pivots, mass kept"
+    source = "ours, on 2511.05534 and 2505.20334"
+
+    defer: int = integer(2, minimum=0, help="tokens decoded from the whole prompt before it is cut, which count too")
+    proxies: int = integer(32, minimum=1, help="last rows of the prompt whose attention counts")
+    recent: int = integer(32, minimum=0, help="last tokens that stay unmerged, at most half of the budget")
+    sensitivity_quantile: float | None = real(
+        0.35, lo=0, hi=1, optional=True, help="share of the pivots, least important first, that may absorb others"
+    )
+    cross_scope: str = choice("any", "any", "other_only", help="modalities that a token may merge into")
+    merge_rule: str = choice("average", *RULES, help="weights of the members of a merged entry")
+    mass_bias: bool = flag(True, help="decode adds log(mass) to a merged entry's logit")
+
+    @property
+    def query_rows(self) -> int:
+        return self.proxies
+
+    @property
+    def probed_rows(self) -> int:
+        return ALL_ROWS
+
+    @property
+    def uses_modality(self) -> bool:  # type: ignore[override]
+        return self.cross_scope != "any"
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        score = peak_score(view) if view.probed else view.window_attention(self.proxies)  # [batch, kv_heads, length]
+        recent = min(self.recent, budget // 2)
+        pivots = top(score[..., : view.length - recent], budget - recent)
+        keep = torch.cat([pivots, last(score, recent)], -1)
+        source = complement(keep, view.length)
+        eligible = lowest(score.gather(-1, pivots), self.sensitivity_quantile)
+        target, cosine = self.match(view, pivots, eligible, source)
+        plan = self.merged(view, keep, source, target, cosine, score)
+        return replace(plan, log=_log(plan, eligible, view.length))
+
+    def match(self, view: LayerView, pivots: Tensor, eligible: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest eligible pivot of each source, index into `pivots` or -1, and its cosine."""
+        allowed = eligible[:, :, None]  # [batch, kv_heads, labels, pivots]
+        labels = torch.zeros_like(source)
+        if self.cross_scope == "other_only":
+            label = torch.tensor([False, True], device=pivots.device)[:, None]  # a source is text or visual
+            allowed = allowed & (view.visual.gather(-1, pivots)[:, :, None] != label)
+            labels = view.visual.gather(-1, source).long()
+        most = int(eligible.sum(-1).max())
+        return nearest_of_few(view.keys, source, pivots, allowed, labels, most)
+
+
+def _log(plan: Plan, eligible: Tensor, length: int) -> dict[str, Tensor]:
+    """For the report, [batch] each: the heaviest entry, the share of tokens merged, protected pivots a head."""
+    assert plan.merge is not None
+    merged = (plan.merge.target >= 0).sum(-1).double().mean(-1) / length
+    protected = (~eligible).sum(-1).double().mean(-1)
+    return {"heaviest_mass": plan.merge.mass.amax((1, 2)), "merged_share": merged, "protected_pivots": protected}
+
+
+if __name__ == "__main__":
+    from kvweave.report.draw import main
+
+    main("weave")
