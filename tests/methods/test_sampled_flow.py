@@ -59,3 +59,14 @@ def test_rows_are_drawn_from_both_modalities_and_stand_for_all(count):
     drawn = visual.gather(1, index)
     assert torch.equal(weight[:, 1] > 0, drawn)
     assert torch.equal(weight[:, 0] > 0, ~drawn)
+
+
+@pytest.mark.parametrize(("length", "estimated"), [(1024, False), (1025, True)])
+def test_only_long_prompts_are_estimated_by_default(length: int, estimated: bool):
+    queries, keys, values, visual = prompt(batch=1, length=length)
+    mine, exact = (
+        kvweave.compress_tensors(kvweave.FlowMM(budget=0.2, **options), queries, keys, values, visual=visual)[0].flow
+        for options in ({}, {"flow_rows": 0})
+    )
+    assert (mine != exact) == estimated
+    assert mine == pytest.approx(exact, abs=0.05)

@@ -17,6 +17,8 @@ from kvweave.ops.match import nearest_of_few
 from kvweave.ops.select import complement, last, lowest, top, top_by_modality
 from kvweave.plan import Plan
 
+_FEW, _MANY = 256, 1024  # rows that estimate the flow ratio, of more than so many
+
 
 @register("flowmm")
 @dataclass(frozen=True)
@@ -45,8 +47,11 @@ class FlowMM(MergingMethod):
         "aligned", "aligned", "misaligned", "cross", "intra", help="layer mode: by the flow ratio, or fixed"
     )
     flow_ratio: str = choice("literal", "literal", "balanced", "nosink", help="which ratio is held against theta")
-    flow_rows: int = integer(
-        256, minimum=0, help="rows, drawn from both modalities, that estimate it in longer prompts; 0: all of them"
+    flow_rows: int | None = integer(
+        None,
+        minimum=0,
+        optional=True,
+        help="rows, drawn from both modalities, that estimate it; 0: all; None: 256 in prompts of over 1,024 tokens",
     )
     seed: int = integer(0, minimum=0, help="of that draw")
     cross_scope: str = choice("any", "any", "other_only", help="modalities that a cross-modal merge allows")
@@ -78,10 +83,13 @@ class FlowMM(MergingMethod):
 
     def measure(self, view: LayerView) -> tuple[Tensor, dict[str, Tensor]]:
         """Step 1, Eqs. 6-7: the ratio that decides, and the other two for the report."""
-        ratios = view.flow(self.flow_rows, self.seed)
+        rows = self.flow_rows
+        if rows is None:
+            rows = _FEW if view.length > _MANY else 0
+        ratios = view.flow(rows, self.seed)
         log = {"flow_literal": ratios.literal, "flow_balanced": ratios.balanced, "flow_nosink": ratios.nosink}
-        if 0 < self.flow_rows < view.row_visual().shape[-1]:  # estimates: so say how many rows they are from
-            log["flow_rows"] = torch.full_like(ratios.literal, self.flow_rows)
+        if 0 < rows < view.row_visual().shape[-1]:  # estimates: so say how many rows they are from
+            log["flow_rows"] = torch.full_like(ratios.literal, rows)
         return log.pop(f"flow_{self.flow_ratio}"), log
 
     def is_cross(self, flow: Tensor) -> Tensor:
