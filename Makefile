@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test lint format bench bench-decode bench-peers results docs gpu clean
+.PHONY: run test lint format bench bench-decode bench-peers bench-flow guard results docs gpu clean
 
 run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
 	$(BIN)/kvweave run
@@ -34,6 +34,12 @@ bench-decode: $(READY)  ## a decoded token over what each budget keeps, against 
 
 bench-peers: $(READY)  ## kvweave beside kvpress on the same tensors (makes .venv-peers for it)
 	$(BIN)/python -m benchmarks.peers
+
+bench-flow: $(READY)  ## FlowMM's flow ratio from some of the rows: errors, and layers that change their mode
+	$(BIN)/python -m benchmarks.sampled_flow
+
+guard: $(READY)  ## record what each method dispatches, multiplies, holds and waits for: tests hold to it
+	$(BIN)/python -m benchmarks.guard
 
 results: $(READY)  ## docs/RESULTS.md and README's tables: the papers' tables and figures on the lab model (resumes)
 	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --workers 2 --out out/results

@@ -1,8 +1,8 @@
 """How far FlowMM's sampled flow ratio lies from the exact one, and how often that changes a layer's mode.
 
-Two sources of attention: the lab's own prompts (`kvweave.lab`), and language-model layers of Qwen2.5-VL-7B's attention
-shape with random weights, over prompts of random modalities. Every layer's ratio is computed from all rows and
-estimated from 32 to 512 of them, with several seeds. Writes benchmarks/results/sampled-flow-<machine>.
+Two sources of attention: the lab's own prompts (`kvweave.lab`), and attention layers of Qwen2.5-VL-7B's shape with
+random weights over prompts of random modalities. Every layer's ratio is computed from all rows and estimated from 32
+to 512 of them, with several seeds. Writes benchmarks/results/sampled-flow-<machine>.
 """
 
 from __future__ import annotations
@@ -189,11 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             samples[name] = list(progress.track(source, description=name))
             rows += filter(None, (row(name, samples[name], n) for n in ROWS))
     columns = [
-        "", "rows", "estimates", "mean error", "95 %", "largest", "within 0.05 of theta", "changed", "at the worst theta"
+        "", "rows", "estimates", "mean error", "95 %", "largest", "near theta", "changed", "at the worst theta"
     ]  # fmt: skip
     note = (
         f"|estimated - exact| of the literal flow ratio; changed: how often that turns the layer's mode at theta "
-        f"{THETA:g}, FlowMM's own, and at the worst of {THETAS[0]:g} to {THETAS[-1]:g}. "
+        f"{THETA:g}, FlowMM's own (near: within 0.05 of it), and at the worst of {THETAS[0]:g} to {THETAS[-1]:g}. "
         f"{options.seeds} draws of each number of rows, prompts of more tokens than rows only."
     )
     show(console, note, columns, rows)

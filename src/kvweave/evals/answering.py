@@ -18,7 +18,7 @@ from kvweave.evals.fidelity import TOKENS, Fidelity, Reference, compared
 from kvweave.evals.oracle import Oracle, paid_attention
 from kvweave.evals.prefill import Prefill
 from kvweave.evals.tasks import Example
-from kvweave.methods import Method
+from kvweave.methods import Method, method_from_dict
 from kvweave.session import Session, compress
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # one entry a token
@@ -194,6 +194,9 @@ def answer(
 ) -> list[Answer]:
     """Greedy answers to a batch under `kvweave.compress`.
 
+    A method that defers its cut decodes again what it drafted from the full cache: no token behind an answer's first
+    comes from there. In `unseen` it cuts when the context ends.
+
     Args:
         shared: the batch's own prefill, which is then not computed again.
         references: what the full cache said to each example; none: no fidelity.
@@ -203,6 +206,9 @@ def answer(
     if isinstance(method, Oracle):
         shared = shared or prefill(model, batch, max_new_tokens)
         memory = _foreseen(model, batch, max_new_tokens, shared)
+    options = method.to_dict()
+    if options.get("defer"):
+        method = method_from_dict({**options, "redecode": True})
     found: dict[int, Answer] = {}
     with torch.inference_mode(), compress(model, method) as session:
         talk = _Talk(model, batch, session=session, shared=shared, memory=memory)
@@ -278,13 +284,14 @@ class _Talk:
             seen = {name: tensor for name, tensor in self.inputs.items() if not name.startswith("pixel_values")}
             with self.shared.replayed(self.model, self.memory):
                 tokens = self.model.generate(**seen, **settings)
-        self._note()
         return tokens
 
     def replies(self, questions: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Tokens of the answers, ends included."""
         if not any(questions):
-            return [self._cut(row) for row in self.prompted(max_new_tokens)[:, self.start :]]
+            tokens = self.prompted(max_new_tokens)
+            self._note()
+            return [self._cut(row) for row in tokens[:, self.start :]]
         tokens = self.after(questions, min(map(len, questions)), max_new_tokens).sequences
         begins = self.ends_of(questions).tolist()
         return [self._cut(row[at : at + max_new_tokens]) for row, at in zip(tokens, begins, strict=True)]
@@ -336,9 +343,12 @@ class _Talk:
 
     def _at_the_prompts_end(self) -> CompressedCache:
         """The cache as the prompts left it, frozen: cropped back to there, or filled anew where it cannot be."""
-        if not (self.held and _rewound(self.cache, self.start)):
+        asked_before = bool(self.held)
+        if not (asked_before and _rewound(self.cache, self.start)):
             self.prompted(1)
         self.cache.freeze()
+        if not asked_before:
+            self._note()
         return self.cache
 
     def _note(self) -> None:

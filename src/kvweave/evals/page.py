@@ -73,7 +73,7 @@ def _run(name: str, model: Any, processor: Any, example: Example, methods: Seque
 def _flow(model: Any, processor: Any, example: Example) -> list[dict[str, float]]:
     """FlowMM's three ratios of each compressed layer."""
     inputs = encode(processor, example.messages)
-    made = models.generate(model, processor, inputs, FlowMM(budget=1), max_new_tokens=1)  # one entry: all are cut
+    made = models.generate(model, processor, inputs, FlowMM(budget=1, flow_rows=0), max_new_tokens=1)  # all are cut
     return [
         {
             "layer": layer["layer"],

@@ -97,11 +97,6 @@ class Evaluation:
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise ValueError(f"protocol={protocol!r} is unknown: allowed is one of {', '.join(PROTOCOLS)}")
-            for method in self.methods:
-                if protocol == "unseen" and method.to_dict().get("defer"):
-                    raise ValueError(
-                        f"protocol='unseen' is not allowed for {label(method)}: a deferred cut sees the question"
-                    )
         for seed in self.seeds:
             if seed < 0:
                 raise ValueError(f"seeds={seed} is not allowed: allowed is an int >= 0")

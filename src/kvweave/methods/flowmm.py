@@ -46,7 +46,9 @@ class FlowMM(MergingMethod):
         "aligned", "aligned", "misaligned", "cross", "intra", help="layer mode: by the flow ratio, or fixed"
     )
     flow_ratio: str = choice("literal", "literal", "balanced", "nosink", help="which ratio is held against theta")
-    flow_rows: int = integer(0, minimum=0, help="rows, drawn from both modalities, that estimate it; 0: all of them")
+    flow_rows: int = integer(
+        256, minimum=0, help="rows, drawn from both modalities, that estimate it in longer prompts; 0: all of them"
+    )
     seed: int = integer(0, minimum=0, help="of that draw")
     cross_scope: str = choice("any", "any", "other_only", help="modalities that a cross-modal merge allows")
     no_target: str = choice("evict", "evict", "any", help="a token without an allowed pivot: gone, or into any")
@@ -68,15 +70,19 @@ class FlowMM(MergingMethod):
         flow, log = self.measure(view)
         cross = self.is_cross(flow)  # [batch]
         eligible = self.insensitive(importance.gather(-1, pivots))
-        target, cosine = self.match(view, pivots, eligible, source, cross)
+        # read from the device at once: which rows are cross-modal, and the most eligible pivots of a head
+        *crosses, most = torch.cat([cross.long(), eligible.sum(-1).max()[None]]).tolist()
+        target, cosine = self.match(view, pivots, eligible, most, source, cross)
         plan = self.merged(view, keep, source, target, cosine, importance)
-        scope = tuple("cross" if row else "intra" for row in cross.tolist())
+        scope = tuple("cross" if row else "intra" for row in crosses)
         return replace(plan, flow=flow, scope=scope, log=log)
 
     def measure(self, view: LayerView) -> tuple[Tensor, dict[str, Tensor]]:
         """Step 1, Eqs. 6-7: the ratio that decides, and the other two for the report."""
         ratios = view.flow(self.flow_rows, self.seed)
         log = {"flow_literal": ratios.literal, "flow_balanced": ratios.balanced, "flow_nosink": ratios.nosink}
+        if 0 < self.flow_rows < view.row_visual().shape[-1]:  # estimates: so say how many rows they are from
+            log["flow_rows"] = torch.full_like(ratios.literal, self.flow_rows)
         return log.pop(f"flow_{self.flow_ratio}"), log
 
     def is_cross(self, flow: Tensor) -> Tensor:
@@ -105,10 +111,9 @@ class FlowMM(MergingMethod):
         return importance <= importance.sort(-1).values[..., rank, None]
 
     def match(
-        self, view: LayerView, pivots: Tensor, eligible: Tensor, source: Tensor, cross: Tensor
+        self, view: LayerView, pivots: Tensor, eligible: Tensor, most: int, source: Tensor, cross: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Step 5, Eqs. 9-10: the nearest eligible pivot of an allowed modality, as an index into the kept tokens."""
-        most = int(eligible.sum(-1).max())
         order = (~eligible).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]  # eligible ones first
         eligible = eligible.gather(-1, order)
         goals = pivots.gather(-1, order)  # [batch, kv_heads, most]

@@ -1,9 +1,13 @@
 """Random choices that depend on the seed, the layer and what a row holds, and on nothing else."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def uniform(seed: int, layer: int, like: Tensor) -> Tensor:
@@ -22,8 +26,8 @@ def uniform(seed: int, layer: int, like: Tensor) -> Tensor:
 def stratified_rows(row_visual: Tensor, count: int, seed: int, layer: int) -> tuple[Tensor, Tensor]:
     """Some rows, drawn from text and visual ones in proportion, at least one of each that there is.
 
-    The rows of a modality are cut into as many runs of neighbours as it gives rows, and each run gives one: what a row
-    attends to changes slowly along the prompt, so that the draw speaks for all of it.
+    The rows of a modality are cut into as many runs of neighbours as it gives rows, and each run gives one: what a
+    row attends to changes slowly along the prompt, so that the draw speaks for all of it.
 
     Args:
         row_visual: bool [batch, rows]; count: rows to draw, 2 <= count <= rows.
@@ -50,8 +54,8 @@ def stratified_rows(row_visual: Tensor, count: int, seed: int, layer: int) -> tu
 
 
 def _one_of_each_run(
-    these: NDArray[np.int64], runs: int, generator: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    these: "NDArray[np.int64]", runs: int, generator: np.random.Generator
+) -> "tuple[NDArray[np.int64], NDArray[np.int64]]":
     """One of each of `runs` runs of neighbours, as equal as can be, and the runs' lengths."""
     edges = np.arange(runs + 1) * len(these) // max(1, runs)
     lengths = np.diff(edges)

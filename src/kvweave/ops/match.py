@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvweave.ops.device import fused
+
 _SIMILARITIES = 1 << 20  # cosines at a time
 _GPU_SIMILARITIES = 1 << 26  # where all heads run together
 _TILE = 64  # targets among which a maximum is looked for before its place
@@ -46,6 +48,10 @@ def nearest(
         index into `target`, int64 [batch, kv_heads, sources], -1 where none is allowed; and the
         cosine, 0 there.
     """
+    if fused(keys):
+        from kvweave.ops import kernels
+
+        return kernels.nearest(keys, source, target, allowed, label)
     batch, kv_heads, sources = source.shape
     targets = target.shape[-1]
     goals = unit(take(keys, target))  # [batch, kv_heads, targets, dim]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvweave.ops.device import fused
+
 _BLOCK = 128  # query rows at a time: logits of a block stay in a core's cache
 _LOGITS = 1 << 18  # logits at a time where a head has few
 _GPU_LOGITS = 1 << 26  # logits at a time where all heads run together
@@ -74,7 +76,7 @@ class _Room:
 
 
 def _products(queries: Tensor, keys: Tensor, scaling: float, out: Tensor) -> None:
-    """Scaled products of [batch, kv_heads, rows, dim] and [batch, kv_heads, columns, dim] into `out`, float32 or wider.
+    """Scaled products of [batch, kv_heads, rows, dim] and [batch, kv_heads, columns, dim] into `out`.
 
     On a GPU half-precision numbers are multiplied as they are and summed in float32; elsewhere they are widened.
     """
@@ -97,7 +99,7 @@ def _probabilities(
     Returns:
         [batch, kv_heads, group, block, visible], columns that no row of the block sees left off; lives in `room`.
     """
-    batch, kv_heads, group, block, dim = queries.shape
+    batch, kv_heads, group, block = queries.shape[:4]
     length = keys.shape[-2]
     first = length - rows + start  # the column of the block's first row
     visible = length if rule.mask is not None else first + block
@@ -174,6 +176,10 @@ def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights:
     batch, kv_heads, length, _ = keys.shape
     heads, rows = queries.shape[1], queries.shape[2]
     group, kinds = heads // kv_heads, row_weights.shape[1]
+    if fused(queries, keys) and rule == AttentionRule(rule.scaling) and kinds <= 2:
+        from kvweave.ops import kernels
+
+        return kernels.column_sums(queries, keys, rule.scaling, row_weights)
     grouped = _grouped(queries, kv_heads)
     block = max(1, _GPU_LOGITS // (batch * heads * length) if keys.is_cuda else _BLOCK // group)
     block = min(block, rows)

@@ -32,7 +32,7 @@ def flow(subject: Any, tasks: Sequence[Task], methods: Sequence[str]) -> dict[st
     sums: dict[int, dict[str, float]] = {}
     for example in examples:
         batch = prepare(processor, [example], "seen")
-        report = _cut(model, batch, prefill(model, batch, 1), FlowMM(budget=1))  # one entry: every layer is cut
+        report = _cut(model, batch, prefill(model, batch, 1), FlowMM(budget=1, flow_rows=0))  # every layer is cut
         for layer in report["layers"]:
             if layer["compressed"]:
                 told = sums.setdefault(layer["layer"], dict.fromkeys(_RATIOS, 0.0))
