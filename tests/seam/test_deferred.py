@@ -16,7 +16,6 @@ from tiny import (
     vision_model,
     words,
 )
-from torch._dynamo.testing import CompileCounter
 
 import kvweave
 
@@ -346,24 +345,3 @@ def test_a_mask_of_ones_own_is_refused_by_a_draft_and_says_so():
         model(input_ids=ids)
         with pytest.raises(ValueError, match="redecode=True"):
             model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=session.cache)
-
-
-def test_compiled_decoding_has_one_graph_before_and_one_after_the_cut():
-    """The first tokens of each part run eagerly: there the buffers are made that later tokens are written to."""
-    model, inputs, follow = text_model(num_hidden_layers=1), text_inputs((30,)), words(1, 9, seed=7)
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    forward, runs = model.forward, []
-    compiled = torch.compile(forward, backend=counter, dynamic=True)
-    for functions in ([forward] * 9, [forward, forward, *[compiled] * 2, forward, forward, *[compiled] * 3]):
-        with torch.no_grad(), kvweave.compress(model, replace(WEAVE, defer=4)) as session:
-            model(**inputs)
-            logits = []
-            for n, function in enumerate(functions):
-                model.forward = function
-                logits.append(model(input_ids=follow[:, n : n + 1], past_key_values=session.cache).logits)
-            del model.forward
-        assert session.report["deferred"] == 4
-        runs.append(torch.cat(logits, 1))
-    assert_close(runs[1], runs[0])
-    assert counter.frame_count == 2

@@ -1,0 +1,138 @@
+"""From recipes to sheets: computes what is missing in the folder that all tables share."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvweave import models
+from kvweave.evals import store
+from kvweave.evals.paper.recipes import Recipe
+from kvweave.evals.paper.sheet import Sheet
+from kvweave.evals.paper.study import Study
+from kvweave.evals.plan import Evaluation
+from kvweave.evals.run import Progress, Result, run
+from kvweave.evals.tables import summarise
+from kvweave.evals.tasks import Task
+
+
+@dataclass
+class Subject:
+    """What is measured.
+
+    Attributes:
+        model: "lab", a local folder or a hub id.
+        data: name of the data, for a reader: "" for the lab's own questions.
+        tasks: by what paper's tasks are asked for; those of the lab whatever is asked for.
+        out: the folder that all tables share.
+        by_length: tasks whose prompts differ in length, for measurements of time.
+        command: what a reader may type.
+    """
+
+    model: str
+    data: str
+    tasks: Callable[[Sequence[str]], tuple[Task, ...]]
+    by_length: Callable[[], tuple[Task, ...]]
+    out: Path
+    seeds: tuple[int, ...] = (0,)
+    dtype: str = "auto"
+    device: str = "auto"
+    batch: int = 50
+    workers: int = 1
+    command: str = ""
+    _loaded: tuple[Any, Any] | None = field(default=None, repr=False)
+
+    def load(self) -> tuple[Any, Any]:
+        """The model and its processor, once."""
+        if self._loaded is None:
+            self._loaded = models.load(self.model, self.dtype, models.pick_device(self.device))
+        return self._loaded
+
+
+def evaluations(recipe: Recipe, subject: Subject) -> list[Evaluation]:
+    """The recipe's cells on this subject, an evaluation for each protocol; none where nothing is scored."""
+    return [
+        Evaluation(
+            model=subject.model,
+            tasks=subject.tasks(recipe.tasks),
+            methods=tuple(recipe.parsed(protocol).values()),
+            budgets=recipe.budgets,
+            seeds=subject.seeds,
+            protocols=(protocol,),
+            dtype=subject.dtype,
+            fidelity=False,  # no table of a paper has it
+        )
+        for protocol in recipe.protocols
+        if recipe.budgets
+    ]
+
+
+def make(recipes: Sequence[Recipe], subject: Subject, progress: Progress | None = None) -> list[Sheet]:
+    """The recipes' sheets; interrupted anywhere, the same call resumes.
+
+    Raises:
+        ValueError: the folder holds results of another model, of other data or of other code.
+    """
+    start = time.perf_counter()
+    plans = {recipe.name: evaluations(recipe, subject) for recipe in recipes}
+    parts = [part for plan in plans.values() for part in plan]
+    results: dict[str, Result] = {}
+    if parts:
+        study = Study.of(*parts)
+        done = run(
+            study,
+            subject.out,
+            batch=subject.batch,
+            workers=subject.workers,
+            device=subject.device,
+            command=subject.command,
+            progress=progress,
+        )
+        results = {str(result["cell"]): result for result in done}
+    seconds = time.perf_counter() - start
+    return [_sheet(recipe, subject, plans[recipe.name], results, seconds) for recipe in recipes]
+
+
+def _sheet(
+    recipe: Recipe, subject: Subject, plan: Sequence[Evaluation], results: dict[str, Result], seconds: float
+) -> Sheet:
+    given: dict[str, Any] = {}
+    for part in plan:
+        own = [results[str(cell.key)] for cell in part.cells()]
+        base = part.labels[1] if recipe.methods else "snapkv"
+        told = summarise(part, own, baseline=base, command=subject.command, seconds=round(seconds, 1))
+        given["summary"] = _together(given["summary"], told) if "summary" in given else told
+    if recipe.measure is not None:
+        given["measured"] = _measured(recipe, subject)
+    sheet: Sheet = recipe.lay_out(recipe, subject, **given)
+    return sheet
+
+
+def _together(summary: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two protocols' summaries as one."""
+    return {name: [*summary[name], *other[name]] if name != "about" else told for name, told in summary.items()}
+
+
+def _measured(recipe: Recipe, subject: Subject) -> dict[str, Any]:
+    """What the recipe measures, or measured before under the same conditions."""
+    assert recipe.measure is not None
+    path = subject.out / "measured" / (recipe.name.replace(":", "-") + ".json")
+    tasks = subject.by_length()
+    conditions = {
+        "model": subject.model,
+        "dtype": subject.dtype,
+        "device": models.pick_device(subject.device),
+        "tasks": [task.to_dict() for task in tasks],
+        "code": store.code_mark(),
+        "versions": store.versions(),
+    }
+    conditions = json.loads(json.dumps(conditions))
+    if path.exists():
+        there = store.read_json(path)
+        if there["conditions"] == conditions:
+            return dict(there["measured"])
+    measured = recipe.measure(subject, tasks, [method.name for method in recipe.parsed().values()])
+    store.write_json(path, {"conditions": conditions, "measured": measured})
+    return measured
