@@ -75,13 +75,13 @@ def compare(
         command=command,
         machine=machine(str(subject.model.device)),
         versions=versions(),
-        notes=_notes(unknown_words(subject.processor, subject.inputs), grids),
+        notes=_notes(unknown_words(subject.processor, subject.inputs), grids, methods),
     )
 
 
-def _notes(unknown: int, grids: Sequence[Grid]) -> list[str]:
+def _notes(unknown: int, grids: Sequence[Grid], methods: Sequence[Method]) -> list[str]:
     """What a reader should know."""
-    notes = []
+    notes = [_deferred(method) for method in methods if method.defer]
     if unknown:
         notes.append(
             f"{unknown} token{'s' if unknown > 1 else ''} of the prompt are not in the model's vocabulary: "
@@ -98,6 +98,12 @@ def _notes(unknown: int, grids: Sequence[Grid]) -> list[str]:
             "grid as near to a square as can be, so a cell may be off."
         )
     return notes
+
+
+def _deferred(method: Method) -> str:
+    """Where the first tokens of an answer come from."""
+    first = f"{method.name} cuts once {method.defer} tokens are decoded from the full cache"
+    return f"{first}, then decodes them again." if method.redecode else f"{first}; they stay in the answer."
 
 
 def answer_of(generations: Sequence[Generation], method: str, name: str, cache_bytes: int | None = None) -> Answer:
