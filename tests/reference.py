@@ -280,6 +280,8 @@ def merge(
         if mass_bias and members:  # 4.1
             if mass_kind == "count":
                 bias = math.log(1 + len(members))
+            elif mass_kind == "entropy":
+                bias = -sum(w * math.log(w) for w in [w_c, *w_e] if w > 0)
             else:
                 bias = math.log((importance[c] + sum(importance[e] for e in members)) / importance[c])
                 bias = min(max(bias, 0.0), math.log(layer.length))
@@ -936,17 +938,21 @@ def weave(
     cross_scope: str = "any",
     merge_rule: str = "average",
     mass_bias: bool = True,
+    merge: bool = True,
     **merging,
 ) -> LayerResult:
     """13.3 with defer=0, where s is the window mean W."""
     P = min(proxies, layer.length)
 
     def keep(kv: int) -> Head:
+        score = [x / P for x in proxy_importance(layer, kv, proxies)]
+        if not merge:
+            return recent_and_top(layer, kv, min(recent, B // 2), B, score)
         return match_and_merge(
             layer,
             kv,
             B,
-            [x / P for x in proxy_importance(layer, kv, proxies)],
+            score,
             recent=recent,
             scope="cross",
             sensitivity_quantile=sensitivity_quantile,

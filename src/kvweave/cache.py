@@ -5,7 +5,7 @@ number of slots that memory holds. `kvweave.session` lets attention know which l
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -414,7 +414,7 @@ class CompressedLayer(DynamicLayer):
                 waiting.queries[at, :, :tokens],
                 after.keys[at, :, :tokens],
                 counted[at, :tokens].to(self.device),
-                waiting.rule,
+                replace(waiting.rule, scaling=waiting.rule.scaling / method.decoded_temperature),
             )
         self.cut(Pending(groups, [], waiting.budgets, prompt.lengths, whole, after), share)
 
