@@ -45,6 +45,7 @@ class Conversation:
         counted: with a deferred cut, bool [batch, tokens], the first decoded tokens that belong to a reply which has
             not ended; None: no cut is waiting.
         deferred: tokens decoded before the last cut.
+        known: views' statistics by what they are of, for caches that are filled with one and the same prompt.
     """
 
     method: Method
@@ -59,6 +60,7 @@ class Conversation:
     attached: bool = False
     counted: Tensor | None = None
     deferred: int = 0
+    known: dict[Any, dict[Any, Any]] | None = None
 
     @property
     def turns_keys(self) -> bool:
@@ -328,6 +330,10 @@ class CompressedLayer(DynamicLayer):
             self._store(self.blocks, lengths, whole)  # nothing to give up: not a bit is touched
             return
         groups = self._groups(whole, queries, prompt, rule, mask)
+        for group in groups:
+            if talk.known is not None:
+                rows = 0 if group.view.queries is None else group.view.queries.shape[2]
+                group.view.remember_in(talk.known.setdefault((self.index, *group.index, rows), {}))
         pending = Pending(groups, [], budgets, lengths, whole, after)
         if talk.method.defer:
             self._wait(pending, prompt, rule)
@@ -427,14 +433,15 @@ class CompressedLayer(DynamicLayer):
         """
         self.pending = None
         if fits(pending.groups, share):
-            self._store(self.blocks, pending.lengths, pending.prompt)
+            self._store(self.blocks, pending.lengths, pending.prompt, behind=pending.behind.nbytes)
             return
         talk = self.conversation
         outcome = compact(talk.method, pending.groups, share, pending.budgets, trace=talk.trace)
         self.flow = outcome.compacted.flow
         self.fate = outcome.fate
         self.memory = outcome.memory
-        self._store(stored(outcome.compacted, pending.behind), pending.lengths, outcome.compacted, outcome.rows)
+        blocks = stored(outcome.compacted, pending.behind)
+        self._store(blocks, pending.lengths, outcome.compacted, outcome.rows, behind=pending.behind.nbytes)
 
     def _store(
         self,
@@ -443,6 +450,7 @@ class CompressedLayer(DynamicLayer):
         prompt: Slots | Compacted,
         said: list[dict[str, Any]] | None = None,
         packs: bool = True,
+        behind: int = 0,
     ) -> None:
         """Let memory hold `blocks`, and keep what the report will say.
 
@@ -450,15 +458,17 @@ class CompressedLayer(DynamicLayer):
             prompt: what is left of the prompt, for its positions and mass.
             said: for each row, what its plan says of itself.
             packs: store it as the method wants it stored.
+            behind: bytes of the tokens that lie behind the prompt.
         """
-        before, storage = self.nbytes, self.conversation.method.storage if packs else None
+        before, storage = self.nbytes - behind, self.conversation.method.storage if packs else None
         self.blocks = [packed(x, storage) if storage and isinstance(x, Slots) else x for x in blocks]
         assert prompt.positions is not None
         assert prompt.mass is not None
         held = prompt.positions >= 0
         mass = prompt.mass * held
         rows = said or [{} for _ in lengths]
-        self.record = Record(lengths, held.sum(-1), mass.sum(-1), mass.max(), before, self.nbytes, rows)
+        after = self.nbytes - behind
+        self.record = Record(lengths, held.sum(-1), mass.sum(-1), mass.max(), before, after, rows, behind)
 
 
 class CompressedCache(Cache):
@@ -637,16 +647,16 @@ class CompressedCache(Cache):
             for name in ("length", "kept", "merged", "evicted", "bytes", "bytes_before")
         }
         totals["layers"] = len(done)
-        totals["peak_bytes"] = self._peak([(layer["bytes_before"], layer["bytes"]) for layer in done])
+        totals["peak_bytes"] = self._peak([x.record for x in self.compressed_layers if x.record is not None])
         deferred = None if self.waits else self.conversation.deferred
         return {"method": self.method.to_dict(), "layers": layers, "totals": totals, "deferred": deferred}
 
-    def _peak(self, sizes: list[tuple[int, int]]) -> int:
-        """Most bytes held at once while layers of the given bytes (before, after) were filled and cut."""
-        if self.method.layer_adaptive or self.method.defer:
-            return sum(before for before, _ in sizes)  # none is cut before all are filled
-        cut = [0, *accumulate(after for _, after in sizes)]
-        return max((done + before for done, (before, _) in zip(cut, sizes, strict=False)), default=0)
+    def _peak(self, records: list[Record]) -> int:
+        """Most bytes held at once while these layers were filled and cut."""
+        if self.method.layer_adaptive or self.method.defer:  # none is cut before all are filled
+            return sum(record.bytes_before + record.bytes_behind for record in records)
+        cut = [0, *accumulate(record.bytes_after for record in records)]
+        return max((done + record.bytes_before for done, record in zip(cut, records, strict=False)), default=0)
 
     def _described(self, place: int) -> dict[str, Any]:
         """One layer's part of the report."""

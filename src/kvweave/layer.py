@@ -194,6 +194,10 @@ class LayerView:
             raise RuntimeError("this statistic needs queries, and the method asked for none (Method.query_rows)")
         return self.queries
 
+    def remember_in(self, known: dict[Any, Any]) -> None:
+        """Look statistics up in `known`, and put them there, before any has been computed."""
+        self.known = known
+
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """What `compute` returned when it was first called for this key."""
         if key not in self.known:

@@ -15,7 +15,8 @@ class Record:
         kept: int64 [batch, kv_heads], prompt entries left.
         represented: float [batch, kv_heads], tokens they stand for.
         heaviest: float [], tokens that the heaviest entry stands for.
-        bytes_before, bytes_after: of the layer's keys and values.
+        bytes_before, bytes_after: of the prompt's keys and values in the layer.
+        bytes_behind: of the tokens decoded before the cut.
         rows: for each row, what its plan says of itself: flow ratio, scope, ...
     """
 
@@ -26,6 +27,7 @@ class Record:
     bytes_before: int
     bytes_after: int
     rows: list[dict[str, Any]]
+    bytes_behind: int = 0
 
     def described(self) -> dict[str, Any]:
         """JSON-able. Counts are means over rows and KV heads, whole numbers that add up to the length."""

@@ -7,12 +7,15 @@ it reads the compressed cache and is never compressed itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from kvweave.evals.oracle import Oracle, paid_attention
+from kvweave.evals.prefill import Prefill
 from kvweave.evals.tasks import Example
 from kvweave.methods import Method
 from kvweave.session import compress
@@ -111,24 +114,46 @@ class _Following(LogitsProcessor):
         return torch.where(token < 0, scores, only)
 
 
-def answer(model: PreTrainedModel, processor: Any, method: Method, batch: Batch, max_new_tokens: int) -> list[Answer]:
+def prefill(model: PreTrainedModel, batch: Batch, max_new_tokens: int) -> Prefill:
+    """The batch's prefill with the full cache, and the answers that follow it, to be shared by many methods."""
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    settings = _settings(model, batch, max_new_tokens)
+    with torch.inference_mode():
+        return Prefill.recorded(model, partial(model.generate, **inputs, **settings))
+
+
+def answer(
+    model: PreTrainedModel,
+    processor: Any,
+    method: Method,
+    batch: Batch,
+    max_new_tokens: int,
+    shared: Prefill | None = None,
+) -> list[Answer]:
     """Greedy answers to a batch under `kvweave.compress`.
 
     A method that defers its cut decodes again what it drafted from the full cache (`redecode`), unless that was the
     question: no token behind an answer's first comes from the full cache.
+
+    Args:
+        shared: the batch's own prefill, which is then not computed again.
     """
+    if isinstance(method, Oracle) and shared is None:
+        shared = prefill(model, batch, max_new_tokens)
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
-    following = batch.following.to(model.device)
+    settings = _settings(model, batch, max_new_tokens)
     start = inputs["input_ids"].shape[1]
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": following.shape[1] + max_new_tokens}
-    if following.shape[1]:
-        _check_following(model, following)
-        settings["logits_processor"] = LogitsProcessorList([_Following(following, start)])
-    if method.defer > following.shape[1]:
+    if method.defer > batch.following.shape[1]:
         method = replace(method, redecode=True)
     with torch.inference_mode(), compress(model, method) as session:
-        tokens = model.generate(**inputs, **settings)
-    lengths = (following >= 0).sum(1).tolist()
+        if shared is None:
+            tokens = model.generate(**inputs, **settings)
+        else:
+            inputs = {name: tensor for name, tensor in inputs.items() if not name.startswith("pixel_values")}
+            memory = paid_attention(shared, _ends(model)) if isinstance(method, Oracle) else []
+            with shared.replayed(model, memory):
+                tokens = model.generate(**inputs, **settings)
+    lengths = (batch.following >= 0).sum(1).tolist()
     replies = [row[start + asked :][:max_new_tokens] for row, asked in zip(tokens, lengths, strict=True)]
     texts = [text.strip() for text in processor.batch_decode(replies, skip_special_tokens=True)]
     layers = [layer for layer in session.report["layers"] if layer["compressed"]]
@@ -139,11 +164,23 @@ def answer(model: PreTrainedModel, processor: Any, method: Method, batch: Batch,
     ]
 
 
-def _check_following(model: PreTrainedModel, following: Tensor) -> None:
+def _settings(model: PreTrainedModel, batch: Batch, max_new_tokens: int) -> dict[str, Any]:
+    """What `generate` is told besides its inputs."""
+    following = batch.following.to(model.device)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": following.shape[1] + max_new_tokens}
+    if following.shape[1]:
+        if bool(torch.isin(following, _ends(model)).any()):
+            raise ValueError(
+                "protocol='unseen' is not allowed: after the question this model's chat template writes a token that "
+                "ends generation"
+            )
+        start = batch.inputs["input_ids"].shape[1]
+        settings["logits_processor"] = LogitsProcessorList([_Following(following, start)])
+    return settings
+
+
+def _ends(model: PreTrainedModel) -> Tensor:
+    """Tokens that end generation."""
     generation: Any = model.generation_config
     stops = generation.eos_token_id
-    if stops is not None and bool(torch.isin(following, torch.tensor(stops, device=following.device)).any()):
-        raise ValueError(
-            "protocol='unseen' is not allowed: after the question this model's chat template writes a token that "
-            "ends generation"
-        )
+    return torch.tensor([] if stops is None else stops, dtype=torch.int64, device=model.device).view(-1)

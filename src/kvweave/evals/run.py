@@ -16,12 +16,15 @@ from transformers.utils import logging
 
 from kvweave import models
 from kvweave.evals import store
-from kvweave.evals.answering import Answer, Batch, answer, prepare
+from kvweave.evals.answering import Answer, Batch, answer, prefill, prepare
 from kvweave.evals.metrics import METRICS
 from kvweave.evals.plan import FULL, Cell, Evaluation
+from kvweave.evals.prefill import Prefill
 from kvweave.evals.tasks import Example
 from kvweave.methods import Method
 from kvweave.ops.budget import entries
+
+_SHARED = 2**31  # bytes of prefills that a worker keeps for the next methods
 
 Result = dict[str, Any]
 #: Hears of a cell that is finished: its result, how many are, how many there are, and whether it was read from disk.
@@ -132,13 +135,14 @@ def _no_loading_bars() -> Iterator[None]:
 
 
 class Worker:
-    """Computes cells one after the other; loads the model, and reads a task's prompts, once."""
+    """Computes cells one after the other; loads the model, reads a task's prompts, and prefills them, once."""
 
     def __init__(self, evaluation: Evaluation, out: Path, batch: int, device: str, about: dict[str, Any]) -> None:
         self.model, self.dtype, self.device = evaluation.model, evaluation.dtype, device
         self.out, self.batch, self.about = out, batch, about
         self._loaded: tuple[Any, Any] | None = None
         self._read: tuple[Any, list[Sequence[Example]], dict[int, Batch]] | None = None
+        self._prefills: dict[int, Prefill] = {}
 
     def __call__(self, cell: Cell) -> Result:
         """The cell's result, written to its file."""
@@ -179,6 +183,7 @@ class Worker:
             examples = cell.task.examples(cell.seed)
             batches = [examples[at : at + self.batch] for at in range(0, len(examples), self.batch)]
             self._read = key, batches, {}
+            self._prefills.clear()
         return self._read[1:]
 
     def _answers(
@@ -189,11 +194,18 @@ class Worker:
         try:
             if n not in prepared:
                 prepared[n] = prepare(processor, examples, cell.protocol)
-            return [*answer(model, processor, cell.method, prepared[n], cell.task.max_new_tokens)]
+            shared = self._prefill(cell, n, prepared[n])
+            return [*answer(model, processor, cell.method, prepared[n], cell.task.max_new_tokens, shared)]
         except Exception as error:
             if len(examples) == 1:
                 return [f"{type(error).__name__}: {error}"]
         return [said for example in examples for said in self._answers(cell, -1, [example], {})]
+
+    def _prefill(self, cell: Cell, n: int, batch: Batch) -> Prefill | None:
+        """The batch's prefill, while there is room for it; a batch that failed as a whole (-1) shares none."""
+        if n >= 0 and n not in self._prefills and sum(x.nbytes for x in self._prefills.values()) < _SHARED:
+            self._prefills[n] = prefill(self._model()[0], batch, cell.task.max_new_tokens)
+        return self._prefills.get(n)
 
 
 def _scored(metrics: Sequence[str], example: Example, said: Answer) -> dict[str, Any]:

@@ -163,7 +163,9 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `method_from_dict` reads it back."""
-        return {"name": self.address(), **dataclasses.asdict(self)}
+        options = dataclasses.asdict(self)
+        common = {name: options.pop(name) for name in COMMON}
+        return {"name": self.address(), **options, **common}
 
     def spelling(self) -> str:
         """The command line's spelling, with the options that differ from their defaults."""
