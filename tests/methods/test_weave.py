@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kvweave
+from kvweave import lab, models
 from kvweave.deferred import decoded_attention
 from kvweave.layer import LayerView
 from kvweave.methods.weave import Weave
@@ -38,8 +39,8 @@ def test_a_temperature_divides_the_decoded_tokens_logits(monkeypatch):
         return decoded_attention(view, queries, keys, counted, rule)
 
     monkeypatch.setattr("kvweave.cache.decoded_attention", noted)
-    model, processor = kvweave.models.load("lab")
-    prompt = kvweave.lab.samples("lookup", 1, images=4)[0].messages()
+    model, processor = models.load("lab")
+    prompt = lab.samples("lookup", 1, images=4)[0].messages()
     inputs = processor.apply_chat_template(
         [prompt], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
