@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test lint format bench bench-decode bench-peers table errata docs gpu clean
+.PHONY: run test lint format bench bench-decode bench-peers bench-flow guard results docs gpu clean
 
 run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
 	$(BIN)/kvweave run
@@ -35,13 +35,15 @@ bench-decode: $(READY)  ## a decoded token over what each budget keeps, against 
 bench-peers: $(READY)  ## kvweave beside kvpress on the same tensors (makes .venv-peers for it)
 	$(BIN)/python -m benchmarks.peers
 
-table: $(READY)  ## README's tables: all methods x the lab's tasks x budgets, question seen and not (resumes)
-	$(BIN)/kvweave eval --protocol seen,unseen --out out/table
-	$(BIN)/python -m benchmarks.publish out/table lab --readme
+bench-flow: $(READY)  ## FlowMM's flow ratio from some of the rows: errors, and layers that change their mode
+	$(BIN)/python -m benchmarks.sampled_flow
 
-errata: $(READY)  ## what our readings of the papers change (resumes)
-	$(BIN)/kvweave eval --budgets 0.2 --methods "$$(cat docs/results/errata.txt)" --out out/errata
-	$(BIN)/python -m benchmarks.publish out/errata errata
+guard: $(READY)  ## record what each method dispatches, multiplies, holds and waits for: tests hold to it
+	$(BIN)/python -m benchmarks.guard
+
+results: $(READY)  ## docs/RESULTS.md and README's tables: the papers' tables and figures on the lab model (resumes)
+	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --workers 2 --out out/results
+	$(BIN)/python -m benchmarks.publish out/results
 
 docs: $(READY)  ## docs/METHODS.md from the registry
 	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md

@@ -5,20 +5,23 @@ of transformers' SDPA, as a model calls them, at the attention shape of Qwen2.5-
 values. Projections and MLPs are left out: they cost the same at any budget, and their weights (28 GiB in float32)
 would hide what is measured. The full cache goes through the same layer and the same kernel.
 
-transformers takes one of two roads through SDPA: without a mask it passes `enable_gqa`, and torch reads each key for
-every query head; with one (the mass bias is one) it makes the query heads of a KV head the rows of one call. Rows
-called "grouped" take the second road without a mask, so that the bias is held against its own kernel.
+Every cache but transformers' own goes through kvweave's attention of one token: the query heads of a KV head are the
+rows of one SDPA call, with the mass bias or without. transformers without a mask passes `enable_gqa` instead, and
+torch reads each key for every query head.
 
 A layer is compressed once and copied, so that every layer has memory of its own; there are as many layers as fill
-448 MiB when nothing is dropped, that is 28 at 4,096 tokens.
+448 MiB when nothing is dropped, that is 28 at 4,096 tokens. Compiled steps run on reserved room, as in `generate`
+with a `compile_config`. What does not fit into --minutes is left out and said so.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,9 +29,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvweave
@@ -38,19 +39,26 @@ from benchmarks.console import show
 from benchmarks.shapes import QWEN, Layer, Shape, layer_of
 from kvweave.attention import twin
 from kvweave.cache import CompressedLayer, Conversation
+from kvweave.ops.quantize import Quantization
+from kvweave.packed import PackedSlots, packed
 from kvweave.slots import Slots, stored
+
+Blocks = Sequence[Slots | PackedSlots]
 
 LAYERS = 28  # what tokens/s are stated for
 BUDGETS = (1.0, 0.6, 0.4, 0.2, 0.1, 0.05)
 COMPILED = 0.2  # budget at which compiled decoding is measured
-METHODS = ("snapkv", "adakv", "flowmm", "flowmm grouped", "flowmm mass_bias")
+QUANTIZED = "snapkv in 4 bits"
+METHODS = ("snapkv", "adakv", "flowmm", "flowmm mass_bias", QUANTIZED)
 FULL, PLAIN = "full", "transformers' DynamicCache"
 BIASED = " mass_bias"
-GROUPED = " grouped"  # with attention whose rows are the query heads of a KV head
 BIAS_LIMIT = 1.05
+LENGTHS, BATCHED = (4096, 8192, 16384, 32768), 8
+ROOM = 192  # tokens that a compiled run may decode
 
 Step = Callable[[], object]
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
+SDPA: Attend = ALL_ATTENTION_FUNCTIONS[twin("sdpa")]
 
 
 @dataclass(frozen=True)
@@ -99,12 +107,7 @@ def kept(layer: Layer, name: str, budget: float) -> list[Slots]:
     return stored(kvweave.compress_tensors(method, *inputs, visual=layer.visual)[0])
 
 
-def without_bias(blocks: Sequence[Slots]) -> list[Slots]:
-    """The same entries as attention sees them without `mass_bias`: that option changes nothing but the bias."""
-    return [replace(block, bias=None) for block in blocks]
-
-
-def layers_with(layer: Layer, blocks: Sequence[Slots], batch: int, count: int) -> list[CompressedLayer]:
+def layers_with(layer: Layer, blocks: Blocks, batch: int, count: int) -> list[CompressedLayer]:
     """`count` layers that hold copies of `blocks`, at the point where decoding starts."""
     visual = layer.visual.expand(batch, -1)
     talk = Conversation(kvweave.get_method("full"), layers=count, end=layer.length, attached=True)
@@ -120,38 +123,14 @@ def layers_with(layer: Layer, blocks: Sequence[Slots], batch: int, count: int) -
     return made
 
 
-def forward(layers: Sequence[CompressedLayer], module: Attention, token: Token, attend: Attend) -> list[Tensor]:
+def forward(layers: Sequence[CompressedLayer], module: Attention, token: Token) -> list[Tensor]:
     """One token through all layers, as a model's attention modules do it; each layer's output."""
     outs = []
     for layer in layers:
         keys, values = layer.update(token.keys, token.values)
         scaling = token.queries.shape[-1] ** -0.5
-        outs.append(attend(module, token.queries, keys, values, None, dropout=0.0, scaling=scaling)[0])
+        outs.append(SDPA(module, token.queries, keys, values, None, dropout=0.0, scaling=scaling)[0])
     return outs
-
-
-def grouped_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: object
-) -> tuple[Tensor, None]:
-    """SDPA of one token without a mask, query heads of a KV head as rows: each key is read once."""
-    batch, heads, _new, dim = query.shape
-    rows = query.reshape(batch, key.shape[1], -1, dim)
-    out = F.scaled_dot_product_attention(rows, key, value, scale=scaling)
-    return out.reshape(batch, heads, 1, dim).transpose(1, 2), None
-
-
-def attention(name: str) -> Attend:
-    """kvweave's twin of the attention function that a row of the table goes through."""
-    if not name.endswith(GROUPED):
-        return ALL_ATTENTION_FUNCTIONS[twin("sdpa")]
-    AttentionInterface.register("grouped", grouped_attention)
-    AttentionMaskInterface.register("grouped", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    return ALL_ATTENTION_FUNCTIONS[twin("grouped")]
-
-
-def baseline(name: str) -> str:
-    """The full cache through the same kernel."""
-    return FULL + GROUPED if name.endswith((GROUPED, BIASED)) else FULL
 
 
 def plain(layer: Layer, module: Attention, token: Token, count: int) -> Step:
@@ -190,17 +169,23 @@ class Bench:
         heads = self.shape.heads, self.shape.kv_heads, self.shape.kv_heads
         return Token(*(torch.randn(batch, n, 1, self.shape.dim, generator=generator) for n in heads))
 
-    def decoding(self, layers: list[CompressedLayer], token: Token, attend: Attend) -> Step:
-        return lambda: forward(layers, self.module, token, attend)
+    def decoding(self, layers: list[CompressedLayer], token: Token) -> Step:
+        return lambda: forward(layers, self.module, token)
 
-    def contents(self, layer: Layer, budget: float) -> dict[str, list[Slots]]:
-        """What each method keeps of the layer; flowmm is run once, with its bias, and read without it too."""
+    def contents(self, layer: Layer, budget: float) -> dict[str, Blocks]:
+        """What each method keeps of the layer; those that differ in how it is stored or read decide once."""
         if budget >= 1:
-            return {name: [Slots(layer.keys, layer.values)] for name in (FULL, FULL + GROUPED)}
-        done: dict[str, list[Slots]] = {}
-        for name in sorted(self.methods, key=len, reverse=True):
-            biased = done.get(name.removesuffix(GROUPED) + BIASED)
-            done[name] = kept(layer, name, budget) if biased is None else without_bias(biased)
+            columns = torch.arange(layer.length).expand(*layer.keys.shape[:3])
+            return {FULL: [Slots(layer.keys, layer.values, columns, torch.ones_like(columns, dtype=torch.float32))]}
+        done: dict[str, Blocks] = {}
+        for name in self.methods:
+            if name == QUANTIZED:
+                done[name] = [packed(block, Quantization(4, 32, 32)) for block in kept(layer, "snapkv", budget)]
+            elif name + BIASED in self.methods:
+                done[name + BIASED] = biased = kept(layer, name + BIASED, budget)
+                done[name] = [replace(block, bias=None) for block in biased]
+            elif name not in done:
+                done[name] = kept(layer, name, budget)
         return {name: done[name] for name in self.methods}
 
     def measured(self, length: int, batch: int, advance: Callable[[str], None] = lambda _: None) -> list[Figure]:
@@ -211,16 +196,16 @@ class Bench:
         figures = []
         for budget in self.budgets:
             advance(f"{length} tokens, batch {batch}, {100 * budget:g} %")
-            caches = dict.fromkeys((FULL, FULL + GROUPED), whole)
+            caches = {FULL: whole}
             if budget < 1:
                 for name, blocks in self.contents(layer, budget).items():
                     caches[name] = layers_with(layer, blocks, batch, count)
-            runs = {name: self.decoding(layers, token, attention(name)) for name, layers in caches.items()}
+            runs = {name: self.decoding(layers, token) for name, layers in caches.items()}
             if budget >= 1:
                 runs[PLAIN] = plain(layer, self.module, token, count)
             seconds = timed(runs, self.rounds)
             for name in runs:
-                if name.startswith(FULL) and budget < 1:
+                if name == FULL and budget < 1:
                     continue
                 held = sum(x.nbytes for x in caches.get(name, whole)) * LAYERS / count
                 figures.append(
@@ -232,15 +217,16 @@ class Bench:
                         1e3 * statistics.median(seconds[name]) * LAYERS / count,
                         held / measure.MIB,
                         1e3 * held / self.bandwidth,
-                        measure.median_ratio(seconds[baseline(name)], seconds[name]),
+                        measure.median_ratio(seconds[FULL], seconds[name]),
                     )
                 )
         return figures
 
     def compiled(self, length: int, advance: Callable[[str], None] = lambda _: None) -> list[dict[str, object]]:
-        """Eager and `torch.compile`d decode of two layers, batch 1, and what the compiler made of it."""
+        """Decode of two layers, batch 1: as it is, and compiled on reserved room; what the compiler made of it."""
         layer, token = layer_of(self.shape, length), self.token(1)
-        contents = self.contents(layer, 1.0) | self.contents(layer, COMPILED)
+        contents = {FULL: self.contents(layer, 1.0)[FULL]} | self.contents(layer, COMPILED)
+        contents.pop(QUANTIZED, None)
         rows: list[dict[str, object]] = []
         for name, blocks in contents.items():
             advance(f"compiling {name}")
@@ -248,20 +234,19 @@ class Bench:
             counters = torch._dynamo.utils.counters
             counters.clear()
             two = layers_with(layer, blocks, 1, 2)
+            for one in two:
+                one.reserve(ROOM)
             row: dict[str, object] = {"what": name, "length": length, "budget": 1.0 if FULL in name else COMPILED}
-            fast, attend = torch.compile(forward), attention(name)
+            fast = torch.compile(forward)
 
-            def step(
-                two: list[CompressedLayer] = two, fast: Callable[..., object] = fast, attend: Attend = attend
-            ) -> object:
-                return fast(two, self.module, token, attend)
+            def step(two: list[CompressedLayer] = two, fast: Callable[..., object] = fast) -> object:
+                return fast(two, self.module, token)
 
             try:
-                for _ in range(4):  # compiles, and again once the length is found to change
+                for _ in range(3):
                     step()
-                graphs = counters["stats"]["unique_graphs"]
-                runs = {"eager": self.decoding(layers_with(layer, blocks, 1, 2), token, attend)}
-                seconds = timed(runs | {"compiled": step}, 2 * self.rounds)
+                runs = {"eager": self.decoding(layers_with(layer, blocks, 1, 2), token)}
+                seconds = timed(runs | {"compiled": step}, 4 * self.rounds)
             except Exception as error:  # what the compiler refuses is a result
                 rows.append(row | {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
                 continue
@@ -272,7 +257,7 @@ class Bench:
                     "compiled": 1e3 * statistics.median(seconds["compiled"]) * LAYERS / 2,
                     "ratio": measure.median_ratio(seconds["eager"], seconds["compiled"]),
                     "breaks": sum(counters["graph_break"].values()),
-                    "recompiled": counters["stats"]["unique_graphs"] - graphs,
+                    "graphs": counters["stats"]["unique_graphs"],
                 }
             )
         return rows
@@ -299,18 +284,17 @@ def cells(figure: Figure) -> list[str]:
 
 
 def verdicts(figures: Sequence[Figure]) -> list[tuple[str, str, str]]:
-    """(mark, measured, met or not): the mass bias against none, as transformers calls it and through one kernel."""
+    """(mark, measured, met or not): the mass bias against none, median within a round."""
     by_place = {(f.what, f.length, f.batch, f.budget): f for f in figures}
     rows = []
-    for without in ("", GROUPED):
-        for figure in figures:
-            if not figure.what.endswith(BIASED):
-                continue
-            name = figure.what.replace(BIASED, without)
-            cost = figure.milliseconds / by_place[name, figure.length, figure.batch, figure.budget].milliseconds
-            where = f"L={figure.length}, batch {figure.batch}, {100 * figure.budget:g} %"
-            mark = f"{figure.what} <= {BIAS_LIMIT:g}x {name}, {where}"
-            rows.append((mark, f"{cost:.2f}x", "met" if cost <= BIAS_LIMIT else "not met"))
+    for figure in figures:
+        if not figure.what.endswith(BIASED):
+            continue
+        name = figure.what.removesuffix(BIASED)
+        cost = by_place[name, figure.length, figure.batch, figure.budget].ratio / figure.ratio
+        where = f"L={figure.length}, batch {figure.batch}, {100 * figure.budget:g} %"
+        mark = f"{figure.what} <= {BIAS_LIMIT:g}x {name}, {where}"
+        rows.append((mark, f"{cost:.2f}x", "met" if cost <= BIAS_LIMIT else "not met"))
     return rows
 
 
@@ -318,13 +302,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small prompts, to see that it runs")
     parser.add_argument("--lengths", type=int, nargs="+", default=None, help="tokens of the prompt, batch 1")
-    parser.add_argument("--batched", type=int, nargs="*", default=None, help="tokens of the prompt, batch 8")
+    parser.add_argument("--batched", type=int, nargs="*", default=None, help=f"tokens of the prompt, batch {BATCHED}")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--minutes", type=float, default=4.0, help="after which no further prompt length is begun")
+    parser.add_argument("--all", action="store_true", help="every length at both batches, however long it takes")
     parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
-    lengths = options.lengths or ([128] if options.quick else [4096, 8192])
-    batched = options.batched if options.batched is not None else ([64] if options.quick else [4096])
-    places = [(n, 1) for n in lengths] + [(n, 8) for n in batched]
+    lengths = options.lengths or ([128] if options.quick else LENGTHS)
+    batched = options.batched if options.batched is not None else ([64] if options.quick else LENGTHS)
+    singles, many = [(n, 1) for n in lengths], [(n, BATCHED) for n in batched]
+    # the shortest of both batches, then what is left by length: a run cut short has seen both
+    places = sorted(singles + many)
+    deadline = math.inf if options.all else time.perf_counter() + 60 * options.minutes
 
     torch.set_num_threads(1)
     console = terminal()
@@ -334,23 +323,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = replace(bench, held=512, rounds=2, budgets=(1.0, 0.2))
     figures: list[Figure] = []
     compiled: list[dict[str, object]] = []
+    left_out: list[tuple[int, int]] = []
+    longest = 0.0
     with Progress(console=terminal(stderr=True), transient=True) as progress, torch.inference_mode():
-        task = progress.add_task("measuring", total=len(places) * len(bench.budgets) + len(METHODS) + 1)
+        task = progress.add_task("measuring", total=len(places) * len(bench.budgets) + len(METHODS))
 
         def advance(what: str) -> None:
             progress.update(task, description=what, advance=1)
 
-        for length, batch in places:
-            figures += bench.measured(length, batch, advance)
         if not (options.quick or options.no_compile):
             compiled = bench.compiled(lengths[0], advance)
+        for length, batch in places:
+            started = time.perf_counter()
+            if started + longest > deadline:
+                left_out.append((length, batch))
+                continue
+            figures += bench.measured(length, batch, advance)
+            longest = max(longest, time.perf_counter() - started)
+    places = [place for place in places if place not in left_out]
 
     note = (
         f"Attention and cache of {LAYERS} layers of {QWEN}, float32, CPU time of 1 thread, a token for each row; no "
         f"projections, no MLP. Roofline: bytes of kept keys and values at {bandwidth / 1e9:.1f} GB/s, what a copy "
         "reads and writes a second; above 100 % where the CPU's cache holds them or reading is faster than copying. "
-        "Faster than full: than the full cache through the same kernel, for mass_bias that is `full grouped`."
+        "Faster than full: than the full cache through the same kernel."
     )
+    if left_out:
+        missing = ", ".join(f"{length} tokens at batch {batch}" for length, batch in left_out)
+        note += f"\n\nLeft out, for time: {missing}. `--all` measures them too."
     columns = ["", "budget", "ms", "tokens/s", "KV MiB", "roofline ms", "of roofline", "faster than full"]
     text = [f"# Decode over a compressed cache\n\n{note}\n"]
     for length, batch in places:
@@ -359,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text.append(f"## {title}\n\n{measure.markdown_table(columns, rows)}")
         show(console, title, columns, rows)
     if compiled:
-        columns = ["", "budget", "eager ms", "compiled ms", "faster", "graph breaks", "recompiled"]
+        columns = ["", "budget", "eager ms", "compiled ms", "faster", "graph breaks", "graphs"]
         rows = [_compiled_cells(row) for row in compiled]
         title = f"torch.compile, {lengths[0]} tokens, batch 1, measured on 2 layers"
         text.append(f"## {title}\n\n{measure.markdown_table(columns, rows)}")
@@ -370,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(console, "Marks", heads, marks)
     data = {
         "bandwidth": bandwidth,
+        "left_out": left_out,
         "figures": [asdict(figure) | {"rate": figure.rate} for figure in figures],
         "compiled": compiled,
         "marks": [dict(zip(("mark", "measured", "verdict"), row, strict=True)) for row in marks],
@@ -384,7 +385,7 @@ def _compiled_cells(row: Mapping[str, object]) -> list[str]:
     if "error" in row:
         return [*head, "-", str(row["error"])[:60], "-", "-", "-"]
     times = [f"{row['eager']:.2f}", f"{row['compiled']:.2f}", f"{row['ratio']:.2f}x"]
-    return [*head, *times, str(row["breaks"]), str(row["recompiled"])]
+    return [*head, *times, str(row["breaks"]), str(row["graphs"])]
 
 
 if __name__ == "__main__":

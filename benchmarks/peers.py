@@ -26,7 +26,7 @@ from benchmarks import measure
 from benchmarks.console import console as terminal
 from benchmarks.console import show
 from benchmarks.shapes import QWEN, SMALL, Shape
-from benchmarks.statistics import ATTENTION
+from benchmarks.statistics import ATTENTION, EXACT
 
 ROOT = Path(__file__).parents[1]
 VENV = ROOT / ".venv-peers"
@@ -69,7 +69,9 @@ MARKS = (
     Mark(("column sums",), (ATTENTION,), 1.0),
     Mark(("flow ratio",), (ATTENTION,), 1.0),
     Mark(("matching",), (ATTENTION,), 0.25),
-    Mark(("flowmm",), (ATTENTION,), 1.4),
+    Mark((EXACT,), (ATTENTION,), 1.4),
+    Mark(("flowmm",), (ATTENTION,), 0.5),
+    Mark((EXACT,), (MERGING,)),
     Mark(("flowmm",), (MERGING,)),
     Mark(("matching", "merging", "snapkv"), (MERGING,)),  # the same work: SnapKV's choice, nearest, merged
 )

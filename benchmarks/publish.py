@@ -1,51 +1,78 @@
-"""Bring an evaluation's tables into docs/results/ and, with `--readme`, its means into README.md.
+"""Bring what `kvweave paper --all` made into docs/RESULTS.md, docs/results and docs/images, and the README's part.
 
-python -m benchmarks.publish out/table lab --readme
+python -m benchmarks.publish out/results
 """
 
 import argparse
-import re
 import shutil
 from pathlib import Path
 
+from kvweave.evals import store
+from kvweave.evals.paper import RECIPES
+
 ROOT = Path(__file__).parents[1]
-_MARK = "<!-- {}: results, written by `make table` -->"
+IN_README = ("flowmm-fig4", "flowmm-table1")  # the budget curve, and the methods by task
+_MARK = "<!-- {}: results, written by `make results` -->"
+_HEAD = """# Results
+
+The papers' tables and figures on the lab model, written by `make results`: nothing here is typed by hand. Each is one
+command, and the same command runs on a real model with the real data, such as
+
+```
+kvweave paper flowmm:table1 --model Qwen/Qwen2.5-VL-7B-Instruct --data path/to/MileBench --out out/qwen
+```
+
+Read with care: the lab model is small, and looks things up at the token after the question; a large model may rank
+methods differently. n stands under each table. Numbers with all digits: [results](results).
+"""
 
 
-def publish(source: Path, name: str, readme: Path | None = None) -> None:
-    """Copy `table.md` and `table.json` as docs/results/NAME.md and NAME.json; put the means between README's marks.
+def publish(source: Path, root: Path = ROOT) -> None:
+    """Write docs/RESULTS.md and its files, and put the README's tables between its marks.
 
     Raises:
-        FileNotFoundError: `source` holds no finished evaluation.
+        FileNotFoundError: `source` lacks a table.
         ValueError: the README has no marks.
     """
-    if not (source / "table.md").is_file():
-        raise FileNotFoundError(f"{source} holds no table.md: kvweave eval writes it when all cells are done")
-    target = ROOT / "docs" / "results"
-    target.mkdir(parents=True, exist_ok=True)
-    for kind in ("md", "json"):
-        shutil.copyfile(source / f"table.{kind}", target / f"{name}.{kind}")
-    if readme is not None:
-        begin, end = _MARK.format("begin"), _MARK.format("end")
-        text = readme.read_text()
-        if begin not in text or end not in text:
-            raise ValueError(f"{readme} has no line {begin!r} or {end!r}")
-        before, _, rest = text.partition(begin)
-        after = rest.partition(end)[2]
-        readme.write_text(f"{before}{begin}\n{means((source / 'table.md').read_text())}\n{end}{after}")
+    stems = [name.replace(":", "-") for name in RECIPES]
+    for stem in stems:
+        if not (source / f"{stem}.json").is_file():
+            raise FileNotFoundError(f"{source} holds no {stem}.json: kvweave paper --all --out {source} writes it")
+    docs = root / "docs"
+    for folder in ("results", "images"):
+        (docs / folder).mkdir(parents=True, exist_ok=True)
+    parts = [_HEAD]
+    for stem in stems:
+        shutil.copyfile(source / f"{stem}.json", docs / "results" / f"{stem}.json")
+        if (source / f"{stem}.png").is_file():
+            shutil.copyfile(source / f"{stem}.png", docs / "images" / f"{stem}.png")
+        parts.append((source / f"{stem}.md").read_text().replace(f"({stem}.png)", f"(images/{stem}.png)"))
+    store.write_text(docs / "RESULTS.md", "\n".join(parts))
+    _into_readme(root / "README.md", "\n".join(_for_readme(source, stem) for stem in IN_README))
 
 
-def means(table: str) -> str:
-    """The header and the tables of means of a whole `table.md`."""
-    header = table.split("\n\n", 1)[0]
-    blocks = re.findall(r"\*\*Mean over tasks.*?\n\n(?:\|.*\n)+", table)
-    return "\n".join([header, "", *blocks]).rstrip()
+def _for_readme(source: Path, stem: str) -> str:
+    """A picture, and the first table with what made it."""
+    sheet = store.read_json(source / f"{stem}.json")
+    parts = [f"![{sheet['title']}](docs/images/{stem}.png)"]
+    if stem == IN_README[-1]:
+        table = sheet["tables"][0]
+        lines = [table["head"], ["---", *["--:"] * (len(table["head"]) - 1)], *table["rows"]]
+        parts += [f"**{table['title']}**", "\n".join(f"| {' | '.join(cells)} |" for cells in lines)]
+        parts += ["\n".join(f"- {note}" for note in sheet["notes"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _into_readme(readme: Path, written: str) -> None:
+    begin, end = _MARK.format("begin"), _MARK.format("end")
+    text = readme.read_text()
+    if begin not in text or end not in text:
+        raise ValueError(f"{readme} has no line {begin!r} or {end!r}")
+    before, _, rest = text.partition(begin)
+    store.write_text(readme, f"{before}{begin}\n{written}{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder that kvweave eval wrote")
-    parser.add_argument("name", help="of the files under docs/results")
-    parser.add_argument("--readme", action="store_true", help="put the means into README.md")
-    given = parser.parse_args()
-    publish(given.source, given.name, ROOT / "README.md" if given.readme else None)
+    parser.add_argument("source", type=Path, help="folder that kvweave paper --all wrote")
+    publish(parser.parse_args().source)

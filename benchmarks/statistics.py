@@ -1,16 +1,18 @@
-"""What prefill statistics and whole methods cost against one attention call of the same shape: `make bench`.
+"""What prefill statistics and every method cost against one attention call of the same shape: `make bench`.
 
-One row a statistic or method, one column a length: the ratio of its time to that of scaled-dot-product attention,
-and the most memory it holds above its inputs. Runs are interleaved, ratios are medians of ratios within a round.
+One row a statistic or method, one column a length: its time, the ratio to scaled-dot-product attention, the most
+memory it holds above its inputs, and the exponent of its time in the length. Runs are interleaved, ratios are medians
+of ratios within a round. Long prompts take what time is left: dear rows are left out there, and the table says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,8 +35,11 @@ from kvweave.ops.statistics import AttentionRule, column_sums, flow_ratio, windo
 BUDGET = 0.2
 WINDOW = 32
 ATTENTION = "attention"  # the row that all others are held against
-LENGTHS = (1024, 2048, 4096, 8192)
-METHODS = ("snapkv", "h2o", "flowmm")
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+EXACT = "flowmm:flow_rows=0"
+FIRST = ("snapkv", "h2o", "flowmm", EXACT)  # methods that marks speak of
+IMPORT = "import kvweave"
+EXPONENT_FROM = 2048  # below it what a call costs whatever the length outweighs the rest
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,16 @@ class Figure:
     shape: str
     length: int
     milliseconds: float  # median
-    ratio: float  # to attention
+    ratio: float | None  # to attention, where that was measured
     mebibytes: float  # peak above inputs
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A figure to reach: at most `limit`, in `unit` ("x": times attention, "MiB", "ms"), at given places."""
+    """A figure to reach: at most `limit`, in `unit` ("x": times attention, "MiB", "ms"), at given places.
+
+    With the unit "exponent" it is that of the time in the length, and there are no lengths.
+    """
 
     what: str
     limit: float
@@ -59,14 +67,15 @@ class Mark:
     lengths: tuple[int, ...]
     shapes: tuple[Shape, ...] = (SMALL, QWEN)
 
-    def value(self, figure: Figure) -> float:
+    def value(self, figure: Figure) -> float | None:
         return {"x": figure.ratio, "MiB": figure.mebibytes, "ms": figure.milliseconds}[self.unit]
 
 
 MARKS = (
-    Mark("flowmm", 2.5, "x", (4096,)),
+    Mark(EXACT, 2.5, "x", (4096,)),
     Mark("h2o", 2.0, "x", (4096,)),
     Mark("flowmm", 100, "MiB", (4096,)),
+    Mark(EXACT, 100, "MiB", (4096,)),
     Mark("h2o", 100, "MiB", (4096,)),
     Mark("snapkv", 100, "MiB", (4096,)),
     Mark("column sums", 1.0, "x", (4096,), (SMALL,)),
@@ -77,7 +86,10 @@ MARKS = (
     Mark("snapkv", 45, "MiB", (4096,), (QWEN,)),
     Mark("matching", 0.25, "x", (4096, 8192)),
     Mark("merging", 60, "MiB", (8192,)),
-    Mark("flowmm", 1.4, "x", (4096, 8192)),
+    Mark(EXACT, 1.4, "x", (4096, 8192)),
+    Mark("flowmm", 0.5, "x", (4096, 8192)),
+    Mark("weave", 0.5, "x", (4096, 8192)),
+    Mark("flashcache", 1.25, "exponent", ()),  # L log L has 1.10 to 1.13 between 2k and 32k
 )
 
 
@@ -105,7 +117,7 @@ def runs(shape: Shape, length: int, methods: Sequence[str]) -> dict[str, Callabl
         return flow_ratio(sums, visual[:, None].expand(-1, shape.kv_heads, -1), visual)
 
     def compress(name: str) -> Callable[[], object]:
-        method = kvweave.get_method(name, budget=BUDGET)
+        method = kvweave.parse_method(name, budget=BUDGET)
         return lambda: kvweave.compress_tensors(method, [queries], [keys], [values], visual=visual)
 
     return {
@@ -119,39 +131,75 @@ def runs(shape: Shape, length: int, methods: Sequence[str]) -> dict[str, Callabl
     }
 
 
-def measured(shape: Shape, length: int, methods: Sequence[str], patience: float) -> list[Figure]:
-    """Figures of one shape and length; about `patience` seconds where two rounds do not take longer."""
-    what = runs(shape, length, methods)
-    started = time.process_time()
-    peaks = {name: measure.peak_bytes(run) for name, run in what.items()}  # warms up, too
-    rounds = max(2, min(9, int(patience / (time.process_time() - started))))
-    seconds = measure.interleaved(what, rounds)
-    return [
-        Figure(
-            name,
-            str(shape),
-            length,
-            1e3 * statistics.median(seconds[name]),
-            measure.median_ratio(seconds[name], seconds[ATTENTION]),
-            peaks[name] / measure.MIB,
-        )
-        for name in what
-    ]
+def measured(
+    shape: Shape, lengths: Sequence[int], methods: Sequence[str], patience: float, seconds: float
+) -> Iterator[list[Figure]]:
+    """Figures of one shape, a length after the other, in about `seconds` altogether.
+
+    A run is left out where, by what it took at the length before and if it grew with the square, it would not fit.
+
+    Args:
+        patience: seconds for the rounds of one length where one round does not take longer.
+    """
+    deadline = time.perf_counter() + seconds
+    known: dict[str, tuple[int, float]] = {}  # the last length of each run, and its seconds there
+    for length in lengths:
+        what = runs(shape, length, methods)
+        guess = {name: known[name][1] * (length / known[name][0]) ** 2 if name in known else 0.0 for name in what}
+        rank = {name: n if n < len(what) - len(methods) + len(FIRST) else n + guess[name] * 1e6
+                for n, name in enumerate(what)}  # fmt: skip
+        peaks: dict[str, int] = {}
+        took: dict[str, float] = {}
+        for name in sorted(what, key=lambda name: rank[name]):
+            planned = sum(took.values())  # another round of all that runs already
+            if length > lengths[0] and time.perf_counter() + planned + 2.2 * guess[name] > deadline:
+                continue
+            started = time.perf_counter()
+            peaks[name] = measure.peak_bytes(what[name])  # warms up, too
+            took[name] = time.perf_counter() - started
+        rounds = max(1, min(7, int(patience / max(1e-9, sum(took.values())))))
+        times = measure.interleaved({name: what[name] for name in what if name in took}, rounds)
+        known |= {name: (length, statistics.median(of)) for name, of in times.items()}
+        unit = times.get(ATTENTION)
+        yield [
+            Figure(
+                name,
+                str(shape),
+                length,
+                1e3 * statistics.median(of),
+                None if unit is None else measure.median_ratio(of, unit),
+                peaks[name] / measure.MIB,
+            )
+            for name, of in times.items()
+        ]
+
+
+def fitted(figures: Sequence[Figure]) -> float | None:
+    """Exponent of the time of one row in the length."""
+    from_ = min(EXPONENT_FROM, max((f.length for f in figures), default=0) // 2)
+    long = [f for f in figures if f.length >= from_]
+    return measure.exponent([f.length for f in long], [f.milliseconds for f in long])
 
 
 def verdicts(figures: Sequence[Figure]) -> list[tuple[str, str, str]]:
-    """(mark, measured, met or not) of every mark whose place was measured."""
+    """(mark, measured, met or not) of every mark on what was measured; those whose place was left out say so."""
     rows = []
     for mark in MARKS:
-        for figure in figures:
-            place = figure.length in mark.lengths and figure.shape in map(str, mark.shapes)
-            if figure.what == mark.what and place:
-                value = mark.value(figure)
+        for shape in map(str, mark.shapes):
+            mine = [f for f in figures if f.what == mark.what and f.shape == shape]
+            if mark.unit == "exponent":
+                places = {"": fitted(mine)} if len(mine) > 1 else {}
+            else:
+                at = {f.length: mark.value(f) for f in mine}
+                reached = {f.length for f in figures if f.shape == shape}
+                places = {f" at L={n}": at.get(n) for n in mark.lengths if mine and n in reached}
+            for place, value in places.items():
+                digits = 1 if mark.unit in ("MiB", "ms") else 2
                 rows.append(
                     (
-                        f"{mark.what} <= {mark.limit:g} {mark.unit} at L={figure.length}, {figure.shape}",
-                        f"{value:.2f} {mark.unit}" if mark.unit == "x" else f"{value:.1f} {mark.unit}",
-                        "met" if value <= mark.limit else "not met",
+                        f"{mark.what} <= {mark.limit:g} {mark.unit}{place}, {shape}",
+                        "left out" if value is None else f"{value:.{digits}f} {mark.unit}",
+                        "not measured" if value is None else "met" if value <= mark.limit else "not met",
                     )
                 )
     return rows
@@ -162,49 +210,83 @@ def cells(figures: Sequence[Figure], shape: Shape, lengths: Sequence[int]) -> li
     rows = []
     for what in dict.fromkeys(figure.what for figure in figures):
         mine = {f.length: f for f in figures if f.what == what and f.shape == str(shape)}
-        fit = measure.exponent(lengths, [mine[n].milliseconds for n in lengths])
-        line = [f"{mine[n].milliseconds:.1f} · {mine[n].ratio:.2f} · {mine[n].mebibytes:.1f}" for n in lengths]
-        rows.append([what, *line, "-" if fit is None else f"{fit:.2f}"])
+        fit = fitted(list(mine.values()))
+        rows.append([what, *(_cell(mine.get(n)) for n in lengths), "-" if fit is None else f"{fit:.2f}"])
     return rows
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    ratio = "-" if figure.ratio is None else f"{figure.ratio:.2f}"
+    return f"{figure.milliseconds:.1f} · {ratio} · {figure.mebibytes:.1f}"
+
+
+def import_milliseconds(times: int = 5) -> float:
+    """Time to import all of kvweave's public names where torch and transformers are there already, the least of some.
+
+    What of transformers they pull in is imported first: it is lazy, and its time is not kvweave's.
+    """
+    public = "import kvweave; [getattr(kvweave, name) for name in kvweave.__all__]"
+    theirs = "print(*(name for name in sys.modules if name.partition('.')[0] == 'transformers'))"  # in order
+    listed = _python(f"import sys, torch, transformers\n{public}\n{theirs}").split()
+    first = f"import importlib, time, torch\nfor name in {listed!r}: importlib.import_module(name)\n"
+    clock = f"started = time.process_time()\n{public}\nprint(1e3 * (time.process_time() - started))"
+    return min(float(_python(first + clock)) for _ in range(times))
+
+
+def _python(code: str) -> str:
+    """What a Python of its own prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.statistics", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
-    parser.add_argument("--lengths", type=int, nargs="+", default=None, help="tokens (default: 1k, 2k, 4k, 8k)")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=kvweave.list_methods(), metavar="METHOD")
-    parser.add_argument("--patience", type=float, default=8.0, help="seconds for each shape and length, roughly")
+    parser.add_argument("--lengths", type=int, nargs="+", default=None, help="tokens; given ones are all measured")
+    parser.add_argument("--methods", nargs="+", default=None, metavar="METHOD", help="such as snapkv:window=8")
+    parser.add_argument("--minutes", type=float, default=4.0, help="for all lengths together (default: 4)")
+    parser.add_argument("--patience", type=float, default=3.0, help="seconds for the rounds of one length, roughly")
     parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     lengths = options.lengths or ((64, 128) if options.quick else LENGTHS)
-    patience = 0.0 if options.quick else options.patience
+    minutes = float("inf") if options.lengths else options.minutes
+    methods = options.methods or (*FIRST, *(name for name in kvweave.list_methods() if name not in FIRST))
 
     torch.set_num_threads(1)
     console = terminal()
     figures: list[Figure] = []
+    shares = {SMALL: 0.4, QWEN: 0.6}
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
-        task = progress.add_task("measuring", total=len(lengths) * 2)
-        for shape in (SMALL, QWEN):
-            for length in lengths:
-                progress.update(task, description=f"{shape} L={length}")
-                figures += measured(shape, length, options.methods, patience)
+        task = progress.add_task("measuring", total=len(lengths) * len(shares))
+        for shape, share in shares.items():
+            progress.update(task, description=str(shape))
+            seconds = 60 * minutes * share
+            for found in measured(shape, lengths, methods, 0.0 if options.quick else options.patience, seconds):
+                figures += found
                 progress.advance(task)
 
     columns = ["", *(f"L={n}" for n in lengths), "exponent"]
     caption = f"ms · times attention · MiB above inputs; float32, CPU time of 1 thread, methods at budget {BUDGET:g}"
-    text = [f"# Statistics and methods against one attention call\n\nEach cell: {caption}.\n"]
-    for shape in (SMALL, QWEN):
+    note = (
+        f"Each cell: {caption}. Exponents from L={EXPONENT_FROM} on. A dash: left out, since it would have taken "
+        "more than the time that was given (`--minutes`; lengths given by `--lengths` are all measured)."
+    )
+    text = [f"# Statistics and methods against one attention call\n\n{note}\n"]
+    for shape in shares:
         rows = cells(figures, shape, lengths)
         text.append(f"## {shape}\n\n{measure.markdown_table(columns, rows)}")
         show(console, f"{shape}: {caption}", columns, rows)
-    marks = verdicts(figures)
-    if marks:
-        heads = ["mark", "measured", ""]
-        text.append(f"## Marks\n\n{measure.markdown_table(heads, marks)}")
-        show(console, "Marks", heads, marks)
+    imported = import_milliseconds(1 if options.quick else 5)
+    verdict = "met" if imported <= 300 else "not met"
+    marks = [*verdicts(figures), (f"{IMPORT} <= 300 ms beyond torch and transformers", f"{imported:.0f} ms", verdict)]
+    heads = ["mark", "measured", ""]
+    text.append(f"## Marks\n\n{measure.markdown_table(heads, marks)}")
+    show(console, "Marks", heads, marks)
     facts = measure.machine()
     data = {
         "budget": BUDGET,
+        "import_milliseconds": imported,
         "figures": [asdict(figure) for figure in figures],
         "marks": [dict(zip(("mark", "measured", "verdict"), row, strict=True)) for row in marks],
     }

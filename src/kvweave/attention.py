@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvweave.cache import Link
+from kvweave.fixed import FixedSlots
 from kvweave.ops.statistics import AttentionRule
 from kvweave.slots import Slots
 
@@ -33,27 +35,26 @@ def _base_attention(module: nn.Module, base: str) -> Callable[..., Any]:
     return table.get_interface(base, getattr(home, "eager_attention_forward", None))
 
 
-def _slot_mask(slots: Slots, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+def _slot_mask(slots: Slots | FixedSlots, mask: Tensor | None, queries: Tensor) -> Tensor | None:
     """The model's mask, which speaks of logical columns, at the slots that a compressed layer holds.
 
     Args:
         mask: [batch or 1, heads or 1, new, columns], boolean or additive; None: causal.
         queries: [batch, heads, new, dim].
     Returns:
-        [batch, heads, new, slots], or None where every slot is seen.
+        [batch, kv_heads or heads, new, slots], or None where every slot is seen.
     """
+    if isinstance(slots, FixedSlots):
+        return slots.bias[:, :, None]
     if slots.positions is None:
         return mask
     heads, new = queries.shape[1], queries.shape[2]
-    if mask is None and new == 1 and not slots.has_empty:  # every slot is seen
-        if slots.bias is None:
-            return None
-        bias = F.pad(slots.bias, (0, slots.tail)).to(queries.dtype)  # decoded tokens weigh one
-        return _by_head(bias[:, :, None], heads)
+    if mask is None and new == 1:
+        added = slots.added(queries.dtype)
+        return None if added is None else added[:, :, None]
     slots = slots.written()
     positions = slots.positions_of_all()
     batch, kv_heads, count = positions.shape
-    empty = positions < 0 if slots.has_empty else None
     if mask is None:
         row = torch.arange(count - new, count, device=positions.device)[:, None]
         seen = torch.arange(count, device=positions.device) <= row  # every old slot, and the new ones so far
@@ -63,12 +64,11 @@ def _slot_mask(slots: Slots, mask: Tensor | None, queries: Tensor) -> Tensor | N
         if mask.shape[1] not in (1, kv_heads):  # a mask of its own for each query head
             columns = columns.repeat_interleave(heads // kv_heads, 1)
         seen = mask.expand(batch, columns.shape[1], new, mask.shape[-1]).gather(-1, columns)
-    seen = _by_head(seen, heads)
-    if empty is not None:
-        hidden = _by_head(empty[:, :, None], heads)
+    if slots.has_empty:
+        hidden = _by_head(positions[:, :, None] < 0, seen.shape[1])
         seen = seen & ~hidden if seen.dtype == torch.bool else seen.masked_fill(hidden, torch.finfo(seen.dtype).min)
     if slots.bias is not None:
-        bias = _by_head(slots.bias[:, :, None].to(queries.dtype), heads)
+        bias = _by_head(slots.bias[:, :, None].to(queries.dtype), seen.shape[1])
         least = torch.finfo(queries.dtype).min
         return torch.where(seen, bias, least) if seen.dtype == torch.bool else seen + bias
     return seen
@@ -86,18 +86,44 @@ def _attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    slots: Slots,
+    slots: Slots | FixedSlots,
     options: dict[str, Any],
 ) -> tuple[Any, Tensor | None]:
     """Attention to one block's slots, and the mask that it used."""
+    compressed = isinstance(slots, FixedSlots) or slots.positions is not None
     if isinstance(module, _Presented):  # flash attention: new slots are the last, and it masks nothing but padding
-        if slots.positions is not None:
+        if isinstance(slots, FixedSlots):
+            raise ValueError("flash attention reads no reserved room: allowed is sdpa or eager")
+        if compressed:
             mask = slots.positions_of_all()[:, 0] >= 0 if slots.has_empty else None
         return function(module, query, key, value, mask, **options), None
     mask = _slot_mask(slots, mask, query)
-    if slots.positions is not None and mask is not None:
+    packs = query.shape[2] == 1 and function is sdpa_attention_forward and options.get("position_bias") is None
+    if compressed and packs:
+        return (_one_token(query, key, value, mask, options), None), mask
+    mask = mask if mask is None or mask.shape[1] == 1 else _by_head(mask, query.shape[1])
+    if compressed and mask is not None:
         options = options | {"is_causal": False}  # the mask says it all
     return function(module, query, key, value, mask, **options), mask
+
+
+def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """SDPA of one token, the query heads of a KV head as rows of one call: each key is read once, none repeated.
+
+    Args:
+        query: [batch, heads, 1, dim]; key, value: [batch, kv_heads, slots, dim].
+        mask: [batch, kv_heads or heads, 1, slots] or None.
+    Returns:
+        [batch, 1, heads, dim].
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    if mask is not None and mask.shape[1] == heads:
+        mask = mask.reshape(batch, kv_heads, -1, mask.shape[-1])
+    rows = query.reshape(batch, kv_heads, -1, dim)
+    dropout = options.get("dropout", 0.0)
+    out = F.scaled_dot_product_attention(rows, key, value, mask, dropout, scale=options.get("scaling"))
+    return out.reshape(batch, 1, heads, value.shape[-1])
 
 
 def _attend_by_head(
@@ -105,12 +131,11 @@ def _attend_by_head(
     module: nn.Module,
     query: Tensor,
     mask: Tensor | None,
-    blocks: tuple[Slots, ...],
+    blocks: tuple[Slots | FixedSlots, ...],
     options: dict[str, Any],
 ) -> tuple[Any, Tensor | None]:
     """Attention where each KV head holds a count of its own: a call for each, so that only what is kept is read."""
     group = query.shape[1] // len(blocks)
-    count = max(block.count for block in blocks)
     outs, masks = [], []
     for head, block in enumerate(blocks):
         part = slice(head * group, (head + 1) * group)
@@ -125,7 +150,8 @@ def _attend_by_head(
     out = torch.cat([o[0] for o in outs], 2)
     if query.shape[2] == 1 or any(m is None for m in masks):
         return (out, weights), None
-    padded = [_hidden_in_front(m, count) for m in masks if m is not None]
+    count = max(m.shape[-1] for m in masks if m is not None)
+    padded = [_hidden_in_front(_by_head(m, group), count) for m in masks if m is not None]
     return (out, weights), torch.cat(padded, 1)
 
 
@@ -165,6 +191,8 @@ def _attention(base: str) -> Callable[..., Any]:
         link: Link | None = getattr(key, "_kvweave", None)
         if link is None:
             return function(as_base(module), query, key, value, attention_mask, **kwargs)
+        if query.shape[2] == 1 and link.layer.conversation.sees_all and link.compressed:
+            attention_mask = None  # it hides padding alone, which is not kept
         if len(link.blocks) == 1:
             out, mask = _attend(function, as_base(module), query, key, value, attention_mask, link.blocks[0], kwargs)
         else:

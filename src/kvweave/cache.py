@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvweave.compaction import Group, compact, fits, group_rows, observe
 from kvweave.deferred import Waiting, decoded_attention, known_by_row, known_together
+from kvweave.fixed import FixedSlots
 from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.budget import entries
 from kvweave.ops.rotary import paired_tables
@@ -46,6 +47,8 @@ class Conversation:
             not ended; None: no cut is waiting.
         deferred: tokens decoded before the last cut.
         known: views' statistics by what they are of, for caches that are filled with one and the same prompt.
+        sees_all: a token that is decoded sees every slot, whatever the model's mask says of padding.
+        room: tokens to come for which memory is laid out once the prompt is cut, or None.
     """
 
     method: Method
@@ -61,6 +64,8 @@ class Conversation:
     counted: Tensor | None = None
     deferred: int = 0
     known: dict[Any, dict[Any, Any]] | None = None
+    sees_all: bool = False
+    room: int | None = None
 
     @property
     def turns_keys(self) -> bool:
@@ -83,7 +88,12 @@ class Link:
     """Goes with the keys from `update` to attention: whose they are, and what lies in memory at that moment."""
 
     layer: "CompressedLayer"
-    blocks: tuple[Slots, ...]
+    blocks: tuple[Slots | FixedSlots, ...]
+
+    @property
+    def compressed(self) -> bool:
+        """The slots are known to be real tokens, or say where they are none."""
+        return all(isinstance(block, FixedSlots) or block.positions is not None for block in self.blocks)
 
 
 @dataclass
@@ -122,8 +132,9 @@ class CompressedLayer(DynamicLayer):
         super().__init__()
 
     def _clear(self) -> None:
-        self.blocks: list[Slots | PackedSlots] = []
-        self.seen = 0
+        self._blocks: list[Slots | PackedSlots] = []
+        self._seen = 0
+        self.fixed: tuple[FixedSlots, ...] = ()  # what memory holds instead, while decode steps are compiled
         self.kind = "full"
         self.flow: float | None = None
         self.fate: list[Tensor] = []
@@ -136,6 +147,39 @@ class CompressedLayer(DynamicLayer):
         self._new = 0
         self._query_shape = 0, 0  # heads, dim
         self._queries: list[Tensor] = []
+
+    # ---------------------------------------------------------------- what memory holds
+
+    @property
+    def blocks(self) -> list[Slots | PackedSlots]:
+        """What memory holds; a host synchronisation where it lies in fixed buffers."""
+        return [block.settled() for block in self.fixed] if self.fixed else self._blocks
+
+    @blocks.setter
+    def blocks(self, blocks: list[Slots | PackedSlots]) -> None:
+        seen = self.seen
+        self._blocks, self._seen, self.fixed = blocks, seen, ()
+
+    @property
+    def seen(self) -> int:
+        """Logical length: every token seen; a host synchronisation where memory lies in fixed buffers."""
+        return int(self.fixed[0].seen) if self.fixed else self._seen
+
+    @seen.setter
+    def seen(self, seen: int) -> None:
+        self._seen = seen
+
+    def reserve(self, tokens: int) -> None:
+        """Lay what memory holds in fixed buffers, with room for `tokens` more."""
+        assert self.conversation.prompt is not None
+        valid = self.conversation.prompt.valid
+        blocks = [block.explicit(valid) for block in self.blocks if isinstance(block, Slots)]
+        self.fixed = tuple(FixedSlots.of(block, tokens, self.seen) for block in blocks)
+        self._blocks = []
+
+    def settle(self) -> None:
+        """Leave the fixed buffers."""
+        self.blocks = self.blocks
 
     # ---------------------------------------------------------------- what users ask
 
@@ -151,6 +195,14 @@ class CompressedLayer(DynamicLayer):
     def _part(self, name: str) -> Any:
         slots = self.slots
         return None if slots is None else getattr(slots, name)
+
+    def _known(self, name: str) -> Any:
+        """Positions or mass, without writing out keys and values."""
+        if not self.blocks:
+            return None
+        prompt = self.conversation.prompt
+        whole = rectangular([block.outlined() for block in self.blocks])
+        return getattr(whole if prompt is None else whole.explicit(prompt.valid), name)
 
     @property
     def keys(self) -> Tensor | None:
@@ -173,12 +225,12 @@ class CompressedLayer(DynamicLayer):
     @property
     def positions(self) -> Tensor | None:
         """int64 [batch, kv_heads, slots], logical column of each slot, ascending; -1: empty, those come first."""
-        return self._part("positions")
+        return self._known("positions")
 
     @property
     def mass(self) -> Tensor | None:
         """float32 [batch, kv_heads, slots], tokens that a slot stands for."""
-        return self._part("mass")
+        return self._known("mass")
 
     @property
     def nbytes(self) -> int:
@@ -200,6 +252,8 @@ class CompressedLayer(DynamicLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.fixed:
+            return self._append_fixed(key_states, value_states)
         if not self.blocks:
             self.blocks = [Slots(key_states, value_states)]
         elif len(self.blocks) == 1:
@@ -210,19 +264,34 @@ class CompressedLayer(DynamicLayer):
         self._new = key_states.shape[-2]
         self.seen += self._new
         self.unread = True
-        blocks = tuple(block.unpacked() for block in self.blocks)
-        if len(blocks) == 1:
-            key_states, value_states = blocks[0].keys, blocks[0].values
-        keys = key_states.view_as(key_states)
-        keys._kvweave = Link(self, blocks)  # type: ignore[attr-defined]
-        return keys, value_states
+        return self._linked(key_states, value_states, tuple(block.unpacked() for block in self.blocks))
 
-    def get_seq_length(self) -> int:
-        """Logical length: every token seen."""
-        return self.seen
+    def _append_fixed(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One token into fixed buffers, nothing else changes: a step can be compiled once, or captured."""
+        if len(self.fixed) == 1:
+            self.fixed[0].append(keys, values)
+        else:
+            for block, key, value in zip(self.fixed, keys.split(1, 1), values.split(1, 1), strict=True):
+                block.append(key, value)
+        return self._linked(keys, values, self.fixed)
+
+    def _linked(self, keys: Tensor, values: Tensor, blocks: tuple[Slots | FixedSlots, ...]) -> tuple[Tensor, Tensor]:
+        """Keys and values for attention, the keys with a link to what is to be read."""
+        if len(blocks) == 1:
+            keys, values = blocks[0].keys, blocks[0].values
+        keys = keys.view_as(keys)
+        keys._kvweave = Link(self, blocks)  # type: ignore[attr-defined]
+        return keys, values
+
+    def get_seq_length(self) -> Any:
+        """Logical length: every token seen; a tensor where memory lies in fixed buffers, as in a static cache."""
+        return self.fixed[0].seen if self.fixed else self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical sizes: the model builds its whole mask, attention picks the slots' columns from it."""
+        if self.fixed:
+            first = self.fixed[0]
+            return first.column + first.keys.shape[2] - first.start.count, 0
         return self.seen + query_length, 0
 
     def reset(self) -> None:
@@ -275,7 +344,7 @@ class CompressedLayer(DynamicLayer):
             rule: scaling, soft cap and sinks of the layer.
             mask: [batch or 1, heads or 1, new, slots], as attention took it; None: causal.
         """
-        if not self.unread:
+        if not self.unread or self.fixed:
             return  # a second reader of the same keys (layers that share them)
         self.unread = False
         self._query_shape = queries.shape[1], queries.shape[3]
@@ -305,6 +374,8 @@ class CompressedLayer(DynamicLayer):
         # Of a prompt that came in pieces only the last one's mask is at hand: the whole counts as causal.
         whole = asked is not None and asked.shape[2] == real
         mask = mask[:, :, :real, : mask.shape[-1] - behind] if mask is not None and whole else None
+        if mask is not None and mask.shape[1] not in (1, queries.shape[1]):
+            mask = mask.repeat_interleave(queries.shape[1] // mask.shape[1], 1)
         self._prompt_complete(asked, rule, mask, behind)
         if self.waiting is not None:
             self.waiting.note(queries[:, :, real:].detach(), 0)
@@ -510,6 +581,49 @@ class CompressedCache(Cache):
         """The layers that are compressed."""
         return [x for x in self.layers if isinstance(x, CompressedLayer) and x.kind == "full"]
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile decode steps: room for them is laid out, in every layer."""
+        whole = all(isinstance(layer, CompressedLayer) for layer in self.layers)
+        return self.conversation.room is not None and whole and self.method.storage is None
+
+    @property
+    def fixed(self) -> bool:
+        """Memory lies in fixed buffers."""
+        return any(isinstance(layer, CompressedLayer) and layer.fixed for layer in self.layers)
+
+    def reserve(self, tokens: int) -> None:
+        """Lay what the layers hold in buffers of fixed shape and address, with room for `tokens` tokens to come.
+
+        A decode step then changes tensors alone, and can be compiled once or captured in a CUDA graph. Leave it with
+        `settle()`; a forward pass of more than one token does so by itself. In `generate` both are done where
+        `compile_config` is given.
+
+        Args:
+            tokens: that are decoded at most before `settle()`.
+        """
+        if not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"tokens={tokens!r} is not allowed: allowed is an int of at least 1")
+        if self.method.storage is not None:
+            raise ValueError(f"method={self.method.name} packs what it keeps, and has no fixed buffers")
+        if self.prompt is None:
+            raise ValueError("nothing is cached yet: reserve room after the prompt")
+        self.settle()
+        for layer in self.compressed_layers:
+            layer.reserve(tokens)
+
+    def settle(self) -> None:
+        """Leave the buffers of `reserve`; what was decoded is then known to the host."""
+        if not self.fixed:
+            return
+        talk = self.conversation
+        assert talk.prompt is not None
+        for layer in self.compressed_layers:
+            layer.settle()
+        new = self.compressed_layers[0].seen - talk.prompt.length
+        valid = talk.prompt.valid.new_ones(talk.prompt.valid.shape[0], new)
+        talk.prompt = talk.prompt.extended(torch.zeros_like(valid), valid)
+
     def declare_prompt(self, length: int) -> None:
         """Say how long the prompt is that comes next in pieces, so that it is compressed once, when it is complete.
 
@@ -589,6 +703,20 @@ class CompressedCache(Cache):
 
     def finish_prompt(self) -> None:
         """Cut the layers of a layer-adaptive method, once all of them have been observed."""
+        if self.fixed:
+            return
+        self._cut_pending()
+        talk = self.conversation
+        if (
+            talk.room is not None
+            and self.is_compileable
+            and talk.end is not None
+            and self.get_seq_length() >= talk.end
+            and not self.waits
+        ):
+            self.reserve(talk.room)
+
+    def _cut_pending(self) -> None:
         layers = self.compressed_layers
         pending = [layer.pending for layer in layers if layer.pending is not None]
         if not layers or len(pending) < len(layers):
@@ -608,6 +736,7 @@ class CompressedCache(Cache):
         talk = self.conversation
         talk.prompt = talk.end = talk.declared = talk.rotary = talk.counted = None
         talk.frozen = False
+        talk.room = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

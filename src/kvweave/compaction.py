@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvweave.layer import LayerView
 from kvweave.methods.base import ALL_ROWS, Method
-from kvweave.ops.select import last
+from kvweave.ops.select import last, places
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted, Plan
 from kvweave.prompt import Prompt
@@ -72,7 +72,7 @@ def group_rows(
         length, asked, _ = key
         whole = len(index) == batch and length == count
         at = torch.tensor(index, device=real.device)
-        held = (~real[at]).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :length]  # ascending
+        held = places(real[at], length)
 
         def pick(x: Tensor, at: Tensor = at, held: Tensor = held, whole: bool = whole) -> Tensor:
             """These rows' held slots of `x` [batch, heads, slots, ...]."""
@@ -182,9 +182,10 @@ def compact(
         plan = method.plan(view, budget) if budget < view.length else _everything(view)
         done = plan.apply(view)
         fate = plan.fate(view) if trace else None
+        described = _described(plan, view.batch)
         for n, row in enumerate(group.index):
             pieces[row] = _row(done, n)
-            rows[row] = _described(plan, n)
+            rows[row] = described[n]
             if fate is not None:
                 fates[row] = fate[n]
             if plan.memory is not None:
@@ -210,14 +211,12 @@ def _row(done: Compacted, n: int) -> Compacted:
     return Compacted(done.keys[part], done.values[part], done.positions[part], done.mass[part], None, bias)
 
 
-def _described(plan: Plan, n: int) -> dict[str, Any]:
-    """What the report says of row `n` besides its counts."""
-    words: dict[str, Any] = {}
-    if plan.flow is not None:
-        words["flow"] = float(plan.flow[n])
-    if plan.scope is not None:
-        words["scope"] = plan.scope[n]
-    return words | {name: float(number[n]) for name, number in plan.log.items()}
+def _described(plan: Plan, rows: int) -> list[dict[str, Any]]:
+    """What the report says of each row besides its counts; all numbers are read from the device at once."""
+    numbers = {**({} if plan.flow is None else {"flow": plan.flow}), **plan.log}
+    read = torch.stack([x.double() for x in numbers.values()], -1).tolist() if numbers else [[]] * rows
+    scopes = [{}] * rows if plan.scope is None else [{"scope": word} for word in plan.scope]
+    return [dict(zip(numbers, row, strict=True)) | scope for row, scope in zip(read, scopes, strict=True)]
 
 
 def _rectangular(rows: list[Compacted]) -> Compacted:

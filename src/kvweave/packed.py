@@ -43,9 +43,16 @@ class PackedSlots:
             room=None,
         )
 
+    def outlined(self) -> Slots:
+        """What is known of the slots, without keys and values."""
+        nothing = self.rest.keys.new_empty(1)
+        shape = (*self.rest.keys.shape[:2], self.packed + self.rest.count, 1)
+        return replace(self.rest, keys=nothing.expand(shape), values=nothing.expand(shape), room=None)
+
     def appended(self, keys: Tensor, values: Tensor, column: int) -> "Slots | PackedSlots":
         """These slots and new ones; whole groups of what is no longer young are packed."""
-        grown = packed(self.rest.appended(keys, values, column), self.setting)
+        young = replace(self.rest, bias=None, has_empty=False).appended(keys, values, column)  # these speak of all
+        grown = packed(replace(young, bias=self.rest.bias, has_empty=self.rest.has_empty), self.setting)
         if not isinstance(grown, PackedSlots):
             return replace(self, rest=grown)
         return PackedSlots(

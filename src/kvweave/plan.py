@@ -98,7 +98,6 @@ class Plan:
     def apply(self, view: LayerView) -> Compacted:
         """The kept entries of `view`, merged with what the plan merges into them."""
         keep = self.keep.clamp(min=0)
-        flow = float(self.flow.mean()) if self.flow is not None else None
         plan = self.merge
         if plan is None:
             keys, values, mass = take(view.keys, keep), take(view.values, keep), view.mass.gather(-1, keep)
@@ -112,7 +111,7 @@ class Plan:
         if self.added is not None:
             sums = (values.to(self.added.dtype) + self.added).to(values.dtype)
             values = torch.where((self.added != 0).any(-1, keepdim=True), sums, values)
-        done = Compacted(keys, values, view.positions.gather(-1, keep), mass, flow, self.bias)
+        done = Compacted(keys, values, view.positions.gather(-1, keep), mass, bias=self.bias)
         return done.emptied(self.keep < 0) if self.uneven else done
 
     def _merged_keys(self, view: LayerView, plan: Merge) -> Tensor:

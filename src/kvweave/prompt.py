@@ -1,6 +1,6 @@
 """Which of the prompt's tokens are what: visual or text, real or padding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_FEW = 16  # least room for decoded tokens
 _IMAGE, _VIDEO = 1, 2  # values of a processor's mm_token_type_ids
 
 
@@ -18,10 +19,12 @@ class Prompt:
     Attributes:
         visual: bool [batch, length], True for tokens whose embedding comes from the vision encoder.
         valid: bool [batch, length], False for padding.
+        room: bool [2, batch, capacity], a buffer that begins with both, or None.
     """
 
     visual: Tensor
     valid: Tensor
+    room: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, mask in (("visual", self.visual), ("valid", self.valid)):
@@ -44,8 +47,18 @@ class Prompt:
         return self.valid.sum(1).tolist()
 
     def extended(self, visual: Tensor, valid: Tensor) -> "Prompt":
-        """This prompt followed by further columns."""
-        return Prompt(torch.cat([self.visual, visual], 1), torch.cat([self.valid, valid], 1))
+        """This prompt followed by further columns; a decoded token's are written behind it, where room was made."""
+        new = visual.shape[1]
+        if new > 1:
+            return Prompt(torch.cat([self.visual, visual], 1), torch.cat([self.valid, valid], 1))
+        old, total, room = self.length, self.length + new, self.room
+        if room is None or room.shape[2] < total:
+            room = self.visual.new_zeros(2, self.visual.shape[0], total + max(_FEW, total // 4))
+            room[0, :, :old] = self.visual
+            room[1, :, :old] = self.valid
+        room[0, :, old:total] = visual
+        room[1, :, old:total] = valid
+        return Prompt(room[0, :, :total], room[1, :, :total], room)
 
     def cropped(self, length: int | None) -> "Prompt":
         """The first `length` columns; the prompt itself if it has no more."""

@@ -10,7 +10,8 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -137,15 +138,68 @@ class Session:
             settings = kwargs.get("generation_config")
             running.stops = kwargs.get("eos_token_id", getattr(settings, "eos_token_id", None))
             running.inside = []
+            planned = self._with_room(kwargs, running.end) if outer["end"] is None else None
+            if planned is not None:
+                kwargs["past_key_values"] = planned
             ids = _input_ids(args, kwargs)
             if ids is not None:
                 running.visual = visual_mask(self.model.config, ids, kwargs)
             try:
-                return generate(*args, **kwargs)
+                if planned is None:
+                    return generate(*args, **kwargs)
+                with self._compiling_from_the_cut(planned):
+                    return generate(*args, **kwargs)
             finally:
                 vars(running).update(outer)
+                if planned is not None:
+                    planned.conversation.room = None
+                    planned.settle()
 
         return wrapped
+
+    @contextmanager
+    def _compiling_from_the_cut(self, cache: CompressedCache) -> Iterator[None]:
+        """Decode steps that come before a deferred cut run as they are: memory has no fixed place yet."""
+        model: Any = self.model
+        get = model.get_compiled_call
+
+        def get_compiled_call(config: Any) -> Callable[..., Any]:
+            compiled = get(config)
+            return lambda *args, **kwargs: (compiled if cache.fixed else model)(*args, **kwargs)
+
+        model.get_compiled_call = get_compiled_call
+        try:
+            yield
+        finally:
+            del model.get_compiled_call
+
+    def _with_room(self, kwargs: dict[str, Any], length: int | None) -> CompressedCache | None:
+        """The cache of a `generate` whose decode steps are to be compiled, room asked for; None: they are not."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+
+        def asked(name: str) -> Any:
+            return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+
+        plain = (asked("num_beams") or 1) == 1 and not any(
+            asked(name)
+            for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "disable_compile")
+        )
+        given = kwargs.get("past_key_values")
+        cache = CompressedCache(self.model.config, self.method, trace=self.trace) if self.method else None
+        cache = cache if given is None else given
+        if asked("compile_config") is None or not plain or asked("use_cache") is False:
+            return None
+        if length is None or not isinstance(cache, CompressedCache):
+            return None
+        if "flash" in self._base:
+            raise ValueError("compile_config is not allowed with flash attention: allowed is sdpa or eager")
+        if cache.method.redecode:
+            raise ValueError("compile_config is not allowed with redecode=True: allowed is one of them")
+        tokens = asked("max_new_tokens")
+        if tokens is None:
+            tokens = max(1, (asked("max_length") or 0) - length)
+        cache.conversation.room = int(tokens)
+        return cache
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         running = self._running
@@ -164,9 +218,18 @@ class Session:
             return None
         kwargs["past_key_values"] = cache
         self.cache = running.cache = cache  # the last one of all threads, and this thread's
+        if cache.fixed:
+            if inputs.shape[1] == 1:
+                cache.conversation.attached = True
+                return (), kwargs
+            cache.settle()
         if not any(isinstance(layer, CompressedLayer) for layer in cache.layers):
             return (), kwargs  # no full attention at all: `_after_forward` says so
         talk = cache.conversation
+        mask = kwargs.get("attention_mask")
+        talk.sees_all = getattr(running, "end", None) is not None and (
+            mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        )
         cache.cut_if_due()  # candidates of assisted decoding have been taken back by now
         seen, new = cache.get_seq_length(), inputs.shape[1]
         end = self._prompt_end(cache, seen, new)
@@ -263,8 +326,8 @@ class Session:
         if inside or not isinstance(cache, CompressedCache):
             return
         cache.conversation.attached = False
-        if out is None:
-            return  # the forward pass raised
+        if out is None or cache.fixed:
+            return  # the forward pass raised, or changed tensors alone
         for layer in cache.layers:
             if isinstance(layer, CompressedLayer) and layer.unread:
                 layer.unread = False
@@ -317,10 +380,13 @@ class Session:
         visual = self._visual_columns(cache.method, ids, inputs, kwargs, seen, min(end, seen + new))
         mask = kwargs.get("attention_mask")
         valid = torch.ones(batch, new, dtype=torch.bool, device=inputs.device)
+        if cache.is_compileable:  # transformers has made the mask already
+            mask = _columns_seen(mask)
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            mask = mask.bool().to(inputs.device)
-            valid = mask[:, -new:]
-            if seen and prompt is not None and mask.shape[1] >= seen + new:
+            valid = mask[:, -new:].bool().to(inputs.device)
+            inside = new == 1 and getattr(self._running, "end", None) is not None  # it says nothing new of the others
+            if seen and prompt is not None and mask.shape[1] >= seen + new and not inside:
+                mask = mask.bool().to(inputs.device)
                 prompt = Prompt(prompt.visual[:, :seen], mask[:, :seen])
         if not seen or prompt is None:
             return Prompt(visual, valid)
@@ -355,6 +421,16 @@ class Session:
             known = known.repeat_interleave(batch // known.shape[0], 0)
         missing = known.new_zeros(batch, max(0, new - known.shape[1]))  # decoded tokens behind the prompt: text
         return torch.cat([known, missing], 1)[:, -new:]
+
+
+def _columns_seen(mask: Any) -> Any:
+    """What the last row of a whole mask sees, bool [batch, columns]; other masks as they are."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return mask
+    last = mask[:, 0, -1]
+    return last if last.dtype == torch.bool else last >= 0
 
 
 def _first_token(kwargs: dict[str, Any]) -> dict[str, Any]:

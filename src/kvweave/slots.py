@@ -2,13 +2,45 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvweave.plan import Compacted
 
 _FEW = 16  # new slots up to which decoding is assumed, and the least room that is made for more
+
+
+class Room(NamedTuple):
+    """Buffers whose first slots are those of a block.
+
+    Attributes:
+        keys, values: [batch, kv_heads, capacity, dim].
+        bias: [batch, kv_heads, capacity] in the keys' dtype, added to the slots' logits: least where a slot is
+            empty, 0 for tokens to come; None where nothing is added.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, slots: "Slots", capacity: int) -> "Room":
+        """Room for `capacity` slots that begins with `slots`."""
+        bias = slots.added(slots.keys.dtype)
+        if bias is not None:
+            bias = F.pad(bias, (0, capacity - bias.shape[2]))
+        return cls(_with_room(slots.keys, capacity), _with_room(slots.values, capacity), bias)
+
+    def write(self, keys: Tensor, values: Tensor, start: int) -> None:
+        """Put new slots behind the first `start`."""
+        end = start + keys.shape[2]
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+        if self.bias is not None:
+            self.bias[:, :, start:end] = 0
 
 
 @dataclass
@@ -26,7 +58,7 @@ class Slots:
         bias: float32 [batch, kv_heads, slots - tail], added to the slots' logits, or None.
         has_empty: some slot is empty.
         tail: slots at the end of which `positions`, `mass` and `bias` do not speak: columns from `column` on.
-        room: buffers whose first slots `keys` and `values` are, or None.
+        room: buffers whose first slots these are, or None.
     """
 
     keys: Tensor
@@ -37,7 +69,7 @@ class Slots:
     has_empty: bool = False
     tail: int = 0
     column: int = 0
-    room: tuple[Tensor, Tensor] | None = None
+    room: Room | None = None
 
     @property
     def count(self) -> int:
@@ -62,16 +94,30 @@ class Slots:
             grown = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         else:
             room = self.room
-            if room is None or room[0].shape[2] < total:
-                capacity = total + max(_FEW, total // 4)
-                room = _with_room(self.keys, capacity), _with_room(self.values, capacity)
-            room[0][:, :, self.count : total] = keys
-            room[1][:, :, self.count : total] = values
-            grown = room[0][:, :, :total], room[1][:, :, :total]
+            if room is None or room.keys.shape[2] < total:
+                room = Room.of(self, total + max(_FEW, total // 4))
+            room.write(keys, values, self.count)
+            grown = room.keys[:, :, :total], room.values[:, :, :total]
         if self.positions is None:
             return Slots(*grown, room=room)
         first = self.column if self.tail else column
         return replace(self, keys=grown[0], values=grown[1], tail=self.tail + new, column=first, room=room)
+
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        """What all slots' logits are given, [batch, kv_heads, slots]: the bias, least where empty; None: nothing."""
+        if self.room is not None and self.room.bias is not None:
+            return self.room.bias[:, :, : self.count].to(dtype)
+        if self.positions is None or (self.bias is None and not self.has_empty):
+            return None
+        bias = torch.zeros_like(self.positions, dtype=dtype) if self.bias is None else self.bias.to(dtype)
+        if self.has_empty:
+            bias = bias.masked_fill(self.positions < 0, torch.finfo(dtype).min)
+        return F.pad(bias, (0, self.tail))  # decoded tokens weigh one
+
+    def outlined(self) -> "Slots":
+        """What is known of the slots, without keys and values."""
+        nothing = self.keys.new_empty(1).expand(*self.keys.shape[:3], 1)
+        return replace(self, keys=nothing, values=nothing, room=None)
 
     def written(self) -> "Slots":
         """With positions, mass and bias of all slots written out, where those of the old ones are."""
@@ -100,7 +146,8 @@ class Slots:
         batch, kv_heads, count, _ = self.keys.shape
         real = valid[:, None, :count].to(self.keys.device).expand(batch, kv_heads, -1)
         columns = torch.arange(count, device=self.keys.device).expand(batch, kv_heads, -1)
-        return replace(self, positions=columns.masked_fill(~real, -1), mass=real.to(torch.float32))
+        held = columns.masked_fill(~real, -1)
+        return replace(self, positions=held, mass=real.to(torch.float32), has_empty=not bool(real.all()))
 
     def first(self, count: int) -> "Slots":
         """The first `count` slots; what lay behind them is room."""
@@ -110,7 +157,7 @@ class Slots:
         """The slots behind the first `count`."""
         return self.written()._cut(slice(count, None), None)
 
-    def _cut(self, part: slice, room: tuple[Tensor, Tensor] | None) -> "Slots":
+    def _cut(self, part: slice, room: Room | None) -> "Slots":
         def of(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[:, :, part]
 
@@ -143,6 +190,7 @@ class Slots:
             left.positions = left.positions.masked_fill(gone_slots, -1)
             left.mass = left.mass.masked_fill(gone_slots, 0)
             left.has_empty = True
+            left.room = None
         return left
 
     def rows(self, index: Tensor) -> "Slots":

@@ -4,26 +4,32 @@ import importlib.util
 import json
 import math
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+import kvweave
 from benchmarks import gpu, measure
 
 
-def test_statistics_writes_every_row_beside_attention(tmp_path, capsys):
+def test_statistics_writes_every_row_beside_attention(tmp_path, capsys, monkeypatch):
     from benchmarks import statistics
 
+    monkeypatch.setattr(statistics, "import_milliseconds", lambda times: 301.0)
     assert statistics.main(["--quick", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("statistics-*.json"))
     assert {"cpu", "torch", "transformers", "date", "command"} <= data["machine"].keys()
     figures = data["figures"]
-    assert {f["what"] for f in figures} == set(statistics.runs(statistics.SMALL, 64, statistics.METHODS))
+    assert {f["what"] for f in figures} == {
+        *statistics.runs(statistics.SMALL, 64, []), *statistics.FIRST, *kvweave.list_methods()
+    }  # fmt: skip
     assert {f["ratio"] for f in figures if f["what"] == statistics.ATTENTION} == {1.0}
     assert all(f["mebibytes"] > 0 for f in figures)
     (text,) = (path.read_text() for path in tmp_path.glob("statistics-*.md"))
-    for name in ("column sums", "flow ratio", "matching", "merging", *statistics.METHODS):
+    for name in ("column sums", "flow ratio", "matching", "merging", *statistics.FIRST):
         assert name in printed
         assert f"| {name} |" in text
 
@@ -33,6 +39,22 @@ def test_marks_are_judged():
 
     figure = statistics.Figure("column sums", str(statistics.SMALL), 4096, 10.0, 0.75, 51.0)
     assert [row[2] for row in statistics.verdicts([figure])] == ["met", "not met"]
+    slow = [statistics.Figure("flashcache", str(statistics.QWEN), n, n**1.5, None, 1.0) for n in (2048, 4096, 8192)]
+    assert [row[1:] for row in statistics.verdicts(slow)] == [("1.50 exponent", "not met")]
+    other = [replace(figure, length=2048), replace(figure, what=statistics.ATTENTION)]
+    assert [row[2] for row in statistics.verdicts(other)] == ["not measured"] * 2
+
+
+def test_what_would_not_fit_in_the_time_is_left_out(monkeypatch):
+    from benchmarks import statistics
+
+    slow = {statistics.ATTENTION: lambda: None, "slow": lambda: time.sleep(0.05)}
+    monkeypatch.setattr(statistics, "runs", lambda shape, length, methods: slow)
+    clock = iter([0.0, 0.1] * 100)  # a tenth of a second by the process' clock
+    monkeypatch.setattr(statistics.measure.time, "process_time", lambda: next(clock))
+    figures = [f for part in statistics.measured(statistics.SMALL, (64, 128), [], 0.0, 0.2) for f in part]
+    assert [(f.what, f.length) for f in figures if f.what == "slow"] == [("slow", 64)]
+    assert "-" in statistics.cells(figures, statistics.SMALL, (64, 128))[1]
 
 
 def test_decode_writes_every_method_and_what_the_bias_costs(tmp_path, capsys):
@@ -42,12 +64,13 @@ def test_decode_writes_every_method_and_what_the_bias_costs(tmp_path, capsys):
     printed = capsys.readouterr().out
     (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("decode-*.json"))
     figures = data["figures"]
-    assert {f["what"] for f in figures} == {decode.FULL, decode.FULL + decode.GROUPED, decode.PLAIN, *decode.METHODS}
+    assert {f["what"] for f in figures} == {decode.FULL, decode.PLAIN, *decode.METHODS}
+    assert data["left_out"] == []
     assert {f["batch"] for f in figures} == {1, 8}
     for batch in (1, 8):
         held = {f["what"]: f["mebibytes"] for f in figures if f["batch"] == batch}
         assert all(held[name] < 0.3 * held[decode.FULL] for name in decode.METHODS)
-    assert [mark["mark"].split()[:2] for mark in data["marks"]] == [["flowmm", "mass_bias"]] * 4
+    assert [mark["mark"].split()[:2] for mark in data["marks"]] == [["flowmm", "mass_bias"]] * 2
     (text,) = (path.read_text() for path in tmp_path.glob("decode-*.md"))
     for name in decode.METHODS:
         assert name in printed

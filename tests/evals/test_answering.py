@@ -33,7 +33,7 @@ def test_a_context_and_its_question_are_the_prompt(processor: Any, examples: lis
         real = [
             inputs["input_ids"][row][inputs["attention_mask"][row] == 1] for inputs in (whole.inputs, batch.inputs)
         ]
-        question = batch.following[row][batch.following[row] >= 0]
+        question = torch.tensor(batch.rounds[0].questions[row])
         assert torch.equal(torch.cat([real[1], question]), real[0])
         assert processor.decode(question) == examples[row].question
     assert torch.equal(batch.inputs["pixel_values"], whole.inputs["pixel_values"])
@@ -76,7 +76,7 @@ def test_an_unseen_question_is_read_as_by_plain_forwards(model: Any, processor: 
         out = model(**batch.inputs, use_cache=True)
         cache = session.cache
         words = []
-        for token in [*batch.following[0].tolist(), *[None] * 3]:
+        for token in [*batch.rounds[0].questions[0], *[None] * 3]:
             if token is None:
                 token = int(out.logits[0, -1].argmax())
                 words.append(token)

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import pickle
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from typer.testing import CliRunner
 
 from kvweave.cli.console import BadInput
 from kvweave.cli.eval import evaluate
-from kvweave.evals import Evaluation, Example, LabTask, lab_tasks, run, summarise
+from kvweave.evals import Evaluation, Example, LabTask, lab_tasks, processes, run, summarise
 from kvweave.evals.plan import parse_methods
 from kvweave.evals.run import Result, Worker
 from kvweave.evals.tables import markdown
@@ -93,7 +96,7 @@ def test_an_interrupted_plan_resumes(
 
     computed: list[Any] = []
     original = Worker.__call__
-    monkeypatch.setattr(Worker, "__call__", lambda self, cell: computed.append(cell) or original(self, cell))
+    monkeypatch.setattr(Worker, "__call__", lambda self, cell, *rest: computed.append(cell) or original(self, cell))
     results = run(plan(), tmp_path, workers=1, command="kvweave eval")
     assert len(computed) == len(results) - 4
     assert all(path.stat().st_mtime_ns == time for path, time in cells.items())
@@ -104,6 +107,97 @@ def test_an_interrupted_plan_resumes(
     assert not computed
     with pytest.raises(ValueError, match=r"budgets \[0.2, 0.1\] there, \[0.05\] asked for"):
         run(plan(budgets=(0.05,)), tmp_path, workers=1)
+
+
+def test_an_interrupted_cell_goes_on_with_its_next_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    one = plan(tasks=lab_tasks(["lookup"], 7, 2), methods=parse_methods(["snapkv"]), budgets=(0.3,))
+    expected = run(one, tmp_path / "whole", batch=2)
+
+    def interrupt(cell: Any, done: int, total: int) -> None:
+        assert total == 7
+        if cell.label == "snapkv" and done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(one, tmp_path / "cut", batch=2, tick=interrupt)
+    (path,) = (tmp_path / "cut" / "cells").glob("*snapkv*")
+    begun = json.loads(path.read_text())
+    assert (len(begun["samples"]), begun["missing"]) == (4, 3)
+    asked: list[str] = []
+    original = Worker._answers
+
+    def noting(self: Worker, cell: Any, batch: Any, held: Any) -> Any:
+        asked.extend(example.id for example in batch)
+        return original(self, cell, batch, held)
+
+    monkeypatch.setattr(Worker, "_answers", noting)
+    results = run(one, tmp_path / "cut", batch=2)
+    assert asked == [sample["id"] for sample in expected[1]["samples"][4:]]
+    assert without_seconds(results) == without_seconds(expected)
+
+
+def test_what_was_torn_while_it_was_written_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(self: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        run(plan(tasks=lab_tasks(["lookup"], 3, 1), methods=parse_methods(["full"])), tmp_path / "torn")
+    assert not [path for path in (tmp_path / "torn").rglob("*") if path.is_file()]
+
+
+class Cluster:
+    """Stands in for Ray: actors are made and called in this process, their arguments pickled as on the way."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.killed = 0
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def remote(self, **needs: Any) -> Any:
+        self.asked.append(needs)
+
+        def actor(kind: Any) -> Any:
+            def make(*arguments: Any) -> Any:
+                made = kind(*pickle.loads(pickle.dumps(arguments)))
+                compute = lambda *job: made.compute(*pickle.loads(pickle.dumps(job)))  # noqa: E731
+                return SimpleNamespace(compute=SimpleNamespace(remote=compute))
+
+            return SimpleNamespace(remote=make)
+
+        return actor
+
+    def kill(self, actor: Any) -> None:
+        self.killed += 1
+
+    class ActorPool:
+        def __init__(self, actors: list[Any]) -> None:
+            self.actors = actors
+
+        def map_unordered(self, call: Any, jobs: list[Any]) -> Any:
+            for n, job in reversed(list(enumerate(jobs))):
+                yield call(self.actors[n % len(self.actors)], job)
+
+
+def test_a_cluster_finds_what_one_process_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cluster = Cluster()
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.setitem(sys.modules, "ray.util", cluster)
+    small = plan(tasks=lab_tasks(["lookup"], 3, 2), methods=parse_methods(["snapkv"]))
+    one = run(small, tmp_path / "one")
+    assert without_seconds(run(small, tmp_path / "two", workers=2, ray="local")) == without_seconds(one)
+    assert cluster.asked == [{"num_cpus": 1, "num_gpus": 0}]
+    assert cluster.killed == 2
+    with pytest.raises(FileNotFoundError, match="is not the plan's folder on every machine"):
+        processes.Remote(Worker(small, tmp_path / "elsewhere", 1, "cpu", {}))
+
+
+def test_without_ray_its_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'kvweave\[ray\]'"):
+        run(plan(), tmp_path, ray="auto")
 
 
 def test_a_damaged_file_is_named(tmp_path: Path):
@@ -185,6 +279,9 @@ def test_the_command_writes_its_tables(tmp_path: Path):
         (["--baseline", "h2o", "--methods", "snapkv"], "baseline='h2o' is not evaluated"),
         (["--workers", "0"], "workers=0"),
         (["--batch", "0"], "batch=0"),
+        (["--data", "no/such/folder"], "data='no/such/folder' does not exist"),
+        (["--data", ".", "--images", "4"], "--images 4 is for the lab's albums"),
+        (["--adversarial"], "--adversarial is for a folder of data"),
         (["--model", "no/such/folder"], "model='no/such/folder' does not exist"),
         (["--device", "abacus"], "device='abacus'"),
     ],

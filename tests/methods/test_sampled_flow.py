@@ -25,7 +25,7 @@ def flows(visual, *tensors, **options):
 
 def test_it_is_near_the_exact_ratio_and_nearer_with_more_rows():
     queries, keys, values, visual = prompt()
-    exact = flows(visual, queries, keys, values)
+    exact = flows(visual, queries, keys, values, flow_rows=0)
     errors = []
     for rows in (16, 256):
         drawn = [flows(visual, queries, keys, values, flow_rows=rows, seed=seed) for seed in range(8)]
@@ -37,7 +37,7 @@ def test_it_is_near_the_exact_ratio_and_nearer_with_more_rows():
 @pytest.mark.parametrize("rows", [300, 5000])
 def test_all_rows_are_the_ratio_itself(rows):
     queries, keys, values, visual = prompt()
-    assert flows(visual, queries, keys, values, flow_rows=rows) == flows(visual, queries, keys, values)
+    assert flows(visual, queries, keys, values, flow_rows=rows) == flows(visual, queries, keys, values, flow_rows=0)
 
 
 def test_it_is_seeded_and_a_row_gives_what_it_gives_alone():
@@ -59,3 +59,14 @@ def test_rows_are_drawn_from_both_modalities_and_stand_for_all(count):
     drawn = visual.gather(1, index)
     assert torch.equal(weight[:, 1] > 0, drawn)
     assert torch.equal(weight[:, 0] > 0, ~drawn)
+
+
+@pytest.mark.parametrize(("length", "estimated"), [(1024, False), (1025, True)])
+def test_only_long_prompts_are_estimated_by_default(length: int, estimated: bool):
+    queries, keys, values, visual = prompt(batch=1, length=length)
+    mine, exact = (
+        kvweave.compress_tensors(kvweave.FlowMM(budget=0.2, **options), queries, keys, values, visual=visual)[0].flow
+        for options in ({}, {"flow_rows": 0})
+    )
+    assert (mine != exact) == estimated
+    assert mine == pytest.approx(exact, abs=0.05)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny import assert_close, text_inputs, text_model, words
+from tiny import assert_close, picture_inputs, text_inputs, text_model, vision_model, words
 from torch._dynamo.testing import CompileCounter
+from transformers import CompileConfig
 
 import kvweave
 
@@ -33,3 +34,115 @@ def test_a_decode_step_is_one_graph_whatever_the_number_of_slots(lengths, mass_b
             runs.append(torch.cat(logits, 1))
     assert_close(runs[1], runs[0])
     assert counter.frame_count <= 2  # the first step's cache has no decoded token yet: one more graph, not one a step
+
+
+class Graphs(list):
+    """What the compiler made; as a backend it runs the graphs as they are."""
+
+    def __init__(self):
+        torch._dynamo.reset()
+
+    def compiling(self):
+        """The option of `generate` that makes transformers compile decode steps on a CPU too."""
+
+        def backend(graph, _):
+            self.append(graph)
+            return graph
+
+        config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+        config._compile_all_devices = True
+        return {"compile_config": config}
+
+
+TWELVE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+CASES = {
+    "flowmm": (kvweave.FlowMM(budget=0.3, proxies=4), (30,)),
+    "mass bias": (kvweave.FlowMM(budget=0.3, proxies=4, mass_bias=True), (30, 21)),
+    "unequal layers": (kvweave.get_method("pyramidkv", budget=0.3, window=4), (30, 21)),
+    "unequal heads": (kvweave.get_method("adakv", budget=0.3, window=4), (30, 21)),
+    "full": (kvweave.get_method("full"), (30, 21)),
+    "deferred": (kvweave.get_method("weave", budget=0.3, proxies=4, recent=4), (30, 21)),
+    "deferred by more": (kvweave.get_method("snapkv", budget=0.3, window=4, defer=4), (30,)),
+}
+
+
+@pytest.mark.parametrize(("method", "lengths"), CASES.values(), ids=CASES)
+def test_generate_compiles_its_decode_steps_once(method, lengths):
+    model, inputs, graphs = text_model(), text_inputs(lengths), Graphs()
+    with kvweave.compress(model, method) as session:
+        plain = model.generate(**inputs, **TWELVE)
+        held = session.cache
+        compiled = model.generate(**inputs, **TWELVE, **graphs.compiling())
+    assert torch.equal(compiled, plain)
+    assert len(graphs) == 1
+    for mine, theirs in zip(session.cache.layers, held.layers, strict=True):
+        assert_close(mine.keys, theirs.keys)
+        assert torch.equal(mine.positions, theirs.positions)
+    assert torch.equal(session.cache.prompt.valid, held.prompt.valid)
+    assert session.report["totals"] == held.report["totals"]
+
+
+def test_prompts_of_many_lengths_compile_twice():
+    model, graphs = vision_model(), Graphs()
+    options = graphs.compiling()
+    with kvweave.compress(model, kvweave.SnapKV(budget=0.3, window=4)):
+        for length in (40, 70, 300, 600):
+            inputs = picture_inputs((length,), pictures=1)
+            plain = model.generate(**inputs, **TWELVE)
+            assert torch.equal(model.generate(**inputs, **TWELVE, **options), plain)
+    assert len(graphs) <= 2
+
+
+def test_a_conversation_goes_on_after_compiled_steps():
+    model, inputs, graphs = text_model(), text_inputs((30,)), Graphs()
+    answers = []
+    for options in ({}, graphs.compiling()):
+        cache = kvweave.CompressedCache(model.config, kvweave.SnapKV(budget=0.3, window=4))
+        handle = kvweave.attach(model)
+        first = model.generate(**inputs, **TWELVE, **options, past_key_values=cache)
+        more = torch.cat([first, words(1, 9, seed=3)], 1)
+        answers.append(model.generate(input_ids=more, **TWELVE, **options, past_key_values=cache))
+        handle.detach()
+    assert torch.equal(*answers)
+    assert graphs
+
+
+def test_steps_in_reserved_room_change_tensors_alone():
+    model, inputs, follow = text_model(), text_inputs((30,)), words(1, 6, seed=7)
+    with torch.no_grad(), kvweave.compress(model, kvweave.SnapKV(budget=0.3, window=4)) as session:
+        logits = []
+        for reserved in (False, True):
+            model(**inputs)
+            cache = session.cache
+            if reserved:
+                cache.reserve(6)
+                addresses = [block.keys.data_ptr() for layer in cache.layers for block in layer.fixed]
+            steps = [
+                model(input_ids=follow[:, n : n + 1], past_key_values=cache, position_ids=torch.tensor([[30 + n]]))
+                for n in range(6)
+            ]
+            logits.append(torch.cat([step.logits for step in steps], 1))
+        assert [block.keys.data_ptr() for layer in cache.layers for block in layer.fixed] == addresses
+    assert_close(logits[1], logits[0])
+    assert cache.layers[0].seen == 36
+    cache.settle()
+    assert not cache.fixed
+    assert cache.prompt.length == 36
+
+
+def test_room_is_refused_where_there_can_be_none():
+    model = text_model()
+    cache = kvweave.CompressedCache(model.config, kvweave.SnapKV(budget=0.3))
+    with pytest.raises(ValueError, match="nothing is cached yet"):
+        cache.reserve(4)
+    with pytest.raises(ValueError, match="tokens=0 is not allowed"):
+        cache.reserve(0)
+    with pytest.raises(ValueError, match="packs what it keeps"):
+        kvweave.CompressedCache(model.config, kvweave.Quantized(kvweave.SnapKV(budget=0.3))).reserve(4)
+
+
+def test_decoding_again_is_not_compiled():
+    model, inputs = text_model(), text_inputs((30,))
+    method = kvweave.get_method("snapkv", budget=0.3, defer=2, redecode=True)
+    with kvweave.compress(model, method), pytest.raises(ValueError, match="redecode=True"):
+        model.generate(**inputs, **TWELVE, **Graphs().compiling())

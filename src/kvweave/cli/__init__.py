@@ -1,4 +1,7 @@
-"""The command line: `kvweave run | eval | flow | methods | lab`. Exit codes: 0 done, 2 bad input, 1 anything else."""
+"""The command line: `kvweave run | eval | paper | flow | methods | lab`.
+
+Exit codes: 0 done, 2 bad input, 1 anything else.
+"""
 
 import os
 import sys
@@ -11,6 +14,7 @@ from kvweave.cli.eval import evaluate
 from kvweave.cli.flow import flow
 from kvweave.cli.lab import lab
 from kvweave.cli.methods import methods
+from kvweave.cli.paper import paper
 from kvweave.cli.run import run
 
 app = typer.Typer(
@@ -22,6 +26,7 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("eval")(evaluate)
+app.command("paper")(paper)
 app.command("flow")(flow)
 app.command("methods")(methods)
 app.add_typer(lab, name="lab")

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,99 +11,169 @@ from kvweave.cli.console import bad_input, check_out, command_line, err, print_j
 from kvweave.cli.console import out as stdout
 
 if TYPE_CHECKING:
-    from kvweave.evals import Evaluation
+    from kvweave.evals import LabTask, MileBenchTask, Task
+    from kvweave.evals.plan import Cell
     from kvweave.evals.run import Result
 
 
 def evaluate(
     model: options.ModelName = "lab",
-    tasks: Annotated[list[str] | None, typer.Option(help="Lab tasks, separated by commas; default all.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder in MileBench's layout. [default: the lab's questions, drawn]")
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Separated by commas; default all.")] = None,
     methods: Annotated[
         list[str] | None, typer.Option(help="Such as snapkv,flowmm:theta=0.3; default all registered.")
     ] = None,
     budgets: Annotated[
         str, typer.Option(help="Shares in (0, 1] or tokens, separated by commas.")
     ] = "0.5,0.2,0.1,0.05",
-    count: Annotated[int, typer.Option(help="Samples a task.")] = 100,
-    images: Annotated[int, typer.Option(help="Images an album.")] = 8,
+    count: Annotated[
+        int | None, typer.Option(help="Samples a task. [default: 100 of the lab's, all of a folder's]")
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="Images an album, of the lab's. [default: 8]")] = None,
     seeds: Annotated[
         str, typer.Option("--seeds", "--seed", help="Of samples and random draws, separated by commas.")
     ] = "0",
     protocol: Annotated[
         str, typer.Option(help="seen: the question is part of what is compressed; unseen: it comes after; or both.")
     ] = "seen",
+    combined: Annotated[
+        int | None, typer.Option(help="Ask about each sample's images combined into so many (1, ...).")
+    ] = None,
+    adversarial: Annotated[bool, typer.Option("--adversarial", help="The folder's -adv.json questions.")] = False,
+    scoring: Annotated[str, typer.Option(help="official: MileBench's metrics; strict: without their quirks.")] = (
+        "official"
+    ),
+    truncation: Annotated[str, typer.Option(help="ours: none; official: MileBench's, from the left.")] = "ours",
+    max_context_len: Annotated[int, typer.Option(help="Tokens left by the official truncation.")] = 4096,
+    tokens_per_image: Annotated[int, typer.Option(help="As the official truncation counts an image.")] = 576,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Where an answer is cut off. [default: what the task says, 512 in MileBench]")
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Method that others are tested against; default snapkv if it is evaluated.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Samples answered together.")] = 50,
-    workers: Annotated[int, typer.Option(help="Processes, of one thread each.")] = 2,
+    fidelity: Annotated[
+        bool, typer.Option("--fidelity/--no-fidelity", help="Compare with the full cache token by token.")
+    ] = True,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch-size", "--batch", help="Prompts answered together. [default: 50 for lab, else 1]"),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Share the plan over a Ray cluster: its address, auto or local; --workers of it."),
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder of the results; resumes if it holds some.")] = Path("out/eval"),
     json: options.Json = False,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="Samples that the page shows kept tokens, speed and flow of; 0: none.")
+    ] = 2,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")] = False,
 ) -> None:
     """Evaluate methods at equal budgets; interrupted anywhere, the same command resumes.
 
-    Writes a file for each cell under OUT/cells, and table.md, table.csv and table.json. Exits with 1 if samples
-    failed: they are listed, and not scored.
+    Writes a file for each cell under OUT/cells, table.md, table.csv and table.json, and a page, index.html; of a
+    folder in MileBench's layout also OUT/outputs, which its own scorer reads. Exits with 1 if samples failed: they
+    are listed, not scored.
     """
-    from kvweave.evals import run, summarise, write_tables
+    from kvweave.evals import Evaluation, run, summarise, write_tables
+    from kvweave.evals.outputs import write_outputs
+    from kvweave.evals.page import write_page
+    from kvweave.evals.plan import parse_budgets, parse_methods
     from kvweave.evals.tables import rendered
 
     check_out(out)
     quiet_libraries()
     start = time.perf_counter()
+    names = _pieces(*tasks or [])
     with bad_input():
-        evaluation = _plan(model, tasks, methods, budgets, count, images, seeds, protocol, dtype)
+        if data is None:
+            given = {
+                "combined": combined,
+                "adversarial": adversarial,
+                "max-new-tokens": max_new_tokens,
+                "scoring": scoring != "official",
+                "truncation": truncation != "ours",
+            }
+            found: tuple[Task, ...] = _lab_tasks(names, count, images, given)
+        else:
+            reading = {
+                "count": count,
+                "combined": combined,
+                "adversarial": adversarial,
+                "scoring": scoring,
+                "truncation": truncation,
+                "max_context_len": max_context_len,
+                "tokens_per_image": tokens_per_image,
+                "tokenizer": model if truncation == "official" else "",
+                "max_new_tokens": max_new_tokens,
+            }
+            found = _milebench_tasks(data, names, images, reading)
+        evaluation = Evaluation(
+            model=model,
+            tasks=found,
+            methods=parse_methods(methods or []),
+            budgets=parse_budgets([budgets]),
+            seeds=_seeds(seeds),
+            protocols=tuple(dict.fromkeys(_pieces(protocol))),
+            dtype=dtype,
+            fidelity=fidelity,
+        )
         baseline = _baseline(baseline, evaluation.labels)
-        with _Progress(quiet) as progress:
+        with CellProgress(quiet) as progress:
             results = run(
                 evaluation,
                 out,
-                batch=batch,
+                batch=(50 if model == "lab" else 1) if batch is None else batch,
                 workers=workers,
+                ray=ray,
                 device=device,
                 command=command_line(),
                 progress=progress,
+                tick=progress.tick,
             )
     seconds = round(time.perf_counter() - start, 1)
     summary = summarise(evaluation, results, baseline=baseline, command=command_line(), seconds=seconds)
     write_tables(summary, out)
+    page = write_page(evaluation, summary, out, samples=pictures, device=device)
+    layout = write_outputs(evaluation, results, out)
     if json:
         print_json(summary)
     elif not quiet:
         stdout().print(rendered(summary))
-        stdout().print(f"written: [bold]{out / 'table.md'}[/bold], table.csv, table.json")
+        stdout().print(f"written: [bold]{page}[/bold], table.md, table.csv, table.json")
+        if layout is not None:
+            stdout().print(f"written: [bold]{layout}[/bold], as MileBench's scorer reads it")
     if summary["failed"]:
         err().print(f"{len(summary['failed'])} answers are missing: {out / 'table.md'} lists them", markup=False)
         raise typer.Exit(1)
 
 
-def _plan(
-    model: str,
-    tasks: list[str] | None,
-    methods: list[str] | None,
-    budgets: str,
-    count: int,
-    images: int,
-    seeds: str,
-    protocol: str,
-    dtype: str,
-) -> "Evaluation":
-    from kvweave.evals import Evaluation, lab_tasks
-    from kvweave.evals.plan import parse_budgets, parse_methods
+def _lab_tasks(
+    names: list[str], count: int | None, images: int | None, given: dict[str, Any]
+) -> "tuple[LabTask, ...]":
+    from kvweave.evals import lab_tasks
     from kvweave.lab import TASKS
 
-    return Evaluation(
-        model=model,
-        tasks=lab_tasks(_pieces(*tasks) if tasks else TASKS, count, images),
-        methods=parse_methods(methods or []),
-        budgets=parse_budgets([budgets]),
-        seeds=_seeds(seeds),
-        protocols=tuple(dict.fromkeys(_pieces(protocol))),
-        dtype=dtype,
-    )
+    for option, value in given.items():
+        if value:
+            raise ValueError(f"--{option} is for a folder of data: allowed is --data with it")
+    return lab_tasks(names or TASKS, 100 if count is None else count, 8 if images is None else images)
+
+
+def _milebench_tasks(
+    data: Path, names: list[str], images: int | None, reading: dict[str, Any]
+) -> "tuple[MileBenchTask, ...]":
+    from kvweave.evals import Options, milebench_tasks
+
+    if images is not None:
+        raise ValueError(f"--images {images} is for the lab's albums: a folder's samples have theirs")
+    return milebench_tasks(data, names, Options(**reading))
 
 
 def _baseline(name: str | None, labels: list[str]) -> str | None:
@@ -114,14 +184,14 @@ def _baseline(name: str | None, labels: list[str]) -> str | None:
     return name
 
 
-class _Progress:
-    """A bar on stderr: cells done, time left, and which cell was the last."""
+class CellProgress:
+    """A bar on stderr: share of the cells done, time left, and which cell is at work or was the last."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.progress import (
             BarColumn,
-            MofNCompleteColumn,
             Progress,
+            TaskProgressColumn,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
@@ -129,15 +199,16 @@ class _Progress:
 
         columns = (
             BarColumn(20),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
+        self.done = 0
         self.bar = Progress(*columns, console=err(), disable=quiet, speed_estimate_period=120)
         self.line = self.bar.add_task("starting", total=None)
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "CellProgress":
         self.bar.start()
         return self
 
@@ -145,12 +216,21 @@ class _Progress:
         self.bar.stop()
 
     def __call__(self, result: "Result", done: int, total: int, was_there: bool) -> None:
-        cell = result["cell"]
+        self.done = done
         if was_there:  # does not count for the speed
             self.bar.reset(self.line, completed=done, total=total, description="resumed")
         else:
-            what = f"{cell['task']}, {cell['method']} at {cell['budget']:g}, {cell['protocol']}"
-            self.bar.update(self.line, completed=done, total=total, description=what)
+            what = _named(result["cell"])
+            self.bar.update(self.line, completed=done, total=total, description=f"{done} of {total} cells, {what}")
+
+    def tick(self, cell: "Cell", done: int, total: int) -> None:
+        """Hear of samples that are done of the cell at work."""
+        what = f"{_named(cell.key)}: {done} of {total} samples"
+        self.bar.update(self.line, completed=self.done + done / total, description=what)
+
+
+def _named(cell: dict[str, Any]) -> str:
+    return f"{cell['task']}, {cell['method']} at {cell['budget']:g}, {cell['protocol']}"
 
 
 def _pieces(*texts: str) -> list[str]:

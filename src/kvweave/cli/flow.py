@@ -37,7 +37,8 @@ def flow(
     from kvweave.methods.flowmm import FlowMM
 
     with console.bad_input(option="--theta"):
-        method = FlowMM(budget=1, theta=theta)  # one entry is the least: every layer is cut, and so measured
+        # one entry is the least: every layer is cut, and so measured
+        method = FlowMM(budget=1, theta=theta, flow_rows=0)
     if math.isinf(theta):
         raise console.BadInput(f"--theta {theta} is not finite: allowed is a number")
     options.check_model(model)

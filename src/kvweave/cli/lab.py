@@ -152,3 +152,29 @@ def example(
         screen.print(f"[dim]{piece['image']}[/dim]" if "image" in piece else piece["text"], markup="image" in piece)
     screen.print(f"answer: [bold]{ask.right}[/bold]")
     screen.print(f"written: [bold]{out}[/bold] (example.json and {len(ask.images)} pictures)")
+
+
+@lab.command("export")
+def export(
+    folder: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.")],
+    task: Annotated[list[str] | None, typer.Option(help="Repeatable. [default: all]")] = None,
+    images: Annotated[int, typer.Option(help="In an album.")] = 8,
+    count: Annotated[int, typer.Option(help="Questions a task.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the albums.")] = 0,
+    json: options.Json = False,
+) -> None:
+    """Write the lab's hold-out questions in MileBench's format, for `kvweave eval --data` and other tools."""
+    console.check_out(folder)
+    tasks = options.check_tasks(task or [])
+    from kvweave.evals import lab_tasks
+    from kvweave.evals.export import export as write
+
+    with console.bad_input():
+        found = lab_tasks(tasks, count, images)
+    with console.err().status("drawing"):
+        files = [write(one, folder, seed) for one in found]
+    if json:
+        console.print_json({"folder": str(folder), "files": [str(file) for file in files], "samples": count})
+        return
+    console.out().print(f"written: [bold]{folder}[/bold] ({', '.join(tasks)}; {count} samples each)")
+    console.out().print(f"evaluate it: kvweave eval --data {folder}", markup=False)

@@ -1,10 +1,12 @@
 """Measured quality: which method answers how well at which budget.
 
 An `Evaluation` is a plan of cells (protocol x task x seed x method x budget). `run` computes them, in several
-processes if asked, writes a file for each, and resumes where it was interrupted; `summarise` makes the tables.
-A task is one small interface, `Task`: a name, a metric, and examples with messages and answers.
+processes if asked, writes a file for each, sample by sample, and resumes where it was interrupted; `summarise` makes
+the tables. A task is one small interface, `Task`: a name, metrics, and examples with messages and answers;
+`lab_tasks` draws them, `milebench_tasks` reads them from a disk.
 """
 
+from kvweave.evals.milebench import MileBenchTask, Options, milebench_tasks
 from kvweave.evals.plan import PROTOCOLS, Cell, Evaluation
 from kvweave.evals.run import run
 from kvweave.evals.tables import summarise, write_tables
@@ -16,8 +18,11 @@ __all__ = [
     "Evaluation",
     "Example",
     "LabTask",
+    "MileBenchTask",
+    "Options",
     "Task",
     "lab_tasks",
+    "milebench_tasks",
     "run",
     "summarise",
     "write_tables",

@@ -1,5 +1,6 @@
 """What is to be evaluated: a plan of cells, and the folder that belongs to it."""
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from kvweave.models.loading import DTYPES
 
 PROTOCOLS = ("seen", "unseen")
 FULL = "full"
-_FORMAT = 1  # of the result files
+_FORMAT = 2  # of the result files
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,20 @@ class Cell:
             "budget": self.budget,
         }
 
+    @property
+    def whole(self) -> bool:
+        """Its cache is the full one, which others are held against."""
+        return self.label == FULL
+
     def path(self, out: Path) -> Path:
         """Its result file."""
         name = "-".join(str(part) for part in self.key.values())
         return out / "cells" / (re.sub(r"[^\w.,=-]", "_", name) + ".json")
+
+    def reference(self, out: Path, example: str) -> Path:
+        """Where the full cache's answer to an example is kept, for others to be held against."""
+        place = re.sub(r"[^\w.,=-]", "_", f"{self.protocol}-{self.task.name}-{self.seed}")
+        return out / "references" / place / (hashlib.sha256(example.encode()).hexdigest()[:16] + ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class Evaluation:
         seeds: of the samples, and of methods that draw at random.
         protocols: of `PROTOCOLS`.
         dtype: of the weights; "auto": as the checkpoint has them.
+        fidelity: hold every compressed cache against the full one along the full one's answers.
     """
 
     model: str
@@ -73,6 +85,7 @@ class Evaluation:
     seeds: tuple[int, ...] = (0,)
     protocols: tuple[str, ...] = ("seen",)
     dtype: str = "auto"
+    fidelity: bool = True
 
     def __post_init__(self) -> None:
         models.check(self.model)
@@ -84,11 +97,6 @@ class Evaluation:
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise ValueError(f"protocol={protocol!r} is unknown: allowed is one of {', '.join(PROTOCOLS)}")
-            for method in self.methods:
-                if protocol == "unseen" and method.to_dict().get("defer"):
-                    raise ValueError(
-                        f"protocol='unseen' is not allowed for {label(method)}: a deferred cut sees the question"
-                    )
         for seed in self.seeds:
             if seed < 0:
                 raise ValueError(f"seeds={seed} is not allowed: allowed is an int >= 0")
@@ -123,6 +131,7 @@ class Evaluation:
             "methods": {label(method): _options(method) for method in self.methods},
             "budgets": list(self.budgets),
             "seeds": list(self.seeds),
+            "fidelity": self.fidelity,
             "code": store.code_mark(),
             "versions": store.versions(),
         }
@@ -140,14 +149,14 @@ class Evaluation:
         there = store.read_json(path)
         different = [name for name in {**there, **mine} if there.get(name) != mine.get(name)]
         if different:
-            named = "; ".join(f"{name} {_difference(there.get(name), mine.get(name))}" for name in different)
+            named = "; ".join(f"{name} {difference(there.get(name), mine.get(name))}" for name in different)
             raise ValueError(
                 f"out={str(out)!r} holds results of other options, which are not mixed: {named}. "
                 "Name another folder, or delete this one"
             )
 
 
-def _difference(there: Any, here: Any) -> str:
+def difference(there: Any, here: Any) -> str:
     """Two values in a few words: of collections only what one side alone has."""
     if isinstance(there, dict) and isinstance(here, dict):
         names = [name for name in {**there, **here} if there.get(name) != here.get(name)]

@@ -1,22 +1,18 @@
 """Computes a plan's cells, in this process or in several, and resumes where it was interrupted."""
 
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from kvweave import models
-from kvweave.evals import store
+from kvweave.evals import processes, store
 from kvweave.evals.answering import Answer, Batch, answer, prefill, prepare
+from kvweave.evals.fidelity import Reference
 from kvweave.evals.metrics import METRICS
 from kvweave.evals.plan import FULL, Cell, Evaluation
 from kvweave.evals.prefill import Prefill
@@ -24,11 +20,13 @@ from kvweave.evals.tasks import Example
 from kvweave.methods import Method
 from kvweave.ops.budget import entries
 
-_SHARED = 2**31  # bytes of prefills that a worker keeps for the next methods
-
 Result = dict[str, Any]
 #: Hears of a cell that is finished: its result, how many are, how many there are, and whether it was read from disk.
 Progress = Callable[[Result, int, int, bool], None]
+#: Hears what a cell at work in this process has come to: how many of its samples are done, of how many.
+Tick = Callable[[Cell, int, int], None]
+_HELD = 2**30  # bytes of prompts that a worker keeps, read, for the next methods
+_SHARED = 2**31  # and of their prefills
 
 
 def run(
@@ -36,19 +34,24 @@ def run(
     out: Path,
     *,
     batch: int = 50,
-    workers: int = 2,
+    workers: int = 1,
+    ray: str | None = None,
     device: str = "auto",
     command: str = "",
     progress: Progress | None = None,
+    tick: Tick | None = None,
 ) -> list[Result]:
     """All cells' results, in the order of `evaluation.cells()`.
 
-    A cell whose file is in `out` is read and not computed again, unless some of its samples failed.
+    A cell's file is written anew whenever a batch is answered, whole or not at all. What is in `out` is not computed
+    again, unless it failed.
 
     Args:
         out: the folder of this evaluation, made if it is not there.
-        batch: samples that are answered together.
-        workers: processes, of one thread each; 1: this process.
+        batch: prompts that are answered together.
+        workers: processes; 1: this one.
+        ray: address of a Ray cluster whose machines share the cells and the folder `out` ("auto": the one at hand,
+            "local": one of this machine's own); None: processes of this machine.
         device: "auto": CUDA where there is one.
         command: goes into the result files.
 
@@ -65,10 +68,13 @@ def run(
     for count, result in enumerate(results.values(), 1):
         if progress:
             progress(result, count, len(cells), True)
-    missing = [n for n in range(len(cells)) if n not in results]
     about = {"command": command, "batch": batch, "cpu": store.cpu(), "device": device, "versions": store.versions()}
     worker = Worker(evaluation, out, batch, device, about)
-    for n, result in _computed(worker, cells, missing, min(workers, len(missing))):
+    phases = [  # what is compressed is held against the full cache's answers
+        {n: cell for n, cell in enumerate(cells) if n not in results and cell.whole == whole}
+        for whole in (True, False)
+    ]
+    for n, result in _computed(worker, phases, workers, ray, tick):
         results[n] = result
         if progress:
             progress(result, len(results), len(cells), False)
@@ -76,50 +82,32 @@ def run(
 
 
 def finished(cell: Cell, out: Path) -> Result | None:
-    """The result of a cell that was computed before, with no sample left to try again."""
+    """The result of a cell that was computed before, with no sample left to ask or to try again."""
+    result = _begun(cell, out)
+    return None if result is None or result["failed"] or result["missing"] else result
+
+
+def _begun(cell: Cell, out: Path) -> Result | None:
     path = cell.path(out)
     if not path.exists():
         return None
     result: Result = store.read_json(path)
     if not isinstance(result, dict) or result.get("cell") != cell.key:
         raise ValueError(f"{path} holds another cell's result; delete it, and it is made again")
-    return None if result["failed"] else result
+    return result
 
 
 def _computed(
-    worker: "Worker", cells: Sequence[Cell], numbers: Sequence[int], workers: int
+    worker: "Worker", phases: Sequence[dict[int, Cell]], workers: int, ray: str | None, tick: Tick | None
 ) -> Iterator[tuple[int, Result]]:
-    if workers <= 1:
-        for n in numbers:
-            yield n, worker(cells[n])
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would copy PyTorch's threads half alive
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(worker,))
-    try:
-        futures = {pool.submit(_compute, cells[n]): n for n in numbers}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process was killed, perhaps for want of memory: finished cells are kept; "
-            "run again with a smaller batch or fewer workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker: "Worker"  # of a worker process
-
-
-def _begin(worker: "Worker") -> None:
-    global _worker
-    _worker = worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and lets the cells at work finish
-    torch.set_num_threads(1)
-
-
-def _compute(cell: Cell) -> Result:
-    return _worker(cell)
+    workers = min(workers, max(map(len, phases)))
+    if ray is not None and workers:
+        yield from processes.on_ray(worker, phases, workers, ray)
+    elif workers > 1:
+        yield from processes.here(worker, phases, workers)
+    else:
+        for n, cell in (numbered for cells in phases for numbered in cells.items()):
+            yield n, worker(cell, tick)
 
 
 @contextmanager
@@ -139,34 +127,54 @@ class Worker:
 
     def __init__(self, evaluation: Evaluation, out: Path, batch: int, device: str, about: dict[str, Any]) -> None:
         self.model, self.dtype, self.device = evaluation.model, evaluation.dtype, device
+        self.fidelity = evaluation.fidelity
         self.out, self.batch, self.about = out, batch, about
         self._loaded: tuple[Any, Any] | None = None
-        self._read: tuple[Any, list[Sequence[Example]], dict[int, Batch]] | None = None
-        self._prefills: dict[int, Prefill] = {}
+        self._read: tuple[Any, Sequence[Example], dict[tuple[str, ...], Batch]] | None = None
+        self._prefills: dict[tuple[str, ...], Prefill] = {}
 
-    def __call__(self, cell: Cell) -> Result:
-        """The cell's result, written to its file."""
+    def __call__(self, cell: Cell, tick: Tick | None = None) -> Result:
+        """The cell's result, written to its file batch by batch."""
         start = time.perf_counter()
-        batches, prepared = self._examples(cell)
-        samples, failed = [], []
-        for n, examples in enumerate(batches):
-            for example, said in zip(examples, self._answers(cell, n, examples, prepared), strict=True):
+        examples, prepared = self._examples(cell)
+        begun = _begun(cell, self.out) or {"samples": [], "seconds": 0.0}
+        samples = {sample["id"]: sample for sample in begun["samples"]}
+        asked = [example for example in examples if example.id not in samples]
+        failed: list[dict[str, Any]] = []
+        result = self._result(cell, examples, samples, failed, begun["seconds"])
+        for batch in batches(asked, cell.protocol, self.batch):
+            for example, said in zip(batch, self._answers(cell, batch, prepared), strict=True):
                 if isinstance(said, str):
                     failed.append({"id": example.id, "error": said})
                 else:
-                    samples.append(_scored(cell.task.metrics, example, said))
-        result = {
+                    samples[example.id] = said
+            seconds = begun["seconds"] + time.perf_counter() - start
+            result = self._result(cell, examples, samples, failed, seconds)
+            store.write_json(cell.path(self.out), result)
+            if tick:
+                tick(cell, len(samples) + len(failed), len(examples))
+        return result
+
+    def _result(
+        self,
+        cell: Cell,
+        examples: Sequence[Example],
+        samples: dict[str, dict[str, Any]],
+        failed: list[dict[str, Any]],
+        seconds: float,
+    ) -> Result:
+        done = [samples[example.id] for example in examples if example.id in samples]
+        return {
             "cell": cell.key,
             "method": cell.method.to_dict(),
             "metrics": list(cell.task.metrics),
-            "samples": samples,
-            "failed": failed,
-            **_measured(cell, samples),
-            "seconds": round(time.perf_counter() - start, 3),
+            "samples": done,
+            "failed": list(failed),
+            "missing": len(examples) - len(done) - len(failed),
+            **_measured(cell, done),
+            "seconds": round(seconds, 3),
             **self.about,
         }
-        store.write_json(cell.path(self.out), result)
-        return result
 
     def _model(self) -> tuple[Any, Any]:
         if self._loaded is None:
@@ -176,43 +184,92 @@ class Worker:
                 raise ValueError(f"model={self.model!r} reads text only: allowed is a model that reads images")
         return self._loaded
 
-    def _examples(self, cell: Cell) -> tuple[list[Sequence[Example]], dict[int, Batch]]:
-        """The cell's samples in batches, and the batches that have been read; kept for the next cell."""
+    def _examples(self, cell: Cell) -> tuple[Sequence[Example], dict[tuple[str, ...], Batch]]:
+        """The cell's samples, and the batches that have been read; kept for the next cell."""
         key = cell.protocol, cell.task, cell.seed
         if self._read is None or self._read[0] != key:
-            examples = cell.task.examples(cell.seed)
-            batches = [examples[at : at + self.batch] for at in range(0, len(examples), self.batch)]
-            self._read = key, batches, {}
+            self._read = key, cell.task.examples(cell.seed), {}
             self._prefills.clear()
         return self._read[1:]
 
     def _answers(
-        self, cell: Cell, n: int, examples: Sequence[Example], prepared: dict[int, Batch]
-    ) -> list[Answer | str]:
-        """An answer, or the error in its place, for each sample: one that fails does not take others along."""
+        self, cell: Cell, examples: Sequence[Example], prepared: dict[tuple[str, ...], Batch]
+    ) -> list[dict[str, Any] | str]:
+        """What is to be stored, or an error in its place, for each sample: one does not take others along."""
         model, processor = self._model()
         try:
-            if n not in prepared:
-                prepared[n] = prepare(processor, examples, cell.protocol)
-            shared = self._prefill(cell, n, prepared[n])
-            return [*answer(model, processor, cell.method, prepared[n], cell.task.max_new_tokens, shared)]
+            batch = self._prepared(processor, examples, cell.protocol, prepared)
+            references = [Reference.load(cell.reference(self.out, example.id)) for example in examples]
+            said = answer(
+                model,
+                processor,
+                cell.method,
+                batch,
+                cell.task.max_new_tokens,
+                self._prefill(cell, batch),
+                references=references if self.fidelity and not cell.whole else (),
+                refer=self.fidelity and cell.whole,
+            )
+            for example, one in zip(examples, said, strict=True):
+                if one.reference is not None:
+                    one.reference.save(cell.reference(self.out, example.id))
+            return [_scored(cell.task.metrics, example, one) for example, one in zip(examples, said, strict=True)]
         except Exception as error:
             if len(examples) == 1:
                 return [f"{type(error).__name__}: {error}"]
-        return [said for example in examples for said in self._answers(cell, -1, [example], {})]
+        return [one for example in examples for one in self._answers(cell, [example], {})]
 
-    def _prefill(self, cell: Cell, n: int, batch: Batch) -> Prefill | None:
-        """The batch's prefill, while there is room for it; a batch that failed as a whole (-1) shares none."""
-        if n >= 0 and n not in self._prefills and sum(x.nbytes for x in self._prefills.values()) < _SHARED:
-            self._prefills[n] = prefill(self._model()[0], batch, cell.task.max_new_tokens)
-        return self._prefills.get(n)
+    def _prepared(
+        self, processor: Any, examples: Sequence[Example], protocol: str, held: dict[tuple[str, ...], Batch]
+    ) -> Batch:
+        key = tuple(example.id for example in examples)
+        batch = held.get(key) or prepare(processor, examples, protocol)
+        if key not in held and sum(other.nbytes for other in held.values()) + batch.nbytes <= _HELD:
+            held[key] = batch
+        return batch
+
+    def _prefill(self, cell: Cell, batch: Batch) -> Prefill | None:
+        """The batch's prefill, where there is room for it; the full cache's one answer needs none."""
+        key = tuple(example.id for example in batch.examples)
+        if key not in self._prefills and not cell.whole:
+            model = self._model()[0]
+            room = _SHARED - sum(held.nbytes for held in self._prefills.values())
+            if _prefill_bytes(model.config, batch, model.dtype.itemsize) > room:
+                return None
+            self._prefills[key] = prefill(model, batch, cell.task.max_new_tokens)
+        return self._prefills.get(key)
+
+
+def _prefill_bytes(config: Any, batch: Batch, itemsize: int) -> int:
+    """What the prompt's keys, values and queries come to."""
+    decoder = config.get_text_config(decoder=True)
+    heads = decoder.num_attention_heads
+    dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
+    rows = heads + 2 * (getattr(decoder, "num_key_value_heads", None) or heads)
+    return decoder.num_hidden_layers * rows * dim * itemsize * batch.inputs["input_ids"].numel()
+
+
+def batches(examples: Sequence[Example], protocol: str, size: int) -> list[list[Example]]:
+    """Examples that are answered together: of so many prompts, all questions about a context in one batch."""
+    groups: dict[str, list[Example]] = {}
+    for n, example in enumerate(examples):
+        alone = protocol == "seen" or not example.context
+        groups.setdefault(f"{n}" if alone else example.context, []).append(example)
+    rows = list(groups.values())
+    return [[example for row in rows[at : at + size] for example in row] for at in range(0, len(rows), size)]
 
 
 def _scored(metrics: Sequence[str], example: Example, said: Answer) -> dict[str, Any]:
-    scores = {name: METRICS[name](said.text, example.answer) for name in metrics}
-    measured = asdict(said)
-    prediction = measured.pop("text")
-    return {"id": example.id, "answer": example.answer, "prediction": prediction, "scores": scores, **measured}
+    return {
+        "id": example.id,
+        "answer": example.answer,
+        "prediction": said.text,
+        "scores": {name: METRICS[name](said.text, example.answer, example.choices) for name in metrics},
+        "length": said.length,
+        "kept": said.kept,
+        "bytes": said.bytes,
+        "fidelity": asdict(said.fidelity) if said.fidelity else None,
+    }
 
 
 def _measured(cell: Cell, samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,11 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from kvweave.evals import store
-from kvweave.evals.metrics import RESAMPLES, compare, estimate
+from kvweave.evals.intervals import RESAMPLES, compare, estimate, holm
 from kvweave.evals.plan import FULL, Evaluation
 
 Row = dict[str, Any]
 _DETAIL = 0.2  # the budget that the papers' tables are made at
+_FIDELITY = {
+    "kl": "KL divergence from the full cache's next token, nats, along its answer",
+    "top1": "Next token the same as the full cache's, share of its answer",
+    "same": "Answers the same as the full cache's, token for token",
+}
 
 
 def summarise(
@@ -29,21 +34,29 @@ def summarise(
 ) -> dict[str, Any]:
     """All that the tables say, JSON-able.
 
-    `scores`: protocol x method x budget x task, seeds pooled. `means`: over tasks. `tests`: each method against
-    `baseline` (a label of `evaluation.labels`) on the same samples. `unequal`: cells whose caches did not hold the
-    slots that the budget allows. `failed`: samples without a score.
+    `scores`: protocol x method x budget x task, seeds pooled. `means`: over tasks. `fidelity`: to the full cache,
+    over tasks. `tests`: each method against `baseline` (a label of `evaluation.labels`) on the same samples.
+    `unequal`: cells whose caches did not hold the slots that the budget allows. `failed`: samples without a score.
     """
     cells = _pooled(results)
     scores = [_score_row(place, cells[place]) for place in cells]
-    means = []
-    tests = []
+    means, fidelity, tests = [], [], []
     for protocol in evaluation.protocols:
         for method in evaluation.labels:
             for budget in _budgets(evaluation, method):
                 found = {task.name: _by_id(cells[protocol, method, budget, task.name]) for task in evaluation.tasks}
                 overall = estimate([list(by_id.values()) for by_id in found.values()])
                 place = {"protocol": protocol, "method": method, "budget": budget}
-                means.append({**place, **_numbers(overall), "samples": sum(map(len, found.values()))})
+                counts = {"samples": sum(map(len, found.values()))}
+                counts["failed"] = sum(
+                    len(result["failed"])
+                    for task in evaluation.tasks
+                    for result in cells[protocol, method, budget, task.name]
+                )
+                means.append({**place, **_numbers(overall), **counts})
+                if method != FULL and evaluation.fidelity:
+                    pooled = [cells[protocol, method, budget, task.name] for task in evaluation.tasks]
+                    fidelity.append({**place, **_fidelity(pooled)})
                 if baseline is None or method in (baseline, FULL):
                     continue
                 at = budget if baseline != FULL else 1.0
@@ -51,6 +64,10 @@ def summarise(
                 compared = compare(found, other)
                 if compared is not None:
                     tests.append({**place, "baseline": baseline, **asdict(compared)})
+    for protocol in evaluation.protocols:
+        family = [test for test in tests if test["protocol"] == protocol]
+        for test, p in zip(family, holm([test["p"] for test in family]), strict=True):
+            test["p_holm"] = p
     return {
         "about": {
             "command": command,
@@ -66,6 +83,7 @@ def summarise(
         },
         "scores": scores,
         "means": means,
+        "fidelity": fidelity,
         "tests": tests,
         "unequal": [result["cell"] for result in results if result["equal"] is False],
         "failed": [{**result["cell"], **failure} for result in results for failure in result["failed"]],
@@ -87,6 +105,19 @@ def _pooled(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, float | i
 
 def _by_id(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {s["id"]: s["scores"][result["metrics"][0]] for result in results for s in result["samples"]}
+
+
+def _fidelity(tasks: Sequence[Sequence[dict[str, Any]]]) -> Row:
+    """Means over tasks, with intervals, of what is known of each sample's fidelity to the full cache."""
+    known = [
+        [sample["fidelity"] for result in results for sample in result["samples"] if sample["fidelity"]]
+        for results in tasks
+    ]
+    row: Row = {
+        name: _numbers(estimate([[float(one[name]) for one in task] for task in known]))
+        for name in ("kl", "top1", "same")
+    }
+    return {**row, "samples": sum(map(len, known))}
 
 
 def _numbers(overall: Any) -> Row:
@@ -212,6 +243,12 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
             title = f"Difference to {base} on the same samples, 95 % interval, p ({where})"
             found.append((title, ["method", *map(_percent, budgets)], rows))
 
+        held = {(r["method"], r["budget"]): r for r in summary["fidelity"] if r["protocol"] == protocol}
+        for name, title in _FIDELITY.items() if held else ():
+            compared = [method for method in methods if method != FULL]
+            rows = [[m, *(_interval(held.get((m, b), {}).get(name)) for b in budgets)] for m in compared]
+            found.append((f"{title}, 95 % interval ({where})", ["method", *map(_percent, budgets)], rows))
+
         budget = _DETAIL if _DETAIL in budgets else budgets[0]
         scores = [row for row in summary["scores"] if row["protocol"] == protocol]
         tasks = list(dict.fromkeys(row["task"] for row in scores))
@@ -235,8 +272,12 @@ def notes(summary: dict[str, Any]) -> list[tuple[str, list[str]]]:
         equal = "Kept slots, measured in the cache, equal floor(budget x length) in every sample (mean over layers)."
         found.append((equal, []))
     if summary["tests"]:
-        tests = f"Tests are paired bootstraps over samples within tasks ({RESAMPLES} resamples), not corrected"
-        found.append((f"{tests} for the number of comparisons.", []))
+        tests = (
+            f"Differences: intervals by a paired bootstrap within tasks ({RESAMPLES} resamples); p by the exact sign "
+            "test on the samples that differ (McNemar's for right and wrong), after Holm's correction for all "
+            "comparisons of a protocol"
+        )
+        found.append((f"{tests}.", []))
     if summary["failed"]:
         alike: dict[str, list[str]] = {}
         for failure in summary["failed"]:
@@ -261,7 +302,8 @@ def _percent(budget: float | int) -> str:
 def _interval(row: Row | None) -> str:
     if row is None or row["score"] is None:
         return "–"
-    return f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    lost = f" ({row['failed']} missing)" if row.get("failed") else ""
+    return f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]{lost}"
 
 
 def _besides(row: Row | None, name: str) -> str:
@@ -272,5 +314,5 @@ def _besides(row: Row | None, name: str) -> str:
 def _difference(row: Row | None) -> str:
     if row is None:
         return "–"
-    p = f"p={row['p']:.3f}" if row["p"] >= 0.001 else "p<0.001"
+    p = f"p={row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "p<0.001"
     return f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] {p}"

@@ -16,15 +16,21 @@ class Example:
 
     Attributes:
         id: unique over all seeds of a task.
-        messages: for the processor's chat template, images included.
-        question: the last piece of text in `messages`; what stands before it is the context.
+        messages: for the processor's chat template, images (or their files) included.
+        question: the last piece of text in `messages`, or its end; what stands before it is the context.
         answer: what a right prediction says.
+        choices: what there is to choose from, where there is.
+        context: the same for examples that ask about the same context; empty: no other does.
+        error: why it cannot be asked, where it cannot.
     """
 
     id: str
     messages: list[dict[str, Any]]
     question: str
     answer: str
+    choices: tuple[str, ...] = ()
+    context: str = ""
+    error: str = ""
 
 
 class Task(Protocol):

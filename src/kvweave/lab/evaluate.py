@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from kvweave.chat import encode
 from kvweave.lab.world import TASKS, Sample, require_holdout, samples
 
 LONGEST_ANSWER = 6  # tokens: the opening, up to three words, the end, and one to spare
@@ -50,14 +51,7 @@ def answers(
     given: list[str] = []
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
-        inputs = processor.apply_chat_template(
-            [sample.messages() for sample in batch],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
+        inputs = encode(processor, *(sample.messages() for sample in batch)).to(model.device)
         with torch.inference_mode():
             tokens = model.generate(**inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False} | generate)
         new = tokens[:, inputs["input_ids"].shape[1] :]

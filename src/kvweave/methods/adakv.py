@@ -9,7 +9,7 @@ from kvweave.methods.base import register
 from kvweave.methods.options import real
 from kvweave.methods.snapkv import SnapKV
 from kvweave.ops.budget import largest_remainder
-from kvweave.ops.select import chosen, ranks
+from kvweave.ops.select import best, chosen, ranks
 from kvweave.plan import Plan
 
 
@@ -36,8 +36,8 @@ class AdaKV(SnapKV):
             score = score.masked_fill(empty, -torch.inf)
             held = (~empty).sum(-1)
         each = budget - recent
-        best = ranks(score.flatten(1)).view_as(score) < view.kv_heads * each
-        shares = (1 - self.safeguard) * (best & (score > -torch.inf)).sum(-1).double() + self.safeguard * each
+        wins = best(score.flatten(1), view.kv_heads * each).view_as(score) & (score > -torch.inf)
+        shares = (1 - self.safeguard) * wins.sum(-1).double() + self.safeguard * each
         counts = []
         for row, limits in zip(shares.tolist(), held.tolist(), strict=True):
             total = min(view.kv_heads * each, int(sum(limits)))

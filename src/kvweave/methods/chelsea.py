@@ -10,7 +10,7 @@ from kvweave.methods.base import MergingMethod, register
 from kvweave.methods.options import choice, integer
 from kvweave.ops.match import take, unit
 from kvweave.ops.merge import RULES, segment_sum
-from kvweave.ops.select import complement, ranks
+from kvweave.ops.select import best, complement
 from kvweave.plan import Plan
 
 _RULES = [rule for rule in RULES if rule != "importance"]  # it reads no attention
@@ -102,15 +102,15 @@ def best_pairs(entries: Entries, size: int) -> tuple[Tensor, Tensor, Tensor] | N
     goals, open_ = odd.clamp(max=len(number) - 1)[chunk], there[chunk]  # [asking, widest]
     keys = unit(entries.keys)
     similarity = torch.einsum("bhad,bhawd->bhaw", keys[:, :, asking], keys[:, :, goals])
-    best, which = similarity.masked_fill(~open_, -torch.inf).max(-1)
+    cosine, which = similarity.masked_fill(~open_, -torch.inf).max(-1)
     found = goals.expand(*which.shape, widest).gather(-1, which[..., None])[..., 0]
-    return asking, found, best
+    return asking, found, cosine
 
 
 def joined(entries: Entries, asking: Tensor, found: Tensor, cosine: Tensor, excess: int) -> Entries:
     """The sequence after the most similar pairs, `excess` at most, have merged."""
     batch, kv_heads, count = entries.mass.shape
-    merging = ranks(cosine) < excess  # [batch, kv_heads, asking]
+    merging = best(cosine, min(excess, len(asking)))  # [batch, kv_heads, asking]
     into = torch.arange(count, device=asking.device).expand(batch, kv_heads, -1)
     asks = asking.expand(batch, kv_heads, -1)
     into = into.scatter(-1, asks, torch.where(merging, found, asks))

@@ -17,6 +17,8 @@ from kvweave.ops.match import nearest_of_few
 from kvweave.ops.select import complement, last, lowest, top, top_by_modality
 from kvweave.plan import Plan
 
+_FEW, _MANY = 256, 1024  # rows that estimate the flow ratio, of more than so many
+
 
 @register("flowmm")
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ class FlowMM(MergingMethod):
         "aligned", "aligned", "misaligned", "cross", "intra", help="layer mode: by the flow ratio, or fixed"
     )
     flow_ratio: str = choice("literal", "literal", "balanced", "nosink", help="which ratio is held against theta")
-    flow_rows: int = integer(0, minimum=0, help="rows, drawn from both modalities, that estimate it; 0: all of them")
+    flow_rows: int | None = integer(
+        None,
+        minimum=0,
+        optional=True,
+        help="rows, drawn from both modalities, that estimate it; 0: all; None: 256 in prompts of over 1,024 tokens",
+    )
     seed: int = integer(0, minimum=0, help="of that draw")
     cross_scope: str = choice("any", "any", "other_only", help="modalities that a cross-modal merge allows")
     no_target: str = choice("evict", "evict", "any", help="a token without an allowed pivot: gone, or into any")
@@ -67,15 +74,22 @@ class FlowMM(MergingMethod):
         flow, log = self.measure(view)
         cross = self.is_cross(flow)  # [batch]
         eligible = lowest(importance.gather(-1, pivots), self.sensitivity_quantile)  # step 4, Eq. 10
-        target, cosine = self.match(view, pivots, eligible, source, cross)
+        # read from the device at once: which rows are cross-modal, and the most eligible pivots of a head
+        *crosses, most = torch.cat([cross.long(), eligible.sum(-1).max()[None]]).tolist()
+        target, cosine = self.match(view, pivots, eligible, most, source, cross)
         plan = self.merged(view, keep, source, target, cosine, importance)
-        scope = tuple("cross" if row else "intra" for row in cross.tolist())
+        scope = tuple("cross" if row else "intra" for row in crosses)
         return replace(plan, flow=flow, scope=scope, log=log)
 
     def measure(self, view: LayerView) -> tuple[Tensor, dict[str, Tensor]]:
         """Step 1, Eqs. 6-7: the ratio that decides, and the other two for the report."""
-        ratios = view.flow(self.flow_rows, self.seed)
+        rows = self.flow_rows
+        if rows is None:
+            rows = _FEW if view.length > _MANY else 0
+        ratios = view.flow(rows, self.seed)
         log = {"flow_literal": ratios.literal, "flow_balanced": ratios.balanced, "flow_nosink": ratios.nosink}
+        if 0 < rows < view.row_visual().shape[-1]:  # estimates: so say how many rows they are from
+            log["flow_rows"] = torch.full_like(ratios.literal, rows)
         return log.pop(f"flow_{self.flow_ratio}"), log
 
     def is_cross(self, flow: Tensor) -> Tensor:
@@ -97,7 +111,7 @@ class FlowMM(MergingMethod):
         return top_by_modality(importance, visual, count - texts, count)
 
     def match(
-        self, view: LayerView, pivots: Tensor, eligible: Tensor, source: Tensor, cross: Tensor
+        self, view: LayerView, pivots: Tensor, eligible: Tensor, most: int, source: Tensor, cross: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Step 5, Eqs. 9-10: the nearest eligible pivot of an allowed modality, as an index into the kept tokens."""
         label = torch.tensor([False, True], device=pivots.device)[:, None]  # a source is text or visual
@@ -106,7 +120,7 @@ class FlowMM(MergingMethod):
         allowed = torch.where(cross[:, None, None, None], crossing, same) & eligible[:, :, None]
         if self.no_target == "any":
             allowed = torch.where(allowed.any(-1, keepdim=True), allowed, eligible[:, :, None])
-        return nearest_of_few(view.keys, source, pivots, allowed, view.visual.gather(-1, source).long())
+        return nearest_of_few(view.keys, source, pivots, allowed, view.visual.gather(-1, source).long(), most)
 
 
 if __name__ == "__main__":

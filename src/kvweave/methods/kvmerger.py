@@ -10,7 +10,7 @@ from kvweave.methods.base import ALL_ROWS, MergingMethod, parted, register
 from kvweave.methods.options import choice, flag, integer, real
 from kvweave.ops.match import take, unit
 from kvweave.ops.merge import RULES, segment_sum
-from kvweave.ops.select import ranks
+from kvweave.ops.select import best
 from kvweave.plan import Plan
 
 
@@ -57,7 +57,7 @@ class KVMerger(MergingMethod):
         similar = (keys[:, :, :-1] * keys[:, :, 1:]).sum(-1)  # [batch, kv_heads, length - 1]
         free = similar[..., : view.length - recent - 1]
         if self.variant == "budgeted":
-            joined = ranks(free) < view.length - budget
+            joined = best(free, view.length - budget)
         else:
             joined = free > self.threshold
             if view.empty is not None:

@@ -49,15 +49,20 @@ def flag(default: bool, *, help: str) -> Any:
     return _field(default, Option("true or false", help, lambda v: isinstance(v, bool), parse))
 
 
-def integer(default: int, *, minimum: int, odd: bool = False, help: str) -> Any:
-    """An int from `minimum` on."""
+def integer(default: int | None, *, minimum: int, odd: bool = False, optional: bool = False, help: str) -> Any:
+    """An int from `minimum` on; with `optional` also None."""
 
     def check(value: Any) -> bool:
+        if value is None:
+            return optional
         whole = isinstance(value, int) and not isinstance(value, bool)
         return whole and value >= minimum and (not odd or value % 2 == 1)
 
+    def parse(text: str) -> int | None:
+        return None if optional and text.lower() == "none" else int(text)
+
     kind = "an odd int" if odd else "an int"
-    return _field(default, Option(f"{kind} >= {minimum}", help, check, int))
+    return _field(default, Option(f"{kind} >= {minimum}" + (" or None" if optional else ""), help, check, parse))
 
 
 def one_of(default: int, *numbers: int, help: str) -> Any:

@@ -106,7 +106,8 @@ class Weave(MergingMethod):
             label = torch.tensor([False, True], device=pivots.device)[:, None]  # a source is text or visual
             allowed = allowed & (view.visual.gather(-1, pivots)[:, :, None] != label)
             labels = view.visual.gather(-1, source).long()
-        return nearest_of_few(view.keys, source, pivots, allowed, labels)
+        most = int(eligible.sum(-1).max())
+        return nearest_of_few(view.keys, source, pivots, allowed, labels, most)
 
 
 def _log(plan: Plan, eligible: Tensor, length: int) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Models as the command line names them: loaded, given a prompt, and timed."""
 
+from kvweave.chat import PromptError, encode, reads_images
 from kvweave.models.generating import Generation, check_compressible, generate
-from kvweave.models.loading import LAB, ModelError, check, load, pick_device, reads_images
-from kvweave.models.prompting import PromptError, encode
+from kvweave.models.loading import LAB, ModelError, check, load, pick_device
 
 __all__ = [
     "LAB",

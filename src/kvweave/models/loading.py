@@ -124,11 +124,6 @@ def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention:
     return loaded.to(device).eval(), processor
 
 
-def reads_images(processor: Any) -> bool:
-    """Whether `load` gave a processor that takes images, not only a tokenizer."""
-    return hasattr(processor, "image_processor")
-
-
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,8 +1,13 @@
 """Random choices that depend on the seed, the layer and what a row holds, and on nothing else."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def uniform(seed: int, layer: int, like: Tensor) -> Tensor:
@@ -21,6 +26,9 @@ def uniform(seed: int, layer: int, like: Tensor) -> Tensor:
 def stratified_rows(row_visual: Tensor, count: int, seed: int, layer: int) -> tuple[Tensor, Tensor]:
     """Some rows, drawn from text and visual ones in proportion, at least one of each that there is.
 
+    The rows of a modality are cut into as many runs of neighbours as it gives rows, and each run gives one: what a
+    row attends to changes slowly along the prompt, so that the draw speaks for all of it.
+
     Args:
         row_visual: bool [batch, rows]; count: rows to draw, 2 <= count <= rows.
     Returns:
@@ -32,16 +40,23 @@ def stratified_rows(row_visual: Tensor, count: int, seed: int, layer: int) -> tu
     weight = np.zeros((batch, 2, count), dtype=np.float32)
     for n, visual in enumerate(row_visual.cpu().numpy()):
         generator = np.random.default_rng([seed, layer])
-        of_each = [np.flatnonzero(~visual), np.flatnonzero(visual)]
-        visuals = round(count * len(of_each[1]) / rows)
-        if len(of_each[0]) and len(of_each[1]):
-            visuals = min(max(visuals, 1), count - 1)
-        drawn = [
-            generator.choice(these, size, replace=False)
-            for these, size in zip(of_each, (count - visuals, visuals), strict=True)
-        ]
-        index[n] = np.sort(np.concatenate(drawn))
-        for kind, (these, those) in enumerate(zip(of_each, drawn, strict=True)):
-            weight[n, kind, np.isin(index[n], those)] = len(these) / max(1, len(those))
+        texts, visuals = np.flatnonzero(~visual), np.flatnonzero(visual)
+        size = round(count * len(visuals) / rows)
+        if len(texts) and len(visuals):
+            size = min(max(size, 1), count - 1)
+        drawn = [_one_of_each_run(*of, generator) for of in ((texts, count - size), (visuals, size))]
+        index[n] = np.concatenate([at for at, _ in drawn])
+        weight[n, 0, : count - size], weight[n, 1, count - size :] = (runs for _, runs in drawn)
+        order = index[n].argsort()
+        index[n], weight[n] = index[n, order], weight[n][:, order]
     device = row_visual.device
     return torch.from_numpy(index).to(device), torch.from_numpy(weight).to(device)
+
+
+def _one_of_each_run(
+    these: "NDArray[np.int64]", runs: int, generator: np.random.Generator
+) -> "tuple[NDArray[np.int64], NDArray[np.int64]]":
+    """One of each of `runs` runs of neighbours, as equal as can be, and the runs' lengths."""
+    edges = np.arange(runs + 1) * len(these) // max(1, runs)
+    lengths = np.diff(edges)
+    return these[edges[:-1] + generator.integers(lengths)], lengths

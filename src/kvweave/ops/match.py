@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvweave.ops.device import fused
+
 _SIMILARITIES = 1 << 20  # cosines at a time
 _GPU_SIMILARITIES = 1 << 26  # where all heads run together
 _TILE = 64  # targets among which a maximum is looked for before its place
@@ -18,7 +20,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
         return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
     out = x.new_empty(*index.shape, x.shape[-1])
     for b, h in itertools.product(*map(range, index.shape[:2])):  # copies rows, where gather copies numbers
-        out[b, h] = x[b, h].index_select(0, index[b, h])
+        torch.index_select(x[b, h], 0, index[b, h], out=out[b, h])
     return out
 
 
@@ -46,6 +48,10 @@ def nearest(
         index into `target`, int64 [batch, kv_heads, sources], -1 where none is allowed; and the
         cosine, 0 there.
     """
+    if fused(keys):
+        from kvweave.ops import kernels
+
+        return kernels.nearest(keys, source, target, allowed, label)
     batch, kv_heads, sources = source.shape
     targets = target.shape[-1]
     goals = unit(take(keys, target))  # [batch, kv_heads, targets, dim]
@@ -80,11 +86,14 @@ def nearest(
 
 
 def nearest_of_few(
-    keys: Tensor, source: Tensor, target: Tensor, allowed: Tensor, label: Tensor
+    keys: Tensor, source: Tensor, target: Tensor, allowed: Tensor, label: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
-    """As `nearest`, where many targets are allowed to nobody: those are not looked at."""
+    """As `nearest`, where many targets are allowed to nobody: those are not looked at.
+
+    Args:
+        most: no head has more than that many targets that are allowed to somebody; >= 1.
+    """
     useful = allowed.any(2)
-    most = max(1, int(useful.sum(-1).max()))
     order = (~useful).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]  # useful ones first
     some = allowed.gather(-1, order[:, :, None].expand(-1, -1, allowed.shape[2], -1))
     index, cosine = nearest(keys, source, target.gather(-1, order), some, label)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvweave.ops.device import fused
 from kvweave.ops.match import take
 
 RULES = ("similarity", "average", "pivotal", "weighted", "importance")
@@ -123,6 +124,10 @@ def merge(
     Returns:
         [batch, kv_heads, kept, dim] in the dtype of `x`, accumulated in float32 or wider.
     """
+    if fused(x, weight):
+        from kvweave.ops import kernels
+
+        return kernels.merge(x, keep, source, target, weight, own)
     kept = keep.shape[-1]
     original = take(x, keep)
     sums = F.pad(original.to(weight.dtype) * own[..., None], (0, 0, 0, 1))  # and a place for the evicted

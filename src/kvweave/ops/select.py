@@ -7,6 +7,34 @@ from torch import Tensor
 from kvweave.ops.budget import floor
 
 
+def best(scores: Tensor, count: int) -> Tensor:
+    """Which entries are the `count` best along the last dimension; ties go to the lower position.
+
+    Args:
+        scores: [..., length]; 0 <= count <= length.
+    Returns:
+        bool [..., length].
+    """
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = scores.topk(count, sorted=False).values.amin(-1, keepdim=True)
+    above, tied = ~(scores <= least), scores == least
+    return above | (tied & (tied.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
+def places(mask: Tensor, count: int) -> Tensor:
+    """Ascending positions of the first `count` True entries along the last dimension, which has as many.
+
+    Args:
+        mask: bool [..., length].
+    Returns:
+        int64 [..., count].
+    """
+    rank = (mask.cumsum(-1) - 1).masked_fill_(~mask, count).clamp_(max=count)  # a place beyond for all others
+    columns = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
+    return rank.new_zeros(*mask.shape[:-1], count + 1).scatter_(-1, rank, columns)[..., :count]
+
+
 def top(scores: Tensor, count: int) -> Tensor:
     """Ascending positions of the `count` best in each head; ties go to the lower position.
 
@@ -15,8 +43,7 @@ def top(scores: Tensor, count: int) -> Tensor:
     Returns:
         int64 [batch, kv_heads, count].
     """
-    best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
-    return best.sort(-1).values
+    return places(best(scores, count), count)
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -86,8 +113,7 @@ def top_by_modality(scores: Tensor, visual: Tensor, visual_count: Tensor, count:
         int64 [batch, kv_heads, count].
     """
     quota = torch.where(visual, visual_count[..., None], count - visual_count[..., None])
-    stays = modality_ranks(scores, visual) < quota
-    return (~stays).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :count]
+    return places(modality_ranks(scores, visual) < quota, count)
 
 
 def complement(keep: Tensor, length: int) -> Tensor:
@@ -98,9 +124,8 @@ def complement(keep: Tensor, length: int) -> Tensor:
     Returns:
         int64 [batch, kv_heads, length - kept].
     """
-    kept = torch.zeros(*keep.shape[:-1], length, dtype=torch.uint8, device=keep.device)
-    kept.scatter_(-1, keep, 1)
-    return kept.sort(dim=-1, stable=True).indices[..., : length - keep.shape[-1]]
+    gone = torch.ones(*keep.shape[:-1], length, dtype=torch.bool, device=keep.device).scatter_(-1, keep, False)
+    return places(gone, length - keep.shape[-1])
 
 
 def pool(scores: Tensor, kernel: int) -> Tensor:
@@ -109,9 +134,16 @@ def pool(scores: Tensor, kernel: int) -> Tensor:
     Args:
         scores: [batch, kv_heads, length]; kernel: odd.
     """
-    if kernel == 1 or scores.shape[-1] == 0:
+    length = scores.shape[-1]
+    if kernel == 1 or length == 0:
         return scores
-    return F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2, count_include_pad=True)
+    if scores.is_cuda:
+        return F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2, count_include_pad=True)
+    padded = F.pad(scores, (kernel // 2, kernel // 2))
+    sums = padded[..., :length].clone()
+    for shift in range(1, kernel):  # whole rows, where avg_pool1d adds numbers
+        sums += padded[..., shift : shift + length]
+    return sums.div_(kernel)
 
 
 def chosen(mask: Tensor) -> Tensor:
@@ -122,6 +154,8 @@ def chosen(mask: Tensor) -> Tensor:
     Returns:
         int64 [batch, kv_heads, most].
     """
-    most = int(mask.sum(-1).max())
-    order = mask.to(torch.uint8).sort(dim=-1, stable=True).indices[..., mask.shape[-1] - most :]  # True ones last
-    return order.masked_fill(~mask.gather(-1, order), -1)
+    held = mask.sum(-1, keepdim=True)
+    most = int(held.max())
+    rank = (mask.cumsum(-1) - 1 + most - held).masked_fill_(~mask, most)
+    columns = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
+    return rank.new_full((*mask.shape[:-1], most + 1), -1).scatter_(-1, rank, columns)[..., :most]

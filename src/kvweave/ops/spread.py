@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvweave.ops.statistics import AttentionRule
 
-_LOGITS = 1 << 22  # logits at a time
+_LOGITS = 1 << 18  # logits at a time: a core's cache
+_GPU_LOGITS = 1 << 24
 
 
 def _logits(
@@ -18,7 +19,7 @@ def _logits(
     kv_heads, length = keys.shape[1:3]
     wide = torch.promote_types(keys.dtype, torch.float32)
     keys = keys.to(wide)
-    step = max(1, _LOGITS // (batch * heads * length))
+    step = max(1, (_GPU_LOGITS if keys.is_cuda else _LOGITS) // (batch * heads * length))
     columns = torch.arange(length, device=keys.device)
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))

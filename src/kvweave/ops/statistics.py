@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvweave.ops.device import fused
+
 _BLOCK = 128  # query rows at a time: logits of a block stay in a core's cache
+_LOGITS = 1 << 18  # logits at a time where a head has few
 _GPU_LOGITS = 1 << 26  # logits at a time where all heads run together
 
 
@@ -37,36 +40,80 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _parts(keys: Tensor, logits: int) -> list[tuple[slice, slice]]:
+    """Rows of the batch and KV heads that are taken together: all on a GPU, else few, for a core's cache.
+
+    Args:
+        logits: of one KV head.
+    """
+    batch, kv_heads = keys.shape[:2]
+    if keys.is_cuda:
+        return [(slice(0, batch), slice(0, kv_heads))]
+    heads = min(kv_heads, max(1, _LOGITS // logits))
+    starts = range(0, kv_heads, heads)
+    return [(slice(b, b + 1), slice(h, min(kv_heads, h + heads))) for b in range(batch) for h in starts]
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What blocks of rows share: memory for their logits, and which columns lie ahead of a row of a full block.
+
+    Attributes:
+        logits: [batch * kv_heads * group * block * (length + 1)], float32 or wider.
+        ahead: bool [block, block].
+    """
+
+    logits: Tensor
+    ahead: Tensor
+
+    @staticmethod
+    def of(keys: Tensor, group: int, block: int) -> "_Room":
+        """For blocks of `block` rows of the queries that read `keys` [batch, kv_heads, length, dim]."""
+        batch, kv_heads, length, _ = keys.shape
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        logits = keys.new_empty(batch * kv_heads * group * block * (length + 1), dtype=wide)
+        return _Room(logits, torch.ones(block, block, dtype=torch.bool, device=keys.device).triu_(1))
+
+
+def _products(queries: Tensor, keys: Tensor, scaling: float, out: Tensor) -> None:
+    """Scaled products of [batch, kv_heads, rows, dim] and [batch, kv_heads, columns, dim] into `out`.
+
+    On a GPU half-precision numbers are multiplied as they are and summed in float32; elsewhere they are widened.
+    """
+    if queries.is_cuda and queries.dtype != out.dtype:
+        products = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=out.dtype)
+        torch.mul(products.view_as(out), scaling, out=out)
+    else:
+        torch.matmul(_wide(queries) * scaling, _wide(keys).mT, out=out)
+
+
 def _probabilities(
-    queries: Tensor, keys: Tensor, rule: AttentionRule, start: int, rows: int, heads: slice, room: Tensor
+    queries: Tensor, keys: Tensor, rule: AttentionRule, start: int, rows: int, heads: slice, room: _Room
 ) -> Tensor:
     """Attention of a block of rows; a row that sees no key at all attends to none.
 
     Args:
-        queries: [batch, kv_heads, group, block, dim], float32 or wider, rows [start, start + block) of `rows`.
-        keys: [batch, kv_heads, length, dim], float32 or wider; length >= rows.
+        queries: [batch, kv_heads, group, block, dim], rows [start, start + block) of `rows`.
+        keys: [batch, kv_heads, length, dim]; length >= rows.
         heads: which of the layer's query heads these are.
-        room: memory for the logits, of any shape, at least [batch, kv_heads, group, block, length + 1].
     Returns:
         [batch, kv_heads, group, block, visible], columns that no row of the block sees left off; lives in `room`.
     """
-    batch, kv_heads, group, block, dim = queries.shape
+    batch, kv_heads, group, block = queries.shape[:4]
     length = keys.shape[-2]
     first = length - rows + start  # the column of the block's first row
     visible = length if rule.mask is not None else first + block
     extra = 0 if rule.sinks is None else 1  # the sink is a column of its own, before the others
     shape = (batch, kv_heads, group * block, extra + visible)
-    everything = room.view(-1)[: math.prod(shape)].view(shape)
-    flat = (queries * rule.scaling).reshape(batch, kv_heads, group * block, dim)
-    torch.matmul(flat, keys[:, :, :visible].mT, out=everything[..., extra:])
+    everything = room.logits[: math.prod(shape)].view(shape)
+    _products(queries.flatten(2, 3), keys[:, :, :visible], rule.scaling, everything[..., extra:])
     everything = everything.view(batch, kv_heads, group, block, extra + visible)
     logits = everything[..., extra:]
     if rule.softcap is not None:
         logits.div_(rule.softcap).tanh_().mul_(rule.softcap)
     blind = None
     if rule.mask is None:
-        ahead = torch.ones(block, block, dtype=torch.bool, device=keys.device).triu_(1)
-        logits[..., first:].masked_fill_(ahead, -torch.inf)
+        logits[..., first:].masked_fill_(room.ahead[:block, :block], -torch.inf)
     else:
         mask = rule.mask(start, start + block)
         shared = mask.shape[1] == 1
@@ -104,17 +151,14 @@ def window_attention(queries: Tensor, keys: Tensor, rule: AttentionRule, window:
     window = min(window, rows)
     grouped = _grouped(queries[:, :, rows - window :], kv_heads)
     group = grouped.shape[2]
-    wide = _wide(keys[:0]).dtype
-    out = torch.empty(batch, kv_heads, length, dtype=wide, device=keys.device)
-    room = torch.empty(batch, group, window, length + 1, dtype=wide, device=keys.device)
-    for h in range(kv_heads):  # a head at a time: one head's wide keys, not all
-        one = slice(h, h + 1)
-        query_heads = slice(h * group, (h + 1) * group)
-        weights = _probabilities(
-            _wide(grouped[:, one]), _wide(keys[:, one]), rule, rows - window, rows, query_heads, room
-        )
-        out[:, h] = weights.sum((1, 2, 3)) / group
-    return out
+    parts = _parts(keys, group * window * length)
+    room = _Room.of(keys[parts[0]], group, window)
+    out = room.logits.new_empty(batch, kv_heads, length)
+    for b, h in parts:
+        of = slice(h.start * group, h.stop * group)
+        weights = _probabilities(grouped[b, h], keys[b, h], _rows_of(rule, b), rows - window, rows, of, room)
+        torch.sum(weights, (2, 3), out=out[b, h])
+    return out.div_(group)
 
 
 @torch.no_grad()
@@ -131,8 +175,12 @@ def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights:
     """
     batch, kv_heads, length, _ = keys.shape
     heads, kinds = queries.shape[1], row_weights.shape[1]
-    wide = _wide(keys[:0]).dtype
-    out = torch.zeros(batch, kv_heads, heads // kv_heads, kinds, length, dtype=wide, device=keys.device)
+    if fused(queries, keys) and rule == AttentionRule(rule.scaling) and kinds <= 2:
+        from kvweave.ops import kernels
+
+        return kernels.column_sums(queries, keys, rule.scaling, row_weights)
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    out = keys.new_zeros(batch, kv_heads, heads // kv_heads, kinds, length, dtype=wide)
     row_weights = row_weights.to(wide)
     for b, h, rows, weights in _blocks(queries, keys, rule):
         received = torch.matmul(row_weights[b, None, None, :, rows], weights)
@@ -150,7 +198,7 @@ def column_peaks(queries: Tensor, keys: Tensor, rule: AttentionRule) -> Tensor:
         float [batch, kv_heads, length].
     """
     batch, kv_heads, length, _ = keys.shape
-    out = torch.zeros(batch, kv_heads, length, dtype=_wide(keys[:0]).dtype, device=keys.device)
+    out = keys.new_zeros(batch, kv_heads, length, dtype=torch.promote_types(keys.dtype, torch.float32))
     for b, h, _, weights in _blocks(queries, keys, rule):
         seen = out[b, h, : weights.shape[-1]]
         torch.maximum(seen, weights.mean(2).amax(2), out=seen)
@@ -166,22 +214,16 @@ def _blocks(queries: Tensor, keys: Tensor, rule: AttentionRule) -> Iterator[tupl
     heads, rows = queries.shape[1], queries.shape[2]
     group = heads // kv_heads
     grouped = _grouped(queries, kv_heads)
-    if keys.is_cuda:  # all heads together, as many rows as the buffer takes
-        block = max(1, min(rows, _GPU_LOGITS // max(1, batch * heads * length)))
-        parts = [(slice(0, batch), slice(0, kv_heads))]
-    else:  # a head at a time
-        block = max(1, _BLOCK // group)
-        parts = [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(kv_heads)]
-    first = grouped[parts[0]]
-    room = torch.empty(*first.shape[:3], block, length + 1, dtype=_wide(keys[:0]).dtype, device=keys.device)
+    block = max(1, _GPU_LOGITS // (batch * heads * length) if keys.is_cuda else _BLOCK // group)
+    block = min(block, rows)
+    parts = _parts(keys, group * block * length)
+    room = _Room.of(keys[parts[0]], group, block)
     for b, h in parts:
-        part_rule = _rows_of(rule, b)
-        part_keys = _wide(keys[b, h])
-        query_heads = slice(h.start * group, h.stop * group)
+        part_keys = keys[b, h] if keys.is_cuda else _wide(keys[b, h])
+        part_rule, of = _rows_of(rule, b), slice(h.start * group, h.stop * group)
         for start in range(0, rows, block):
             stop = min(rows, start + block)
-            asked = _wide(grouped[b, h, :, start:stop])
-            weights = _probabilities(asked, part_keys, part_rule, start, rows, query_heads, room)
+            weights = _probabilities(grouped[b, h, :, start:stop], part_keys, part_rule, start, rows, of, room)
             yield b, h, slice(start, stop), weights
 
 

@@ -22,25 +22,25 @@ def html(run: Run) -> str:
     """The page."""
     template = resources.files("kvweave.report").joinpath("page.html").read_text(encoding="utf-8")
     parts = {
-        "title": _text(run.question),
-        "summary": _text(_summary(run)),
+        "title": text(run.question),
+        "summary": text(_summary(run)),
         "answers": _answers(run),
-        "notes": "".join(f"<p class=note>{_text(note)}</p>" for note in run.notes),
+        "notes": "".join(f"<p class=note>{text(note)}</p>" for note in run.notes),
         "layers": "".join(_layer_table(answer) for answer in run.answers),
-        "measured": _text(_measured(run)),
-        "command": _text(run.command),
-        "versions": _text(" · ".join(f"{name} {version}" for name, version in run.versions.items())),
-        "machine": _text(run.machine),
-        "data": _script_json(_drawing(run)),
+        "measured": text(_measured(run)),
+        "command": text(run.command),
+        "versions": text(" · ".join(f"{name} {version}" for name, version in run.versions.items())),
+        "machine": text(run.machine),
+        "data": script_json(_drawing(run)),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
-def _text(words: str) -> str:
+def text(words: str) -> str:
     return escaping.escape(words)
 
 
-def _script_json(data: Any) -> str:
+def script_json(data: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
@@ -68,15 +68,15 @@ def _answer(answer: Answer, run: Run) -> str:
     facts = [
         ("KV cache", f"{size(answer.cache_bytes)} <small>({share:.1%})</small>"),
         ("per prompt token", size(answer.cache_bytes / len(run.tokens))),
-        ("decoding", _text(speed_text(answer.speed))),
+        ("decoding", text(speed_text(answer.speed))),
         ("prefill", f"{answer.speed.prefill_seconds * 1000:.0f} ms"),
     ]
     listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
     return (
         f'<article class="answer{" full" if answer is run.full else ""}">'
-        f"<h2>{_text(answer.method)}</h2>"
+        f"<h2>{text(answer.method)}</h2>"
         f'<p class="said{" long" if len(answer.text) > _LONG else ""}">'
-        f"{_text(answer.text) or '<i>nothing</i>'}{_verdict(answer, run)}</p>"
+        f"{text(answer.text) or '<i>nothing</i>'}{_verdict(answer, run)}</p>"
         f'<div class=meter role=img aria-label="{share:.1%} of the full cache">'
         f'<i style="width:{share:.2%}"></i></div>'
         f"<dl>{listed}</dl></article>"
@@ -96,7 +96,7 @@ def _verdict(answer: Answer, run: Run) -> str:
 def _layer_table(answer: Answer) -> str:
     rows = "".join(_layer_row(layer) for layer in answer.layers)
     return (
-        f"<h3>{_text(answer.method)}</h3><div class=scroll><table><thead><tr><th>layer<th>flow ratio<th>scope"
+        f"<h3>{text(answer.method)}</h3><div class=scroll><table><thead><tr><th>layer<th>flow ratio<th>scope"
         "<th class=wide>tokens<th>kept<th>merged<th>evicted<th>bytes before<th>after</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
@@ -104,7 +104,7 @@ def _layer_table(answer: Answer) -> str:
 
 def _layer_row(layer: Layer) -> str:
     if not layer.compressed:
-        return f"<tr><td>{layer.index}<td colspan=8 class=left>not compressed: {_text(layer.kind)}</tr>"
+        return f"<tr><td>{layer.index}<td colspan=8 class=left>not compressed: {text(layer.kind)}</tr>"
     flow = "–" if layer.flow is None else f"{layer.flow:.3f}"
     bar = "".join(
         f'<i class={name} style="width:{count / layer.length:.2%}"></i>'
@@ -112,7 +112,7 @@ def _layer_row(layer: Layer) -> str:
         if count
     )
     return (
-        f"<tr><td>{layer.index}<td>{flow}<td>{_text(layer.scope or '–')}<td class=wide><div class=bar>{bar}</div>"
+        f"<tr><td>{layer.index}<td>{flow}<td>{text(layer.scope or '–')}<td class=wide><div class=bar>{bar}</div>"
         f"<td>{layer.kept}<td>{layer.merged}<td>{layer.evicted}<td>{size(layer.bytes_before)}<td>{size(layer.bytes)}</tr>"
     )
 
@@ -121,7 +121,7 @@ def _drawing(run: Run) -> dict[str, Any]:
     """What the page's script draws."""
     return {
         "tokens": [None if token.visual else [token.text, int(token.special)] for token in run.tokens],
-        "images": [{"src": _data_uri(image), "size": image.size} for image in run.images],
+        "images": [{"src": data_uri(image), "size": image.size} for image in run.images],
         "grids": [vars(grid) for grid in run.grids],
         "methods": [
             {
@@ -133,7 +133,7 @@ def _drawing(run: Run) -> dict[str, Any]:
     }
 
 
-def _data_uri(image: "Image") -> str:
+def data_uri(image: "Image") -> str:
     """The image itself, small enough for a page."""
     shown = image.convert("RGB")
     shown.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))

@@ -1,0 +1,60 @@
+"""From messages to a model's inputs, for every model by its processor's chat template."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class PromptError(ValueError):
+    """A prompt that this model cannot be given; the message says why."""
+
+
+def reads_images(processor: Any) -> bool:
+    """Whether this is a processor that takes images, not only a tokenizer."""
+    return hasattr(processor, "image_processor")
+
+
+def encode(processor: Any, *conversations: Sequence[Message]) -> Any:
+    """The inputs of one conversation or several, padded on the left, to be given to `model.generate`.
+
+    A tokenizer without a chat template is given the text as it is.
+
+    Args:
+        conversations: turns whose content is a list of {"type": "text", "text": ...} and {"type": "image", "image":
+            a picture or a file's name}.
+    Raises:
+        PromptError: images for a model that reads text only, or a processor that has no chat template for them.
+    """
+    given = [_turns(processor, messages) for messages in conversations]
+    padding = {"padding": True, "padding_side": "left"} if len(given) > 1 else {}
+    if not getattr(processor, "chat_template", None):
+        texts = ["\n".join(turn["content"] for turn in turns) for turns in given]
+        return processor(texts, return_tensors="pt", **padding)
+    options: dict[str, Any] = {"processor_kwargs": padding}
+    if not reads_images(processor):
+        options = {"padding": bool(padding), "tokenizer_kwargs": {"padding_side": "left"}}
+    return processor.apply_chat_template(
+        given, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
+    )
+
+
+def written(processor: Any, messages: Sequence[Message]) -> str:
+    """A conversation as the chat template writes it, a placeholder where each image goes."""
+    turns = _turns(processor, messages)
+    return processor.apply_chat_template([turns], add_generation_prompt=True, tokenize=False)[0]
+
+
+def _turns(processor: Any, messages: Sequence[Message]) -> list[Message]:
+    """Messages as this processor takes them."""
+    if not reads_images(processor):
+        return [{**turn, "content": _text_only(turn["content"])} for turn in messages]
+    if not getattr(processor, "chat_template", None):
+        raise PromptError("the model's processor has no chat template: kvweave cannot tell where images go")
+    return list(messages)
+
+
+def _text_only(pieces: Sequence[dict[str, Any]]) -> str:
+    if any(piece["type"] != "text" for piece in pieces):
+        raise PromptError("the model reads text only: it takes no images")
+    return "\n".join(piece["text"] for piece in pieces)

@@ -1,0 +1,144 @@
+"""`kvweave paper`: a table or figure of a paper, measured; resumable."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvweave.cli import options
+from kvweave.cli.console import BadInput, bad_input, check_out, command_line, err, print_json, quiet_libraries
+from kvweave.cli.console import out as stdout
+from kvweave.cli.eval import CellProgress
+
+if TYPE_CHECKING:
+    from kvweave.evals.paper import Sheet
+    from kvweave.evals.tasks import Task
+
+_LENGTHS = (1, 2, 4, 8, 12)  # images of the lab's prompts whose time is measured
+
+
+def paper(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Such as flowmm:table1; see --list.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="What there is.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    model: options.ModelName = "lab",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder in MileBench's layout. [default: the lab's questions]")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples a task. [default: 100 of the lab's, all of a folder's]")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Prompts answered together. [default: 50 with lab, else 1]")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 1,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    out: Annotated[Path, typer.Option(help="Folder that all tables share; resumes.")] = Path("out/paper"),
+    json: options.Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")] = False,
+) -> None:
+    """Make a table or figure of the papers: methods at equal budgets on one model and its data.
+
+    Writes OUT/NAME.json, NAME.md and NAME.png. What two tables need is computed once; interrupted anywhere, the same
+    command resumes.
+    """
+    from kvweave.evals.paper import RECIPES, Subject, find, make
+
+    if list_:
+        _list(json)
+        return
+    if everything == bool(names):
+        raise BadInput(
+            f"NAME {names or ''} with --all {everything}: allowed is one of the two; --list shows the names"
+        )
+    quiet_libraries()
+    with bad_input():
+        recipes = list(RECIPES.values()) if everything else [find(name) for name in names or ()]
+        check_out(out)
+        tasks, by_length = _lab(samples) if data is None else _milebench(data, samples)
+        subject = Subject(
+            model=model,
+            data="" if data is None else data.name,
+            tasks=tasks,
+            by_length=by_length,
+            out=out,
+            dtype=dtype,
+            device=device,
+            batch=batch or (50 if model == "lab" else 1),
+            workers=workers,
+            command=command_line(),
+        )
+        with CellProgress(quiet) as progress:
+            sheets = make(recipes, subject, progress)
+    written = [path for sheet in sheets for path in sheet.write(out)]
+    if json:
+        print_json([{"name": sheet.name, "data": sheet.data} for sheet in sheets])
+    elif not quiet:
+        _print(sheets, written)
+
+
+Source = tuple[Callable[[Sequence[str]], "tuple[Task, ...]"], Callable[[], "tuple[Task, ...]"]]
+
+
+def _lab(samples: int | None) -> Source:
+    """All of the lab's tasks whatever a paper asked; and prompts of several lengths."""
+    from kvweave.evals import lab_tasks
+    from kvweave.lab import TASKS
+
+    def tasks(names: Sequence[str]) -> "tuple[Task, ...]":
+        return lab_tasks(TASKS, 100 if samples is None else samples)
+
+    def by_length() -> "tuple[Task, ...]":
+        return tuple(task for images in _LENGTHS for task in lab_tasks(["lookup"], 8, images))
+
+    return tasks, by_length
+
+
+def _milebench(data: Path, samples: int | None) -> Source:
+    """Those of a paper's tasks that the folder has, all of them if it has none; for lengths, whatever is there."""
+    from kvweave.evals import Options, milebench_tasks
+
+    there = milebench_tasks(data, (), Options(count=samples))
+
+    def tasks(names: Sequence[str]) -> "tuple[Task, ...]":
+        return tuple(task for task in there if task.name in names) or there
+
+    return tasks, lambda: there
+
+
+def _list(json: bool) -> None:
+    from kvweave.evals.paper import RECIPES
+
+    if json:
+        print_json({name: {"title": recipe.title, "shows": recipe.shows} for name, recipe in RECIPES.items()})
+        return
+    from rich.table import Table
+
+    table = Table("name", "what", box=None, pad_edge=False)
+    for recipe in RECIPES.values():
+        table.add_row(recipe.name, recipe.title)
+    stdout().print(table)
+
+
+def _print(sheets: "Sequence[Sheet]", written: Sequence[Path]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    screen = stdout()
+    for sheet in sheets:
+        screen.print(Text(sheet.title, style="bold"))
+        for each in sheet.tables:
+            table = Table(title=each.title, title_justify="left", title_style="")
+            for n, name in enumerate(each.head):
+                table.add_column(name, justify="right" if n else "left")
+            wide = len(each.head) > 5  # no room for intervals: the file has them
+            for row in each.rows:
+                table.add_row(*(Text(cell.partition(" [")[0] if wide else cell) for cell in row))
+            screen.print(table)
+        for note in sheet.notes:
+            screen.print(f"[dim]{note}[/dim]", highlight=False)
+    err().print("written: " + ", ".join(str(path) for path in written), markup=False)

@@ -1,0 +1,175 @@
+"""What happens inside: cross-modal flow by layer, and the outliers of keys and values."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvweave.evals.answering import Batch, prefill, prepare
+from kvweave.evals.paper import scores
+from kvweave.evals.paper.sheet import Sheet, Table
+from kvweave.evals.prefill import Prefill, RecordedLayer
+from kvweave.evals.tasks import Task
+from kvweave.layer import LayerView
+from kvweave.methods import Method
+from kvweave.methods.flashcache import FlashCache
+from kvweave.methods.flowmm import FlowMM
+from kvweave.prompt import visual_mask
+from kvweave.report import charts
+from kvweave.session import compress
+
+_PROMPTS = 8  # of each task
+_KEPT = 0.2  # share that the picture of outliers marks
+_RATIOS = {"flow": "literal", "flow_balanced": "balanced", "flow_nosink": "without sinks"}
+
+
+def flow(subject: Any, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
+    """FlowMM's three flow ratios of each layer, means over prompts."""
+    model, processor = subject.load()
+    examples = [example for task in tasks for example in task.examples(0)[:_PROMPTS]]
+    sums: dict[int, dict[str, float]] = {}
+    for example in examples:
+        batch = prepare(processor, [example], "seen")
+        report = _cut(model, batch, prefill(model, batch, 1), FlowMM(budget=1, flow_rows=0))  # every layer is cut
+        for layer in report["layers"]:
+            if layer["compressed"]:
+                told = sums.setdefault(layer["layer"], dict.fromkeys(_RATIOS, 0.0))
+                for name in _RATIOS:
+                    told[name] += (layer.get(name) or 0.0) / len(examples)
+    return {"layers": [{"layer": n, **ratios} for n, ratios in sums.items()], "prompts": len(examples)}
+
+
+def _cut(model: Any, batch: Batch, shared: Prefill, method: Method) -> dict[str, Any]:
+    """The session's report of a prefill that `method` cuts."""
+    inputs = {name: x.to(model.device) for name, x in batch.inputs.items() if not name.startswith("pixel_values")}
+    with torch.inference_mode(), compress(model, method) as session, shared.replayed(model):
+        model(**inputs, logits_to_keep=1, use_cache=True)
+    return session.report
+
+
+def flow_sheet(recipe: Any, subject: Any, measured: dict[str, Any], summary: dict[str, Any]) -> Sheet:
+    """Flow by layer, and the scores of merging with it, against it, and without it."""
+    layers = measured["layers"]
+    theta = FlowMM().theta
+    table = Table(
+        f"Flow ratio by layer, mean over {measured['prompts']} prompts",
+        ["layer", *_RATIOS.values(), f"at theta {theta:g}"],
+        [
+            [
+                str(row["layer"]),
+                *(f"{row[name]:.3f}" for name in _RATIOS),
+                "cross" if row["flow"] > theta else "intra",
+            ]
+            for row in layers
+        ],
+    )
+    variants = scores.by_variant(recipe, subject, summary)
+    lines = [
+        charts.Curve(label, [row["layer"] for row in layers], [row[name] for row in layers], marked=True)
+        for name, label in _RATIOS.items()
+    ]
+    means = {row["method"]: row for row in summary["means"] if row["method"] in recipe.shown()}
+    dots = [(recipe.shown()[m], row) for m, row in means.items() if row["score"] is not None]
+    draw = partial(
+        charts.flow,
+        lines,
+        theta,
+        charts.Dots(
+            "score, question seen",
+            [name for name, _ in dots],
+            [row["score"] for _, row in dots],
+            [row["low"] for _, row in dots],
+            [row["high"] for _, row in dots],
+        ),
+    )
+    data = {**variants.data, **measured}
+    alike = len({row["flow"] > theta for row in layers}) == 1
+    notes = list(variants.notes)
+    if alike:
+        what = "cross" if layers[0]["flow"] > theta else "intra"
+        notes.insert(
+            0, f"At theta {theta:g} every layer is {what}-modal here, so that `aligned` is `{what}` everywhere."
+        )
+    return Sheet(
+        recipe.name, recipe.title, recipe.shows, [table, *variants.tables], notes, data, draw, variants.about
+    )
+
+
+# -------------------------------------------------------------------- outliers
+
+
+def outliers(subject: Any, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
+    """FlashCache's deviation of each token in each layer of one prompt, and which tokens it keeps."""
+    model, processor = subject.load()
+    example = tasks[-1].examples(0)[0]
+    batch = prepare(processor, [example], "seen")
+    shared = prefill(model, batch, 1)
+    visual = visual_mask(model.config, batch.inputs["input_ids"], batch.inputs)
+    assert visual is not None
+    views = [_view(layer, visual.to(model.device)) for layer in shared.recorded_layers]
+    method = FlashCache(budget=_KEPT)
+    found = [method.outliers(view) for view in views]
+    length = shared.start
+    weights = [float(weight) for _, weight in found]
+    kept = method.allocate(weights, int(_KEPT * length), length)
+    layers = []
+    for n, ((deviation, weight), view, count) in enumerate(zip(found, views, kept, strict=True)):
+        plan = method.plan(_with_mean(view, int(_KEPT * length)), count)
+        layers.append(
+            {
+                "layer": n,
+                "weight": float(weight),
+                "deviation": [round(x, 6) for x in deviation[0, 0].tolist()],
+                "kept": plan.keep[0, 0].tolist(),
+            }
+        )
+    return {"layers": layers, "visual": visual[0].tolist(), "length": length, "question": example.question}
+
+
+def _view(layer: RecordedLayer, visual: Tensor) -> LayerView:
+    """One unpadded prompt's layer."""
+    assert layer.given is not None
+    keys, values = layer.given
+    shape = keys.shape[:3]
+    positions = torch.arange(shape[2], device=keys.device).expand(shape)
+    ones = torch.ones(shape, device=keys.device)
+    rule = layer.calls[0][1]
+    return LayerView(keys, values, None, positions, ones, visual[:, None].expand(shape), rule)
+
+
+def _with_mean(view: LayerView, budget: int) -> LayerView:
+    view.mean_budget = budget
+    return view
+
+
+def outlier_sheet(recipe: Any, subject: Any, measured: dict[str, Any]) -> Sheet:
+    """How large outliers are, how many are visual, and what each layer keeps."""
+    visual = measured["visual"]
+    rows = []
+    for layer in measured["layers"]:
+        kept = layer["kept"]
+        middle = sorted(layer["deviation"])[len(visual) // 2]
+        rows.append(
+            [
+                str(layer["layer"]),
+                f"{max(layer['deviation']) / middle:.0f}x",
+                f"{layer['weight']:.2f}",
+                str(len(kept)),
+                f"{sum(visual[n] for n in kept) / len(kept):.0%}",
+            ]
+        )
+    share = sum(visual) / len(visual)
+    table = Table(
+        f"One prompt of {measured['length']} tokens, {share:.0%} visual; {100 * _KEPT:g} % kept over all layers",
+        ["layer", "largest deviation over the median", "energy above the cutoff", "kept", "visual among kept"],
+        rows,
+    )
+    notes = [
+        f"Deviation: mean square of keys and values minus their low-pass (gamma {FlashCache().gamma:g}). "
+        f"The prompt ends: {measured['question']!r}."
+    ]
+    draw = partial(charts.outliers, measured["layers"], visual)
+    about = [f"Command: `{subject.command}`", f"Model `{subject.model}`."]
+    return Sheet(recipe.name, recipe.title, recipe.shows, [table], notes, measured, draw, about)

@@ -1,0 +1,160 @@
+"""Score tables: methods by task, methods by budget, variants by task; with intervals and paired tests."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from kvweave.evals.paper.printed import printed, remark
+from kvweave.evals.paper.sheet import Sheet, Table
+from kvweave.evals.plan import FULL
+from kvweave.evals.tables import about
+from kvweave.report import charts
+
+Summary = dict[str, Any]
+_SEEN = {"seen": "question seen during compression", "unseen": "context compressed before the question"}
+_ORACLE = (
+    "`oracle` keeps what the full cache's answer will look at: an analysis of how far eviction could go at that "
+    "budget, not a method to use."
+)
+_TESTS = "p: paired tests on the same samples, not corrected for their number."
+
+
+def by_task(recipe: Any, subject: Any, summary: Summary) -> Sheet:
+    """Methods down, tasks across, at one budget."""
+    names, (budget,) = _names(recipe), recipe.budgets
+    own = printed(recipe.printed, subject.model, subject.data)
+    tables, panels = [], []
+    for protocol in recipe.protocols:
+        means, scores = _means(summary, protocol), _scores(summary, protocol)
+        tasks = list(dict.fromkeys(task for _, _, task in scores))
+        at = {method: 1.0 if method == FULL else budget for method in names}
+        order = sorted(names, key=lambda method: (method != FULL, -(means[method, at[method]]["score"] or 0)))
+        rows = [
+            [names[m], _interval(means[m, at[m]]), *(_interval(scores[m, at[m], task]) for task in tasks)]
+            for m in order
+        ]
+        beside = [task for task in tasks if any(key.endswith(f", {task}") for key in own)]
+        if protocol == "seen":
+            rows = [[*row, *(_share(own.get(f"{row[0]}, {task}")) for task in beside)] for row in rows]
+        else:
+            beside = []
+        head = ["method", "mean", *tasks, *(f"{task}, paper" for task in beside)]
+        tables.append(Table(f"At {_percent(budget)}, 95 % interval ({_SEEN[protocol]})", head, rows))
+        cells = [[means[m, at[m]]["score"], *(scores[m, at[m], task]["score"] for task in tasks)] for m in order]
+        panels.append(charts.Grid(_SEEN[protocol], [names[m] for m in order], ["mean", *tasks], cells))
+    return _sheet(recipe, subject, summary, tables, partial(charts.grids, panels), [_ORACLE])
+
+
+def by_budget(recipe: Any, subject: Any, summary: Summary) -> Sheet:
+    """Methods down, budgets across, the mean over tasks."""
+    names, budgets = _names(recipe), recipe.budgets
+    tables, panels = [], []
+    for protocol in recipe.protocols:
+        means = _means(summary, protocol)
+        rows = [[names[m], *(_interval(means.get((m, b)) or means[m, 1.0]) for b in budgets)] for m in names]
+        title = f"Mean over tasks by budget, 95 % interval ({_SEEN[protocol]})"
+        tables.append(Table(title, ["method", *map(_percent, budgets)], rows))
+        curves = [
+            charts.Curve(
+                names[m],
+                [100 * b for b in budgets],
+                [means[m, b]["score"] for b in budgets],
+                [means[m, b]["low"] for b in budgets],
+                [means[m, b]["high"] for b in budgets],
+                marked=m in recipe.marked,
+                limit=m == "oracle",
+            )
+            for m in names
+            if m != FULL and all(means[m, b]["score"] is not None for b in budgets)
+        ]
+        panels.append(charts.Panel(_SEEN[protocol], curves, means[FULL, 1.0]["score"]))
+    return _sheet(recipe, subject, summary, tables, partial(charts.curves, panels), [_ORACLE])
+
+
+def by_variant(recipe: Any, subject: Any, summary: Summary) -> Sheet:
+    """Variants down, tasks across, and whether they differ from the first."""
+    names, (budget,) = _names(recipe), recipe.budgets
+    own = printed(recipe.printed, subject.model, subject.data)
+    tables, panels = [], []
+    for protocol in recipe.protocols:
+        means, scores = _means(summary, protocol), _scores(summary, protocol)
+        tasks = list(dict.fromkeys(task for _, _, task in scores))
+        tests = {t["method"]: t for t in summary["tests"] if t["protocol"] == protocol}
+        rows = []
+        for m in names:
+            at = 1.0 if m == FULL else budget
+            beside = [_share(own.get(f"{names[m]}, {task}")) for task in tasks] if own else []
+            test = tests.get(m)
+            told = "–" if test is None else f"{test['difference']:+.2f}, {_p(test['p'])}"
+            rows.append(
+                [
+                    names[m],
+                    _interval(means[m, at]),
+                    *(_share(scores[m, at, t]["score"]) for t in tasks),
+                    *beside,
+                    told,
+                ]
+            )
+        first = next(iter(m for m in names if m != FULL))
+        head = ["", "mean", *tasks, *(f"{task}, paper" for task in tasks if own), f"against {names[first]}"]
+        tables.append(Table(f"At {_percent(budget)}, 95 % interval ({_SEEN[protocol]})", head, rows))
+        dots = [(names[m], means[m, budget]) for m in names if m != FULL and means[m, budget]["score"] is not None]
+        panels.append(
+            charts.Dots(
+                _SEEN[protocol],
+                [name for name, _ in dots],
+                [row["score"] for _, row in dots],
+                [row["low"] for _, row in dots],
+                [row["high"] for _, row in dots],
+            )
+        )
+    return _sheet(recipe, subject, summary, tables, partial(charts.dots, panels), [_TESTS])
+
+
+def _sheet(
+    recipe: Any, subject: Any, summary: Summary, tables: Sequence[Table], draw: Any, notes: Sequence[str]
+) -> Sheet:
+    notes = [*notes, remark(recipe.printed, subject.model, subject.data)]
+    if summary["unequal"]:
+        uneven = dict.fromkeys(f"{cell['method']} at {_percent(cell['budget'])}" for cell in summary["unequal"])
+        notes.append(f"These do not keep floor(budget x length) slots: {', '.join(uneven)}.")
+    else:
+        notes.append("Kept slots, measured in the cache, equal floor(budget x length) in every sample.")
+    if summary["failed"]:
+        notes.append(f"{len(summary['failed'])} answers are missing and have no score.")
+    own = {"scores": summary["scores"], "means": summary["means"], "tests": summary["tests"]}
+    told = about(summary)
+    return Sheet(recipe.name, recipe.title, recipe.shows, tables, notes, own, draw, told[:3])
+
+
+def _names(recipe: Any) -> dict[str, str]:
+    """What each row is called, by label, the full cache first."""
+    return {FULL: FULL} | recipe.shown()
+
+
+def _means(summary: Summary, protocol: str) -> dict[tuple[str, float], dict[str, Any]]:
+    return {(row["method"], row["budget"]): row for row in summary["means"] if row["protocol"] == protocol}
+
+
+def _scores(summary: Summary, protocol: str) -> dict[tuple[str, float, str], dict[str, Any]]:
+    return {
+        (row["method"], row["budget"], row["task"]): row for row in summary["scores"] if row["protocol"] == protocol
+    }
+
+
+def _interval(row: dict[str, Any]) -> str:
+    if row["score"] is None:
+        return "–"
+    return f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _p(value: float) -> str:
+    return f"p={value:.3f}" if value >= 0.001 else "p<0.001"
+
+
+def _percent(budget: float) -> str:
+    return f"{100 * budget:g} %"
