@@ -111,7 +111,8 @@ def cells(figure: Figure) -> list[str]:
     numbers = (figure.prefill, figure.cut, figure.whole, figure.token, figure.before, figure.peak, figure.after)
     share = f"{100 * figure.cut / figure.prefill:.0f} %"
     head = [figure.method, f"{figure.length}", f"{100 * figure.budget:g} %"]
-    return [*head, *(f"{x:.0f}" for x in numbers[:2]), share, *(f"{x:.1f}" for x in numbers[2:]), f"{figure.pays_after:.0f}"]
+    times, rest = ([f"{x:.0f}" for x in numbers[:2]], [f"{x:.1f}" for x in numbers[2:]])
+    return [*head, *times, share, *rest, f"{figure.pays_after:.0f}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

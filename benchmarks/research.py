@@ -101,7 +101,7 @@ def answer(question: Question, count: int, length: str, out: Path, workers: int)
     """Evaluate one question on short or on long answers."""
     methods = tuple(parse_method(spelled(text)) for text in question.methods.values())
     tasks = lab_tasks(LENGTHS[length], count)
-    evaluation = Evaluation("lab", tasks, methods, question.budgets, (question.seed,))
+    evaluation = Evaluation("lab", tasks, methods, question.budgets, (question.seed,), fidelity=False)
     results = run(evaluation, out, workers=workers, progress=_tell)
     labels = evaluation.labels[1:]
     found = summarise(evaluation, results, baseline=labels[0])

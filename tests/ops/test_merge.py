@@ -1,4 +1,4 @@
-"""The bias of a merged entry: never more than its members had, and just that where the weights are their attention."""
+"""The bias of a merged entry: never more than its members had, and just that for the query of the weights."""
 
 import torch
 

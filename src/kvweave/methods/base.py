@@ -203,7 +203,7 @@ class MergingMethod(Method):
             )
         if self.mass_kind == "entropy" and (self.merge_rule == "weighted" or not self.merge_keys):
             raise ValueError(
-                "mass_kind='entropy' is not allowed here: it goes with merge_keys=True and any merge_rule but 'weighted'"
+                "mass_kind='entropy' is not allowed here: it goes with merge_keys=True and merge_rule not 'weighted'"
             )
 
     @property
