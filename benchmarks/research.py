@@ -85,6 +85,19 @@ QUESTIONS = {
         60,
         7002,
     ),
+    "ideas": Question(
+        "Do other ways to choose, to share out and to match help?",
+        {
+            "soft": SOFT,
+            "chosen by output error": SOFT.replace("weave", "benchmarks.ideas.output_error"),
+            "targets chosen by covering": SOFT.replace("weave", "benchmarks.ideas.covering"),
+            "budgets pooled over heads": SOFT.replace("weave", "benchmarks.ideas.pooled_heads"),
+            "merged within a modality": SOFT.replace("weave", "benchmarks.ideas.same_modality"),
+        },
+        (0.1, 0.05),
+        60,
+        7003,
+    ),
 }
 
 
