@@ -21,11 +21,11 @@ from torch.nn import functional as F
 import kvweave
 from benchmarks import measure
 from benchmarks.console import console, show
-from benchmarks.decode import FULL, LAYERS, Attention, Bench, attention, forward, layers_with
+from benchmarks.decode import FULL, LAYERS, Attention, Bench, forward, layers_with
 from benchmarks.shapes import QWEN, layer_of
 from kvweave.methods import parse_method
 from kvweave.ops.statistics import AttentionRule, window_attention
-from kvweave.slots import Slots, stored
+from kvweave.slots import stored
 
 SOFT = "weave:defer=4,temperature=2,recent=1,merge_rule=importance,mass_kind=entropy"
 METHODS = {"snapkv": "snapkv", "flowmm": "flowmm", "weave": "weave", "weave, softened": SOFT}
@@ -58,14 +58,14 @@ def measured(length: int, budgets: Sequence[float], rounds: int) -> list[Figure]
     """All methods at one prompt length."""
     layer, module, token = layer_of(QWEN, length), Attention(QWEN), Bench().token(1)
     inputs = [layer.queries], [layer.keys], [layer.values]
-    rule, attend = AttentionRule(QWEN.dim**-0.5), attention(FULL)
+    rule = AttentionRule(QWEN.dim**-0.5)
 
     def prefill() -> object:
         return F.scaled_dot_product_attention(*(x[0] for x in inputs), is_causal=True, enable_gqa=True)
 
     figures = []
     for budget in budgets:
-        cuts, caches = {}, {FULL: layers_with(layer, [Slots(layer.keys, layer.values)], 1, _HELD)}
+        cuts, caches = {}, {FULL: layers_with(layer, Bench().contents(layer, 1.0)[FULL], 1, _HELD)}
         defers = {}
         for name, text in METHODS.items():
             given = parse_method(text, budget=budget)
@@ -81,7 +81,7 @@ def measured(length: int, budgets: Sequence[float], rounds: int) -> list[Figure]
             caches[name] = layers_with(layer, kept, 1, _HELD)
         peaks = {name: measure.peak_bytes(cut) / measure.MIB for name, cut in cuts.items()}
         cutting = measure.interleaved({**cuts, "prefill": prefill}, rounds)
-        steps = {name: (lambda c=cache: forward(c, module, token, attend)) for name, cache in caches.items()}
+        steps = {name: (lambda c=cache: forward(c, module, token)) for name, cache in caches.items()}
         measure.interleaved(steps, 2)
         decoding = measure.interleaved(steps, 4 * rounds)
         cost = {name: 1e3 * LAYERS * statistics.median(found) for name, found in cutting.items()}

@@ -22,7 +22,7 @@ from kvweave.methods import parse_method
 from kvweave.methods.base import method_class
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 LENGTHS = {"short": lab.TASKS, "long": lab.AUXILIARY}
 
 #: Weave with the attention of four decoded tokens, softened, in scores, weights and biases.
