@@ -109,7 +109,9 @@ def test_gpu_runs_small_on_a_cpu(tmp_path, capsys):
     assert failures == 0, capsys.readouterr().err
     (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("gpu-*.json"))
     assert {row["verdict"] for row in data["checks"]} == {"ok"}
-    assert {"decode", "prefill_ms", "prefill_mib"} <= data.keys()
+    assert {"decode", "end_to_end", "prefill_ms", "prefill_mib"} <= data.keys()
+    assert [row[""].split(",")[0] for row in data["end_to_end"]] == ["full", "20 %"] * 2
+    assert {row["mark"].split()[0] for row in data["marks"]} == {"decode", "end"}
     assert ("training" in data) == (importlib.util.find_spec("kvweave.lab.train") is not None)
 
 
@@ -121,6 +123,14 @@ def test_a_part_that_fails_leaves_the_others(tmp_path, capsys):
     (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
     assert data["failures"] == ["one: RuntimeError: no memory"]
     assert data["two"] == [{"": "a", "x": "1"}]
+
+
+def test_a_part_has_its_time(tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu.LIMITS, "slow", 0.05)
+    report = gpu.Report(tmp_path, measure.machine())
+    with report.part("slow"):
+        time.sleep(5)
+    assert report.failures == ["slow: TimeoutError: its time is up"]
 
 
 def test_exponent():

@@ -96,7 +96,7 @@ def test_it_scores_what_an_evaluation_scores(written: tuple[Path, Path, list[str
     (manifest,) = adapter.manifests()
     home, _, name = manifest.chat_class_path.rpartition(".")
     model = getattr(importlib.import_module(home), name)("lab", method="snapkv:kernel=3;window=16", budget=0.3)
-    assert (model.method.spelling(), model.is_simple) == ("snapkv:budget=0.3,kernel=3,window=16", False)
+    assert (model.method.spelling(), model.is_simple) == ("snapkv:budget=0.3,window=16,kernel=3", False)
     requests = []
     for task in names:
         model.task_dict[task] = {"test": docs(folder, task)}

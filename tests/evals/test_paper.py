@@ -14,7 +14,7 @@ from kvweave.cli import app
 from kvweave.cli.console import BadInput
 from kvweave.evals import lab_tasks
 from kvweave.evals.paper import RECIPES, Subject, find, make
-from kvweave.evals.paper.make import evaluation
+from kvweave.evals.paper.make import evaluations
 from kvweave.evals.paper.printed import printed, read, remark
 from kvweave.evals.paper.study import Study
 
@@ -44,19 +44,20 @@ def test_every_table_that_was_asked_for_is_there():
 def test_recipes_are_well_formed(name: str, tmp_path: Path):
     recipe = find(name)
     assert len(recipe.shown()) == len(recipe.parsed())
-    plan = evaluation(recipe, subject(tmp_path))
-    assert (plan is None) == (not recipe.budgets)
+    plan = evaluations(recipe, subject(tmp_path))
+    assert [part.protocols for part in plan] == [(each,) for each in recipe.protocols if recipe.budgets]
     if not recipe.methods:
         assert {*kvweave.list_methods(), "oracle"} == set(recipe.shown())
         assert not set(recipe.marked) - {*kvweave.list_methods(), "weave"}
 
 
 def test_what_two_tables_need_is_computed_once(tmp_path: Path):
-    plans = [evaluation(find(name), subject(tmp_path)) for name in ("flowmm:table1", "flowmm:fig4", "lookm:budget")]
-    study = Study.of(*(plan for plan in plans if plan is not None))
+    names = "flowmm:table1", "flowmm:fig4", "lookm:budget"
+    plans = [part for name in names for part in evaluations(find(name), subject(tmp_path))]
+    study = Study.of(*plans)
     keys = [json.dumps(cell.key) for cell in study.cells()]
     assert len(keys) == len(set(keys))
-    assert set(keys) == {json.dumps(cell.key) for plan in plans if plan is not None for cell in plan.cells()}
+    assert set(keys) == {json.dumps(cell.key) for plan in plans for cell in plan.cells()}
     assert [cell.label for cell in study.cells()[:5]] == ["full"] * 4 + [study.cells()[4].label]
     places = [(cell.key["protocol"], cell.key["task"]) for cell in study.cells()[4:]]
     assert places == sorted(places, key=places.index)  # those of a prompt together

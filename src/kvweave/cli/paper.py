@@ -28,6 +28,9 @@ def paper(
     data: Annotated[
         Path | None, typer.Option(help="Folder in MileBench's layout. [default: the lab's questions]")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Separated by commas. [default: the lab's, or the paper's of a folder]")
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Samples a task. [default: 100 of the lab's, all of a folder's]")
     ] = None,
@@ -59,11 +62,12 @@ def paper(
     with bad_input():
         recipes = list(RECIPES.values()) if everything else [find(name) for name in names or ()]
         check_out(out)
-        tasks, by_length = _lab(samples) if data is None else _milebench(data, samples)
+        chosen = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        asked, by_length = _lab(chosen, samples) if data is None else _milebench(data, chosen, samples)
         subject = Subject(
             model=model,
             data="" if data is None else data.name,
-            tasks=tasks,
+            tasks=asked,
             by_length=by_length,
             out=out,
             dtype=dtype,
@@ -84,13 +88,13 @@ def paper(
 Source = tuple[Callable[[Sequence[str]], "tuple[Task, ...]"], Callable[[], "tuple[Task, ...]"]]
 
 
-def _lab(samples: int | None) -> Source:
-    """All of the lab's tasks whatever a paper asked; and prompts of several lengths."""
+def _lab(chosen: Sequence[str], samples: int | None) -> Source:
+    """The lab's tasks whatever a paper asked; and prompts of several lengths."""
     from kvweave.evals import lab_tasks
     from kvweave.lab import TASKS
 
     def tasks(names: Sequence[str]) -> "tuple[Task, ...]":
-        return lab_tasks(TASKS, 100 if samples is None else samples)
+        return lab_tasks(chosen or TASKS, 100 if samples is None else samples)
 
     def by_length() -> "tuple[Task, ...]":
         return tuple(task for images in _LENGTHS for task in lab_tasks(["lookup"], 8, images))
@@ -98,11 +102,11 @@ def _lab(samples: int | None) -> Source:
     return tasks, by_length
 
 
-def _milebench(data: Path, samples: int | None) -> Source:
-    """Those of a paper's tasks that the folder has, all of them if it has none; for lengths, whatever is there."""
+def _milebench(data: Path, chosen: Sequence[str], samples: int | None) -> Source:
+    """Of what is chosen, else of what a paper asked, what the folder has; all of it if it has none of that."""
     from kvweave.evals import Options, milebench_tasks
 
-    there = milebench_tasks(data, (), Options(count=samples))
+    there = milebench_tasks(data, chosen, Options(count=samples))
 
     def tasks(names: Sequence[str]) -> "tuple[Task, ...]":
         return tuple(task for task in there if task.name in names) or there

@@ -51,20 +51,22 @@ class Subject:
         return self._loaded
 
 
-def evaluation(recipe: Recipe, subject: Subject) -> Evaluation | None:
-    """The recipe's cells on this subject; None where nothing is scored."""
-    if not recipe.budgets:
-        return None
-    return Evaluation(
-        model=subject.model,
-        tasks=subject.tasks(recipe.tasks),
-        methods=recipe.parsed(),
-        budgets=recipe.budgets,
-        seeds=subject.seeds,
-        protocols=recipe.protocols,
-        dtype=subject.dtype,
-        fidelity=False,  # no table of a paper has it
-    )
+def evaluations(recipe: Recipe, subject: Subject) -> list[Evaluation]:
+    """The recipe's cells on this subject, an evaluation for each protocol; none where nothing is scored."""
+    return [
+        Evaluation(
+            model=subject.model,
+            tasks=subject.tasks(recipe.tasks),
+            methods=tuple(recipe.parsed(protocol).values()),
+            budgets=recipe.budgets,
+            seeds=subject.seeds,
+            protocols=(protocol,),
+            dtype=subject.dtype,
+            fidelity=False,  # no table of a paper has it
+        )
+        for protocol in recipe.protocols
+        if recipe.budgets
+    ]
 
 
 def make(recipes: Sequence[Recipe], subject: Subject, progress: Progress | None = None) -> list[Sheet]:
@@ -74,10 +76,11 @@ def make(recipes: Sequence[Recipe], subject: Subject, progress: Progress | None 
         ValueError: the folder holds results of another model, of other data or of other code.
     """
     start = time.perf_counter()
-    plans = {recipe.name: plan for recipe in recipes if (plan := evaluation(recipe, subject)) is not None}
+    plans = {recipe.name: evaluations(recipe, subject) for recipe in recipes}
+    parts = [part for plan in plans.values() for part in plan]
     results: dict[str, Result] = {}
-    if plans:
-        study = Study.of(*plans.values())
+    if parts:
+        study = Study.of(*parts)
         done = run(
             study,
             subject.out,
@@ -89,21 +92,27 @@ def make(recipes: Sequence[Recipe], subject: Subject, progress: Progress | None 
         )
         results = {str(result["cell"]): result for result in done}
     seconds = time.perf_counter() - start
-    return [_sheet(recipe, subject, plans.get(recipe.name), results, seconds) for recipe in recipes]
+    return [_sheet(recipe, subject, plans[recipe.name], results, seconds) for recipe in recipes]
 
 
 def _sheet(
-    recipe: Recipe, subject: Subject, plan: Evaluation | None, results: dict[str, Result], seconds: float
+    recipe: Recipe, subject: Subject, plan: Sequence[Evaluation], results: dict[str, Result], seconds: float
 ) -> Sheet:
     given: dict[str, Any] = {}
-    if plan is not None:
-        own = [results[str(cell.key)] for cell in plan.cells()]
-        base = plan.labels[1] if recipe.methods else "snapkv"
-        given["summary"] = summarise(plan, own, baseline=base, command=subject.command, seconds=round(seconds, 1))
+    for part in plan:
+        own = [results[str(cell.key)] for cell in part.cells()]
+        base = part.labels[1] if recipe.methods else "snapkv"
+        told = summarise(part, own, baseline=base, command=subject.command, seconds=round(seconds, 1))
+        given["summary"] = _together(given["summary"], told) if "summary" in given else told
     if recipe.measure is not None:
         given["measured"] = _measured(recipe, subject)
     sheet: Sheet = recipe.lay_out(recipe, subject, **given)
     return sheet
+
+
+def _together(summary: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two protocols' summaries as one."""
+    return {name: [*summary[name], *other[name]] if name != "about" else told for name, told in summary.items()}
 
 
 def _measured(recipe: Recipe, subject: Subject) -> dict[str, Any]:
@@ -124,6 +133,6 @@ def _measured(recipe: Recipe, subject: Subject) -> dict[str, Any]:
         there = store.read_json(path)
         if there["conditions"] == conditions:
             return dict(there["measured"])
-    measured = recipe.measure(subject, tasks, [method.name for method in recipe.parsed()])
+    measured = recipe.measure(subject, tasks, [method.name for method in recipe.parsed().values()])
     store.write_json(path, {"conditions": conditions, "measured": measured})
     return measured

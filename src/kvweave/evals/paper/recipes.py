@@ -7,7 +7,7 @@ from typing import Any
 
 from kvweave.evals.paper import analysis, scores, timing
 from kvweave.evals.plan import PROTOCOLS, label
-from kvweave.methods import Method, list_methods, parse_method
+from kvweave.methods import Method, list_methods, method_from_dict, parse_method
 
 BUDGETS = (0.6, 0.5, 0.35, 0.2, 0.1, 0.05)
 MILEBENCH = (
@@ -51,14 +51,24 @@ class Recipe:
     marked: tuple[str, ...] = ()
     printed: str = ""
 
-    def parsed(self) -> tuple[Method, ...]:
-        """The methods."""
-        return tuple(parse_method(spelling) for spelling in self.methods or (*list_methods(), "oracle"))
+    def parsed(self, protocol: str = "seen") -> dict[str, Method]:
+        """The methods by the names that a reader sees; with the question unseen nothing can wait for its answer."""
+        named = self.methods or {name: name for name in (*list_methods(), "oracle")}
+        methods = {shown: parse_method(spelling) for spelling, shown in named.items()}
+        if protocol == "seen":
+            return methods
+        return dict(_undeferred(shown, method) for shown, method in methods.items())
 
-    def shown(self) -> dict[str, str]:
+    def shown(self, protocol: str = "seen") -> dict[str, str]:
         """A method's row in the tables, by its label."""
-        names = self.methods.values() or (*list_methods(), "oracle")
-        return {label(method): name for method, name in zip(self.parsed(), names, strict=True)}
+        return {label(method): name for name, method in self.parsed(protocol).items()}
+
+
+def _undeferred(shown: str, method: Method) -> tuple[str, Method]:
+    options = method.to_dict()
+    if not options.get("defer"):
+        return shown, method
+    return f"{shown}, not deferred", method_from_dict(options | {"defer": 0})
 
 
 def _variants(name: str, *options: str) -> dict[str, str]:

@@ -21,10 +21,11 @@ _TESTS = "p: paired tests on the same samples, not corrected for their number."
 
 def by_task(recipe: Any, subject: Any, summary: Summary) -> Sheet:
     """Methods down, tasks across, at one budget."""
-    names, (budget,) = _names(recipe), recipe.budgets
+    (budget,) = recipe.budgets
     own = printed(recipe.printed, subject.model, subject.data)
     tables, panels = [], []
     for protocol in recipe.protocols:
+        names = _names(recipe, protocol)
         means, scores = _means(summary, protocol), _scores(summary, protocol)
         tasks = list(dict.fromkeys(task for _, _, task in scores))
         at = {method: 1.0 if method == FULL else budget for method in names}
@@ -47,9 +48,10 @@ def by_task(recipe: Any, subject: Any, summary: Summary) -> Sheet:
 
 def by_budget(recipe: Any, subject: Any, summary: Summary) -> Sheet:
     """Methods down, budgets across, the mean over tasks."""
-    names, budgets = _names(recipe), recipe.budgets
+    budgets = recipe.budgets
     tables, panels = [], []
     for protocol in recipe.protocols:
+        names = _names(recipe, protocol)
         means = _means(summary, protocol)
         rows = [[names[m], *(_interval(means.get((m, b)) or means[m, 1.0]) for b in budgets)] for m in names]
         title = f"Mean over tasks by budget, 95 % interval ({_SEEN[protocol]})"
@@ -61,7 +63,7 @@ def by_budget(recipe: Any, subject: Any, summary: Summary) -> Sheet:
                 [means[m, b]["score"] for b in budgets],
                 [means[m, b]["low"] for b in budgets],
                 [means[m, b]["high"] for b in budgets],
-                marked=m in recipe.marked,
+                marked=names[m].split(",")[0] in recipe.marked,
                 limit=m == "oracle",
             )
             for m in names
@@ -73,10 +75,11 @@ def by_budget(recipe: Any, subject: Any, summary: Summary) -> Sheet:
 
 def by_variant(recipe: Any, subject: Any, summary: Summary) -> Sheet:
     """Variants down, tasks across, and whether they differ from the first."""
-    names, (budget,) = _names(recipe), recipe.budgets
+    (budget,) = recipe.budgets
     own = printed(recipe.printed, subject.model, subject.data)
     tables, panels = [], []
     for protocol in recipe.protocols:
+        names = _names(recipe, protocol)
         means, scores = _means(summary, protocol), _scores(summary, protocol)
         tasks = list(dict.fromkeys(task for _, _, task in scores))
         tests = {t["method"]: t for t in summary["tests"] if t["protocol"] == protocol}
@@ -127,9 +130,9 @@ def _sheet(
     return Sheet(recipe.name, recipe.title, recipe.shows, tables, notes, own, draw, told[:3])
 
 
-def _names(recipe: Any) -> dict[str, str]:
+def _names(recipe: Any, protocol: str) -> dict[str, str]:
     """What each row is called, by label, the full cache first."""
-    return {FULL: FULL} | recipe.shown()
+    return {FULL: FULL} | recipe.shown(protocol)
 
 
 def _means(summary: Summary, protocol: str) -> dict[tuple[str, float], dict[str, Any]]:
