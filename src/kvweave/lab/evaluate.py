@@ -16,6 +16,7 @@ from kvweave.chat import encode
 from kvweave.lab.world import TASKS, Sample, require_holdout, samples
 
 LONGEST_ANSWER = 6  # tokens: the opening, up to three words, the end, and one to spare
+LONGEST_LIST = 15  # of what is in a picture: four objects, a digit and a robot
 
 
 @dataclass(frozen=True)
