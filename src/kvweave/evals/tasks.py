@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from kvweave import lab
-from kvweave.lab.evaluate import LONGEST_ANSWER
+from kvweave.lab.evaluate import longest_answer
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,10 @@ class LabTask:
     count: int = 100
     images: int = 8
 
-    max_new_tokens = LONGEST_ANSWER
+    @property
+    def max_new_tokens(self) -> int:
+        """Enough for the longest answer."""
+        return longest_answer(self.name)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -86,13 +89,13 @@ def lab_tasks(names: Sequence[str] = lab.TASKS, count: int = 100, images: int = 
         ValueError: a name, a count or a number of images that is not allowed.
     """
     for name in names:
-        if name not in lab.TASKS:
-            raise ValueError(f"tasks={name!r} is unknown: allowed is one of {', '.join(lab.TASKS)}")
+        if name not in lab.ALL_TASKS:
+            raise ValueError(f"tasks={name!r} is unknown: allowed is one of {', '.join(lab.ALL_TASKS)}")
     if count < 1:
         raise ValueError(f"count={count} is not allowed: allowed is an int >= 1")
     tasks = tuple(LabTask(name, count, images) for name in dict.fromkeys(names))
     if not tasks:
-        raise ValueError(f"tasks is empty: allowed is at least one of {', '.join(lab.TASKS)}")
+        raise ValueError(f"tasks is empty: allowed is at least one of {', '.join(lab.ALL_TASKS)}")
     for name in names:
         try:
             lab.samples(name, 1, images)
