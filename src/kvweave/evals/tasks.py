@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from kvweave import lab
-from kvweave.lab.evaluate import LONGEST_ANSWER, LONGEST_LIST
+from kvweave.lab.evaluate import longest_answer
 
-_NAMES = (*lab.TASKS, *lab.AUXILIARY)
+_NAMES = (*lab.ALL_TASKS, *lab.AUXILIARY)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class LabTask:
 
     @property
     def max_new_tokens(self) -> int:
-        return LONGEST_LIST if self.name == "listing" else LONGEST_ANSWER
+        """Enough for the longest answer."""
+        return longest_answer(self.name)
 
     @property
     def metrics(self) -> tuple[str, ...]:
