@@ -43,8 +43,7 @@ guard: $(READY)  ## record what each method dispatches, multiplies, holds and wa
 
 results: $(READY)  ## docs/RESULTS.md and README's tables: the papers' tables and figures on the lab model (resumes)
 	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --workers 2 --out out/results
-	OMP_NUM_THREADS=1 $(BIN)/kvweave paper flowmm:fig4 --model lab-large --samples 30 --workers 2 --out out/results-large \
-		--tasks large:text_needle,large:image_needle,large:lookup,large:action
+	OMP_NUM_THREADS=1 $(BIN)/kvweave paper flowmm:fig4 --model lab-large --samples 30 --workers 2 --out out/results-large
 	$(BIN)/python -m benchmarks.publish out/results out/results-large
 
 research: $(READY)  ## what weave's parts are worth, and when a deferred cut has paid: docs/RESEARCH.md quotes it (resumes)

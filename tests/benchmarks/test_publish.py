@@ -25,8 +25,8 @@ def made(folder: Path) -> Path:
 
 def test_results_go_where_readers_look(tmp_path: Path):
     (tmp_path / "README.md").write_text(f"before\n{MARKS}\nafter\n")
-    source = made(tmp_path / "out")
-    publish(source, tmp_path)
+    source, large = made(tmp_path / "out"), made(tmp_path / "large")
+    publish(source, large, tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
@@ -39,14 +39,16 @@ def test_results_go_where_readers_look(tmp_path: Path):
         assert f"](images/{stem}.png)" in results
         assert (tmp_path / "docs" / "images" / f"{stem}.png").exists()
         assert (tmp_path / "docs" / "results" / f"{stem}.json").exists()
-    publish(source, tmp_path)
+    assert "](images/large-flowmm-fig4.png)" in results
+    assert (tmp_path / "docs" / "images" / "large-flowmm-fig4.png").exists()
+    publish(source, large, tmp_path)
     assert (tmp_path / "README.md").read_text() == readme
 
 
 def test_half_of_the_results_are_refused(tmp_path: Path):
     (tmp_path / "README.md").write_text(MARKS)
-    source = made(tmp_path / "out")
+    source, large = made(tmp_path / "out"), made(tmp_path / "large")
     (source / "lookm-merges.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no lookm-merges\.json"):
-        publish(source, tmp_path)
+        publish(source, large, tmp_path)
     assert not (tmp_path / "docs").exists()

@@ -1,6 +1,7 @@
 """`kvweave eval`: methods x budgets x tasks, measured, as tables with intervals; resumable."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,7 +102,7 @@ def evaluate(
                 "scoring": scoring != "official",
                 "truncation": truncation != "ours",
             }
-            found: tuple[Task, ...] = _lab_tasks(names, count, images, given)
+            found: tuple[Task, ...] = _lab_tasks(names or options.lab_tasks_of(model), count, images, given)
         else:
             reading = {
                 "count": count,
@@ -156,15 +157,14 @@ def evaluate(
 
 
 def _lab_tasks(
-    names: list[str], count: int | None, images: int | None, given: dict[str, Any]
+    names: Sequence[str], count: int | None, images: int | None, given: dict[str, Any]
 ) -> "tuple[LabTask, ...]":
     from kvweave.evals import lab_tasks
-    from kvweave.lab import TASKS
 
     for option, value in given.items():
         if value:
             raise ValueError(f"--{option} is for a folder of data: allowed is --data with it")
-    return lab_tasks(names or TASKS, 100 if count is None else count, 8 if images is None else images)
+    return lab_tasks(names, 100 if count is None else count, 8 if images is None else images)
 
 
 def _milebench_tasks(

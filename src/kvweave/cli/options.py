@@ -162,3 +162,10 @@ def _open(path: Path) -> "Image":
             f"--image {str(path)!r} cannot be read as an image ({type(error).__name__}): "
             "allowed is what Pillow opens, such as PNG, JPEG or WebP"
         ) from error
+
+
+def lab_tasks_of(model: str) -> tuple[str, ...]:
+    """The lab's tasks that are asked where none are named: those of the model's world."""
+    from kvweave.lab import LARGE_TASKS, TASKS
+
+    return LARGE_TASKS if model == "lab-large" else TASKS

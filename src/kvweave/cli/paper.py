@@ -50,6 +50,7 @@ def paper(
     command resumes.
     """
     from kvweave.evals.paper import RECIPES, Subject, find, make
+    from kvweave.models import LABS
 
     if list_:
         _list(json)
@@ -63,7 +64,11 @@ def paper(
         recipes = list(RECIPES.values()) if everything else [find(name) for name in names or ()]
         check_out(out)
         chosen = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-        asked, by_length = _lab(chosen, samples) if data is None else _milebench(data, chosen, samples)
+        asked, by_length = (
+            _lab(chosen or options.lab_tasks_of(model), samples)
+            if data is None
+            else _milebench(data, chosen, samples)
+        )
         subject = Subject(
             model=model,
             data="" if data is None else data.name,
@@ -72,7 +77,7 @@ def paper(
             out=out,
             dtype=dtype,
             device=device,
-            batch=batch or (50 if model == "lab" else 1),
+            batch=batch or (50 if model in LABS else 1),
             workers=workers,
             command=command_line(),
         )
@@ -91,10 +96,9 @@ Source = tuple[Callable[[Sequence[str]], "tuple[Task, ...]"], Callable[[], "tupl
 def _lab(chosen: Sequence[str], samples: int | None) -> Source:
     """The lab's tasks whatever a paper asked; and prompts of several lengths."""
     from kvweave.evals import lab_tasks
-    from kvweave.lab import TASKS
 
     def tasks(names: Sequence[str]) -> "tuple[Task, ...]":
-        return lab_tasks(chosen or TASKS, 100 if samples is None else samples)
+        return lab_tasks(chosen, 100 if samples is None else samples)
 
     def by_length() -> "tuple[Task, ...]":
         return tuple(task for images in _LENGTHS for task in lab_tasks(["lookup"], 8, images))

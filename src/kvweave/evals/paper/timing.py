@@ -23,6 +23,7 @@ from kvweave.evals.prefill import Prefill
 from kvweave.evals.tasks import Example, Task
 from kvweave.methods import Method, get_method, list_methods
 from kvweave.methods.full import Full
+from kvweave.models import LABS
 from kvweave.report import charts
 from kvweave.report.collect import machine
 from kvweave.session import compress
@@ -152,7 +153,7 @@ def decode_sheet(recipe: Any, subject: Any, measured: dict[str, Any]) -> Sheet:
         f"Median of {measured['rounds']} interleaved rounds of {TOKENS} tokens. {measured['machine']}.",
         f"The paper, {own['model']} on an {own['gpu']}, another machine and not comparable: {paper}.",
     ]
-    if subject.model == "lab":
+    if subject.model in LABS:
         notes.append(
             "The lab model is so small that a token's time is Python's, not the cache's: see `make bench-decode`."
         )
