@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test lint format bench bench-decode bench-peers bench-flow guard results docs gpu clean
+.PHONY: run test lint format bench bench-decode bench-peers bench-flow guard results research docs gpu clean
 
 run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
 	$(BIN)/kvweave run
@@ -43,7 +43,13 @@ guard: $(READY)  ## record what each method dispatches, multiplies, holds and wa
 
 results: $(READY)  ## docs/RESULTS.md and README's tables: the papers' tables and figures on the lab model (resumes)
 	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --workers 2 --out out/results
-	$(BIN)/python -m benchmarks.publish out/results
+	OMP_NUM_THREADS=1 $(BIN)/kvweave paper flowmm:fig4 --model lab-large --samples 30 --workers 2 --out out/results-large \
+		--tasks large:text_needle,large:image_needle,large:lookup,large:action
+	$(BIN)/python -m benchmarks.publish out/results out/results-large
+
+research: $(READY)  ## what weave's parts are worth, and when a deferred cut has paid: docs/RESEARCH.md quotes it (resumes)
+	$(BIN)/python -m benchmarks.research
+	$(BIN)/python -m benchmarks.break_even
 
 docs: $(READY)  ## docs/METHODS.md from the registry
 	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md

@@ -1,6 +1,6 @@
-"""Bring what `kvweave paper --all` made into docs/RESULTS.md, docs/results and docs/images, and the README's part.
+"""Bring what `kvweave paper` made into docs/RESULTS.md, docs/results and docs/images, and the README's part.
 
-python -m benchmarks.publish out/results
+python -m benchmarks.publish out/results out/results-large
 """
 
 import argparse
@@ -12,6 +12,7 @@ from kvweave.evals.paper import RECIPES
 
 ROOT = Path(__file__).parents[1]
 IN_README = ("flowmm-fig4", "flowmm-table1")  # the budget curve, and the methods by task
+IN_LARGE = ("flowmm-fig4",)  # what is shown of the large world, too
 _MARK = "<!-- {}: results, written by `make results` -->"
 _HEAD = """# Results
 
@@ -27,28 +28,42 @@ methods differently. n stands under each table. Numbers with all digits: [result
 """
 
 
-def publish(source: Path, root: Path = ROOT) -> None:
+_LARGE = """# The large world
+
+Pictures of ten by ten cells of which one in twenty shows anything, like real ones more than those above, and a model of
+their own (`--model lab-large`).
+"""
+
+
+def publish(source: Path, large: Path, root: Path = ROOT) -> None:
     """Write docs/RESULTS.md and its files, and put the README's tables between its marks.
 
+    Args:
+        source: folder of all tables; large: of those of the large world.
+
     Raises:
-        FileNotFoundError: `source` lacks a table.
+        FileNotFoundError: a folder lacks a table.
         ValueError: the README has no marks.
     """
     stems = [name.replace(":", "-") for name in RECIPES]
-    for stem in stems:
-        if not (source / f"{stem}.json").is_file():
-            raise FileNotFoundError(f"{source} holds no {stem}.json: kvweave paper --all --out {source} writes it")
+    for folder, needed in ((source, stems), (large, IN_LARGE)):
+        for stem in needed:
+            if not (folder / f"{stem}.json").is_file():
+                raise FileNotFoundError(f"{folder} holds no {stem}.json: `make results` writes it")
     docs = root / "docs"
-    for folder in ("results", "images"):
-        (docs / folder).mkdir(parents=True, exist_ok=True)
-    parts = [_HEAD]
-    for stem in stems:
-        shutil.copyfile(source / f"{stem}.json", docs / "results" / f"{stem}.json")
-        if (source / f"{stem}.png").is_file():
-            shutil.copyfile(source / f"{stem}.png", docs / "images" / f"{stem}.png")
-        parts.append((source / f"{stem}.md").read_text().replace(f"({stem}.png)", f"(images/{stem}.png)"))
+    parts = [_HEAD, *(_copied(source / stem, docs, stem) for stem in stems)]
+    parts += [_LARGE, *(_copied(large / stem, docs, f"large-{stem}") for stem in IN_LARGE)]
     store.write_text(docs / "RESULTS.md", "\n".join(parts))
     _into_readme(root / "README.md", "\n".join(_for_readme(source, stem) for stem in IN_README))
+
+
+def _copied(made: Path, docs: Path, stem: str) -> str:
+    """A table's Markdown, its files brought to docs under the name `stem`."""
+    for suffix, folder in ((".json", "results"), (".png", "images")):
+        (docs / folder).mkdir(parents=True, exist_ok=True)
+        if made.with_suffix(suffix).is_file():
+            shutil.copyfile(made.with_suffix(suffix), docs / folder / f"{stem}{suffix}")
+    return made.with_suffix(".md").read_text().replace(f"({made.name}.png)", f"(images/{stem}.png)")
 
 
 def _for_readme(source: Path, stem: str) -> str:
@@ -75,4 +90,6 @@ def _into_readme(readme: Path, written: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder that kvweave paper --all wrote")
-    publish(parser.parse_args().source)
+    parser.add_argument("large", type=Path, help="folder of the large world's")
+    folders = parser.parse_args()
+    publish(folders.source, folders.large)

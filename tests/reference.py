@@ -311,6 +311,8 @@ def merge(
         if mass_bias and members:  # 4.1
             if mass_kind == "count":
                 bias = math.log(1 + len(members))
+            elif mass_kind == "entropy":
+                bias = -sum(w * math.log(w) for w in [w_c, *w_e] if w > 0)
             else:
                 bias = math.log((importance[c] + sum(importance[e] for e in members)) / importance[c])
                 bias = min(max(bias, 0.0), math.log(layer.length))
@@ -975,6 +977,7 @@ def weave(
     merge_rule: str = "average",
     mass_bias: bool = True,
     probed: bool = False,
+    merge: bool = True,
     **merging,
 ) -> LayerResult:
     """13.3: s is that of 13.1, with probes that of 13.2."""
@@ -982,6 +985,8 @@ def weave(
 
     def keep(kv: int) -> Head:
         score = peak_score(layer, kv, True) if probed else [x / P for x in proxy_importance(layer, kv, proxies)]
+        if not merge:
+            return recent_and_top(layer, kv, min(recent, B // 2), B, score)
         return match_and_merge(
             layer,
             kv,

@@ -284,6 +284,9 @@ OPTIONS: dict[str, list[dict]] = {
         {"defer": 0, "proxies": 4, "recent": 4, "merge_rule": "similarity"},
         {"defer": 0, "proxies": 4, "recent": 4, "cross_scope": "other_only"},
         {"defer": 0, "proxies": 4, "recent": 4, "rope_aware": True},
+        {"defer": 0, "proxies": 4, "recent": 4, "merge": False},
+        {"defer": 0, "proxies": 4, "recent": 4, "merge_rule": "importance", "mass_kind": "entropy"},
+        {"defer": 0, "proxies": 4, "recent": 4, "merge_rule": "pivotal", "mass_kind": "entropy"},
     ],
     "lookm": [
         *({"merge_rule": rule} for rule in MERGE_RULES),

@@ -518,7 +518,7 @@ class CompressedLayer(DynamicLayer):
         for group in groups:
             view, at = group.view, group.index
             if counted is not None and after.count and talk.query_rows and share[at[0]] < view.length:
-                waiting.add(group, after.keys, counted)
+                waiting.add(group, after.keys, counted, talk.method.decoded_temperature)
             waiting.tell(view, at)
             view.probed = bool(talk.probes)
             rows = waiting.counts[at] if talk.probes else torch.full_like(waiting.counts[at], talk.method.defer)

@@ -68,17 +68,19 @@ class Waiting:
         batch, heads, _, dim = self.queries.shape
         self.queries = self.queries.new_zeros(batch, heads, tokens, dim)
 
-    def add(self, group: Group, keys: Tensor, counted: Tensor) -> None:
+    def add(self, group: Group, keys: Tensor, counted: Tensor, temperature: float = 1.0) -> None:
         """Add what the tokens behind the prompt attend to, of a group's rows.
 
         Args:
             keys: [batch, kv_heads, tokens, dim], of those tokens.
             counted: bool [batch, tokens], those that belong to a reply that has not ended.
+            temperature: divides the logits.
         """
+        rule = replace(self.rule, scaling=self.rule.scaling / temperature)
         at = group.index
         tokens = min(keys.shape[2], self.queries.shape[2])
         counted = counted[at, :tokens].to(keys.device)
-        given = decoded_attention(group.view, self.queries[at, :, :tokens], keys[at, :, :tokens], counted, self.rule)
+        given = decoded_attention(group.view, self.queries[at, :, :tokens], keys[at, :, :tokens], counted, rule)
         for n, row in enumerate(at):
             before = self.sums[row]
             self.sums[row] = given[n : n + 1] if before is None else before + given[n : n + 1]

@@ -74,14 +74,26 @@ def test_lab_train_passes_everything_on(kvweave, monkeypatch: pytest.MonkeyPatch
     seen: dict[str, Any] = {}
 
     def train(out: Path, seed: int, device: str, **options: Any) -> dict[str, Any]:
-        seen.update(out=out, seed=seed, device=device, resume=options["resume"])
+        seen.update(out=out, seed=seed, device=device, resume=options["resume"], start=options["start"])
         options["on_step"]({"step": 1, "loss": 1.0, "accuracy": dict.fromkeys(library.lab.TASKS, 0.5)})
         return {"steps": 1, "already_finished": False, "accuracy": {}}
 
     monkeypatch.setattr("kvweave.lab.train.train", train)
     told = json.loads(kvweave("lab", "train", "--seed", 3, "--device", "cpu", "--resume", "--json").out)
     assert told["steps"] == 1
-    assert seen == {"out": Path("out/lab"), "seed": 3, "device": "cpu", "resume": True}
+    assert seen == {"out": Path("out/lab"), "seed": 3, "device": "cpu", "resume": True, "start": None}
+    assert kvweave("lab", "train", "--world", "large").code == 0
+    assert seen["start"] == library.lab.weights_path()
+
+
+def test_lab_train_refuses_what_it_cannot_start_from(kvweave) -> None:
+    for options, words in (
+        (("--world", "huge"), "--world 'huge' is unknown: allowed is one of small, large"),
+        (("--start", "nowhere"), "start 'nowhere' is not allowed: allowed is a folder"),
+    ):
+        done = kvweave("lab", "train", *options)
+        assert done.code == 2
+        assert words in " ".join(done.err.split())
 
 
 def test_lab_train_does_not_overwrite(kvweave, tmp_path: Path) -> None:

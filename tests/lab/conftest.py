@@ -19,3 +19,9 @@ def processor() -> Any:
 @pytest.fixture(scope="session")
 def model() -> Any:
     return AutoModelForImageTextToText.from_pretrained(kvweave.lab.weights_path(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def large_model() -> Any:
+    path = kvweave.lab.weights_path("large")
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()

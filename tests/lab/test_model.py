@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoProcessor
 
-from kvweave.lab import TASKS, samples, words
+from kvweave.lab import LARGE_TASKS, TASKS, samples, weights_path, words
 from kvweave.lab.evaluate import answers, evaluate, rouge_l, score, wilson
 from kvweave.lab.model import Forward, configuration, create, patches
-from kvweave.lab.world import Albums
+from kvweave.lab.world import Albums, World
 
 
-@pytest.mark.parametrize("segments", [("walk",), ("single", "pair", "walk", "pair")])
-def test_the_training_forward_agrees_with_transformers(model: Any, segments: tuple[str, ...]):
+@pytest.mark.parametrize(
+    ("segments", "grid"), [(("walk",), 5), (("single", "pair", "walk", "pair"), 5), (("single", "pair"), 10)]
+)
+def test_the_training_forward_agrees_with_transformers(model: Any, segments: tuple[str, ...], grid: int):
     rng = np.random.default_rng(0)
-    albums = Albums(2, segments, rng)
+    albums = Albums(2, segments, rng, World(grid=grid))
     pictures = torch.from_numpy(albums.pictures(rng))
     question = torch.tensor(words.encode("question: what did the robot do ? <a>")).expand(2, -1)
     tokens = torch.cat([torch.from_numpy(albums.tokens()), question], 1)
@@ -27,7 +30,7 @@ def test_the_training_forward_agrees_with_transformers(model: Any, segments: tup
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             pixel_values=patches(pictures).flatten(0, 2),
-            image_grid_thw=torch.tensor([[1, 10, 10]] * 2 * albums.images),
+            image_grid_thw=torch.tensor([[1, 2 * grid, 2 * grid]] * 2 * albums.images),
             mm_token_type_ids=(tokens == words.IMAGE).int(),
         ).last_hidden_state
     torch.testing.assert_close(fast, own, atol=1e-4, rtol=0)
@@ -57,6 +60,13 @@ def test_seeds_make_the_start():
 def test_the_packaged_model_answers(model: Any, processor: Any, task: str):
     asked = samples(task, 40, 8, seed=1)
     assert score(asked, answers(model, processor, asked, batch_size=20)).exact >= 0.95
+
+
+@pytest.mark.parametrize("task", LARGE_TASKS)
+def test_the_large_world_is_answered(large_model: Any, task: str):
+    processor = AutoProcessor.from_pretrained(weights_path("large"))
+    asked = samples(task, 20, 8, seed=1)
+    assert score(asked, answers(large_model, processor, asked, batch_size=10)).exact >= 0.85
 
 
 def test_a_batch_answers_what_its_rows_answer_alone(model: Any, processor: Any):

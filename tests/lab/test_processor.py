@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kvweave.lab import LabProcessor, example, samples, words
-from kvweave.lab.draw import CELLS
+from kvweave.lab.draw import CELLS, GRID
 from kvweave.lab.model import patches
-from kvweave.lab.world import SLOT
+from kvweave.lab.world import slot
 
 
 def prepare(processor: Any, messages: Any, **kwargs: Any) -> Any:
@@ -26,7 +26,7 @@ def test_an_album_becomes_the_token_layout_that_training_uses(processor: Any):
     sample = example(images=4)
     inputs = prepare(processor, sample.messages())
     question = words.encode(sample.question)
-    assert inputs["input_ids"].shape == (1, 1 + 4 * SLOT + len(question))
+    assert inputs["input_ids"].shape == (1, 1 + 4 * slot(GRID) + len(question))
     assert inputs["input_ids"][0, 0] == words.BOS
     assert inputs["input_ids"][0, -len(question) :].tolist() == question
     assert words.VOCABULARY[inputs["input_ids"][0, -1]] == "?", "the answer's opening is left to the model"
@@ -55,6 +55,33 @@ def test_pictures_become_what_training_sees(processor: Any):
     inputs = prepare(processor, sample.messages())
     trained_on = patches(torch.from_numpy(np.stack([np.asarray(image) for image in sample.images])))
     torch.testing.assert_close(inputs["pixel_values"], trained_on.flatten(0, 1), atol=1e-6, rtol=0)
+
+
+def test_large_pictures_keep_their_size_beside_small_ones(processor: Any):
+    large, small = samples("large:listing", 1, 3)[0], samples("listing", 1, 2)[0]
+    inputs = prepare(processor, [large.messages(), small.messages()], processor_kwargs={"padding": True})
+    assert inputs["image_grid_thw"].tolist() == [[1, 20, 20]] * 3 + [[1, 10, 10]] * 2
+    assert (inputs["input_ids"] == words.IMAGE).sum(1).tolist() == [300, 50]
+    question = len(words.encode(large.question))
+    assert inputs["attention_mask"][0].sum() == 1 + 3 * slot(10) + question
+    trained_on = patches(torch.from_numpy(np.stack([np.asarray(image) for image in large.images])))
+    torch.testing.assert_close(inputs["pixel_values"][:1200], trained_on.flatten(0, 1), atol=1e-6, rtol=0)
+
+
+def test_background_can_be_told_from_what_matters(processor: Any):
+    sample = samples("large:two_images", 1, 8)[0]
+    inputs = prepare(processor, sample.messages())
+    visual = inputs["mm_token_type_ids"][0].bool()
+    assert visual[sample.background].all()
+    matters = sorted(set(visual.nonzero().flatten().tolist()) - set(sample.background))
+    assert set(sample.evidence) <= set(matters)
+    assert 8 * 4 <= len(matters) + 1 <= 8 * 6, "four objects in a picture, and at times a digit or a robot"
+
+    cells = torch.zeros(len(visual), 16, 16, 3)
+    patch = inputs["pixel_values"].view(-1, 2, 2, 3, 8, 8)
+    cells[visual] = patch.permute(0, 1, 4, 2, 5, 3).reshape(-1, 16, 16, 3)
+    contrast = cells[:, 1:-1, 1:-1].std((1, 2)).amax(-1)  # of a cell without its border
+    assert contrast[sample.background].max() < 0.1 < contrast[matters].min()
 
 
 @pytest.mark.parametrize("size", [(80, 80), (640, 480), (20, 300), (7, 9)])

@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from kvweave.lab import samples, words
+from kvweave.lab import samples, weights_path, words
+from kvweave.lab.draw import CELL, GRID
 from kvweave.lab.evaluate import answers
 from kvweave.lab.model import Forward, create
 from kvweave.lab.train import (
     CURRICULUM,
+    ENLARGE,
     QUESTIONS,
     SHARES,
     Stage,
@@ -24,7 +26,7 @@ from kvweave.lab.train import (
     loss_and_hits,
     train,
 )
-from kvweave.lab.world import FAMILIES, SLOT, World
+from kvweave.lab.world import AUXILIARY, FAMILIES, TASKS, World, slot
 
 TINY = (
     Stage(4, (1,), World(frames=False, needles=1), tokens=500, warm=2),
@@ -35,7 +37,7 @@ TINY = (
 class TestBatches:
     def test_answers_stand_behind_their_questions(self):
         batch = draw_batch(CURRICULUM[0], seed=0, step=3, shares=SHARES)
-        assert batch.tokens.shape == (len(batch.pictures), 1 + 3 * SLOT + QUESTIONS)
+        assert batch.tokens.shape == (len(batch.pictures), 1 + 3 * slot(GRID) + QUESTIONS)
         questions = batch.tokens[:, -QUESTIONS:]
         follows = questions.roll(-1, 1)
         asked = batch.targets != words.PAD
@@ -47,7 +49,17 @@ class TestBatches:
 
     def test_every_family_is_asked(self):
         batch = draw_batch(Stage(1, (8,), World()), seed=0, step=0, shares=SHARES)
-        assert set(batch.families.unique().tolist()) == {-1, *range(len(FAMILIES))}
+        assert set(batch.families.unique().tolist()) == {-1, *range(len(TASKS) + len(AUXILIARY))}
+
+    def test_a_larger_world_is_asked_more_and_the_small_one_rehearsed(self):
+        stage = replace(ENLARGE[-1], images=(3,), rehearsal=0.5, rehearsed=(2,), tokens=2400)
+        batches = [draw_batch(stage, seed=0, step=step, shares=SHARES) for step in range(8)]
+        assert {batch.pictures.shape[1:3] for batch in batches} == {(3, 160), (2, 80)}
+        for batch in batches:
+            grid = batch.pictures.shape[2] // CELL
+            assert batch.tokens.shape[1] == 1 + batch.pictures.shape[1] * slot(grid) + stage.questions
+        asked = torch.cat([batch.families.unique() for batch in batches])
+        assert set(asked.tolist()) == {-1, *range(len(FAMILIES))}
 
     def test_they_follow_from_seed_and_step(self):
         one, same, other_step, other_seed = (
@@ -139,6 +151,19 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path):
     assert train(tmp_path / "parts", resume=True, **options)["already_finished"]
     with pytest.raises(ValueError, match="another seed"):
         train(tmp_path / "parts", seed=1, resume=True, **options)
+
+
+def test_a_run_goes_on_from_a_model(tmp_path: Path):
+    stage = Stage(1, (1,), World(grid=7), tokens=1, rate=0.0)
+    options: dict[str, Any] = {"device": "cpu", "curriculum": [stage], "compiled": False, "progress": False}
+    train(tmp_path, start=weights_path(), **options)
+    before, after = (AutoModelForImageTextToText.from_pretrained(path) for path in (weights_path(), tmp_path))
+    for name, weight in after.state_dict().items():
+        assert torch.equal(weight, before.state_dict()[name]), name
+    with pytest.raises(ValueError, match="another seed, start"):
+        train(tmp_path, resume=True, **options)
+    with pytest.raises(FileNotFoundError, match="allowed is a folder"):
+        train(tmp_path / "new", start=tmp_path / "nowhere", **options)
 
 
 def test_a_model_from_elsewhere_is_not_overwritten(tmp_path: Path):

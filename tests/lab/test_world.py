@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from kvweave.lab import AUXILIARY, TASKS, example, require_holdout, samples, words
-from kvweave.lab.draw import CELL, CELLS, GRID, ROBOT, SIDE, describe, object_code, render
-from kvweave.lab.world import FRAMES, Albums, World, generator, layout
+from kvweave.lab import ALL_TASKS, AUXILIARY, TASKS, example, require_holdout, samples, words
+from kvweave.lab.draw import CELL, CELLS, EMPTY, GRID, ROBOT, SIDE, describe, object_code, render
+from kvweave.lab.world import FRAMES, WORLDS, Albums, World, generator, layout
 
 
 def albums_and_questions(task: str, images: int = 8, count: int = 64, **world: object):
@@ -26,25 +27,26 @@ def albums_and_questions(task: str, images: int = 8, count: int = 64, **world: o
 
 def seen(albums: Albums, row: int, cell: tuple[int, int, int]) -> str:
     image, line, column = cell
-    return describe(int(albums.cells[row, image, line * GRID + column]))
+    return describe(int(albums.cells[row, image, line * albums.grid + column]))
 
 
+@pytest.mark.parametrize("grid", [GRID, 2 * GRID])
 class TestAnswersCanBeReadOff:
-    def test_text_needle(self):
-        for albums, row, question, _ in albums_and_questions("text_needle"):
+    def test_text_needle(self, grid: int):
+        for albums, row, question, _ in albums_and_questions("text_needle", grid=grid):
             (image,) = question.passages
             passage = " ".join(words.VOCABULARY[token] for token in albums.passages[row, image])
             animal = question.text.split()[-2]
             assert passage == f"code of {animal} is {question.answer}"
 
-    def test_image_needle(self):
-        for albums, row, question, image in albums_and_questions("image_needle"):
+    def test_image_needle(self, grid: int):
+        for albums, row, question, image in albums_and_questions("image_needle", grid=grid):
             (cell,) = question.cells
             assert cell[0] == image
             assert seen(albums, row, cell) == question.answer
 
-    def test_lookup(self):
-        for albums, row, question, image in albums_and_questions("lookup"):
+    def test_lookup(self, grid: int):
+        for albums, row, question, image in albums_and_questions("lookup", grid=grid):
             (cell,) = question.cells
             shape = question.text.split()[4]
             assert cell[0] == image
@@ -52,14 +54,14 @@ class TestAnswersCanBeReadOff:
             shown = [describe(int(code)) for code in albums.cells[row, image]]
             assert sum(name.endswith(f" {shape}") for name in shown) == 1, "the shape must name one object"
 
-    def test_change(self):
+    def test_change(self, grid: int):
         kinds = set()
-        for albums, row, question, image in albums_and_questions("change"):
+        for albums, row, question, image in albums_and_questions("change", grid=grid):
             before, after = (seen(albums, row, cell) for cell in question.cells)
             assert [cell[0] for cell in question.cells] == [image - 1, image]
             differs = np.flatnonzero(albums.cells[row, image - 1] != albums.cells[row, image])
             _, line, column = question.cells[0]
-            assert differs.tolist() == [line * GRID + column]
+            assert differs.tolist() == [line * albums.grid + column]
             *_, last = question.answer.split()
             kinds.add(last if last in ("added", "removed") else "turned")
             if last == "added":
@@ -73,28 +75,48 @@ class TestAnswersCanBeReadOff:
                 assert before != after
         assert kinds == {"added", "removed", "turned"}
 
-    def test_action(self):
+    def test_action(self, grid: int):
         steps = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-        for albums, row, question, _ in albums_and_questions("action"):
+        for albums, row, question, _ in albums_and_questions("action", grid=grid):
             assert all(seen(albums, row, cell) == "robot" for cell in question.cells)
             assert (albums.cells[row] == ROBOT).sum() == FRAMES["walk"]
             path = [(line, column) for _, line, column in question.cells]
             walked = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(path)]
             assert walked == [steps[word] for word in question.answer.split()]
 
-    def test_listing(self):
-        for albums, row, question, image in albums_and_questions("listing"):
+    def test_listing(self, grid: int):
+        for albums, row, question, image in albums_and_questions("listing", grid=grid):
             assert question.answer == " ".join(describe(int(code)) for code in albums.cells[row, image] if code)
 
-    @pytest.mark.parametrize("images", [3, 4, 5, 12])
-    @pytest.mark.parametrize("task", [*TASKS, *AUXILIARY])
-    def test_every_length_has_every_task(self, task: str, images: int):
-        for sample in samples(task, 4, images):
-            assert len(sample.images) == images
-            assert sample.question.startswith("question: ")
-            assert sample.question.endswith(" ?")
-            assert sample.cells or sample.passages
-            assert all(0 <= image < images for image, _, _ in sample.cells)
+    def test_two_images(self, grid: int):
+        for albums, row, question, first in albums_and_questions("two_images", grid=grid):
+            one, other = question.cells
+            assert one[0] == first != other[0]
+            assert question.text.split()[-2] == albums.labels(row)[other[0]]
+            shape = question.text.split()[4]
+            colours = question.answer.split()
+            assert [seen(albums, row, cell) for cell in (one, other)] == [f"{colour} {shape}" for colour in colours]
+
+
+@pytest.mark.parametrize("images", [3, 4, 5, 12])
+@pytest.mark.parametrize("task", [*ALL_TASKS, *AUXILIARY, "large:change", "large:listing", "large:two_images"])
+def test_every_length_has_every_task(task: str, images: int):
+    for sample in samples(task, 2, images):
+        assert len(sample.images) == images
+        assert sample.question.startswith("question: ")
+        assert sample.question.endswith(" ?")
+        assert sample.cells or sample.passages
+        assert all(0 <= image < images for image, _, _ in sample.cells)
+
+
+def test_large_pictures_hold_as_few_things():
+    rng = np.random.default_rng(0)
+    albums = Albums(64, layout(8, rng), rng, WORLDS["large"])
+    things = (albums.cells != EMPTY).sum(-1)
+    assert albums.cells.shape[-1] == 100
+    assert (things >= 3).all()
+    assert (things <= 6).all()
+    assert things.mean() < 6
 
 
 class TestSeeds:
@@ -111,13 +133,25 @@ class TestSeeds:
         assert [s.images[0].tobytes() for s in few] == [s.images[0].tobytes() for s in many[:2]]
 
     def test_seeds_tasks_and_indices_differ(self):
-        pictures = {s.images[0].tobytes() for seed in (0, 1) for task in TASKS for s in samples(task, 3, 4, seed)}
-        assert len(pictures) == 2 * len(TASKS) * 3
+        asked = (samples(task, 3, 4, seed) for seed in (0, 1) for task in ALL_TASKS)
+        pictures = {sample.images[0].tobytes() for some in asked for sample in some}
+        assert len(pictures) == 2 * len(ALL_TASKS) * 3
+
+    def test_the_small_world_stays_as_it_was(self):
+        """Results that were measured before the large world came hold for the samples of today."""
+        digest = hashlib.sha256()
+        for task in (*TASKS, *AUXILIARY):
+            for images in (3, 8, 12):
+                (sample,) = samples(task, 1, images, seed=5)
+                pieces = [p if isinstance(p, str) else p.tobytes().hex() for p in sample.content]
+                digest.update("".join(pieces).encode())
+                digest.update(f"{sample.question} {sample.answer} {sample.evidence}".encode())
+        assert digest.hexdigest()[:16] == "2fa940f13e1ee0fe"
 
     def test_training_and_holdout_share_no_random_numbers(self):
         drawn = [generator(split, 0, 1, 2).integers(2**60, size=4).tolist() for split in ("train", "holdout")]
         assert not set(drawn[0]) & set(drawn[1])
-        train, holdout = (samples("lookup", 4, 4, split=split) for split in ("train", "holdout"))
+        train, holdout = (samples("large:lookup", 4, 4, split=split) for split in ("train", "holdout"))
         assert {s.images[0].tobytes() for s in train}.isdisjoint(s.images[0].tobytes() for s in holdout)
 
     def test_evaluation_refuses_training_samples(self):
@@ -149,9 +183,15 @@ class TestPictures:
 
 
 class TestRefusals:
-    def test_unknown_task(self):
-        with pytest.raises(ValueError, match="text_needle"):
-            samples("juggling", 1)
+    @pytest.mark.parametrize("task", ["juggling", "large:juggling", "huge:lookup"])
+    def test_unknown_task(self, task: str):
+        with pytest.raises(ValueError, match="large:text_needle"):
+            samples(task, 1)
+
+    def test_two_pictures_may_share_no_shape(self):
+        rng = np.random.default_rng(0)
+        with pytest.raises(ValueError, match="'two_images' asks about a third image"):
+            Albums(1, ("pair",), rng).question(0, "two_images", rng)
 
     @pytest.mark.parametrize("images", [0, 13])
     def test_albums_that_are_too_short_or_too_long(self, images: int):

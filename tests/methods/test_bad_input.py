@@ -70,6 +70,7 @@ OUT_OF_RANGE = [
     ("flowmm", "mass_kind", "weight", "attention"),
     ("weave", "sensitivity_quantile", 3, "1"),
     ("weave", "recent", -1, "0"),
+    ("weave", "temperature", 0.5, "1"),
     ("weave", "merge_rule", "foo", "average"),
     ("snapkv", "window", 0, ""),
     ("snapkv", "kernel", 0, ""),

@@ -86,6 +86,7 @@ def evaluate(
     from kvweave.evals.page import write_page
     from kvweave.evals.plan import parse_budgets, parse_methods
     from kvweave.evals.tables import rendered
+    from kvweave.models import LABS
 
     check_out(out)
     quiet_libraries()
@@ -129,7 +130,7 @@ def evaluate(
             results = run(
                 evaluation,
                 out,
-                batch=(50 if model == "lab" else 1) if batch is None else batch,
+                batch=(50 if model in LABS else 1) if batch is None else batch,
                 workers=workers,
                 ray=ray,
                 device=device,

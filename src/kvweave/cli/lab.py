@@ -14,21 +14,32 @@ lab = typer.Typer(help="The embedded model: train it, examine it, see what it is
 def train(
     out: options.Out = Path("out/lab"),
     seed: Annotated[int, typer.Option(min=0, help="Of weights and albums.")] = 0,
+    world: Annotated[
+        str, typer.Option(help="small: from a seed; large: go on from --start, with larger pictures.")
+    ] = "small",
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of a lab model to go on from. [default: with large, lab's own]")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Train the lab's model from a seed: about an hour on two CPU cores; can be stopped and resumed."""
+    """Train the lab's model: about an hour on two CPU cores; can be stopped and resumed."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console.check_out(out)
     console.quiet_libraries()
     device = options.pick_device(device)
-    from kvweave.lab import TASKS
-    from kvweave.lab.train import CURRICULUM
+    from kvweave.lab import TASKS, weights_path
+    from kvweave.lab.train import CURRICULA
     from kvweave.lab.train import train as train_model
 
-    steps = sum(stage.steps for stage in CURRICULUM)
+    if world not in CURRICULA:
+        raise console.BadInput(f"--world {world!r} is unknown: allowed is one of {', '.join(CURRICULA)}")
+    if start is None and world == "large":
+        start = weights_path()
+    curriculum = CURRICULA[world]
+    steps = sum(stage.steps for stage in curriculum)
     columns = (
         TextColumn("[bold]training"),
         BarColumn(),
@@ -44,8 +55,20 @@ def train(
             note = f"loss {record['loss']:.3f}, weakest {weakest} {record['accuracy'][weakest]:.2f}"
             progress.update(bar, completed=record["step"], note=note)
 
-        with console.bad_input(FileExistsError, ValueError, option=f"--out {str(out)!r}"):
-            result = train_model(out, seed, device, resume=resume, progress=False, on_step=on_step)
+        with (
+            console.bad_input(FileNotFoundError),
+            console.bad_input(FileExistsError, ValueError, option=f"--out {str(out)!r}"),
+        ):
+            result = train_model(
+                out,
+                seed,
+                device,
+                curriculum=curriculum,
+                start=start,
+                resume=resume,
+                progress=False,
+                on_step=on_step,
+            )
     if json:
         console.print_json({"out": str(out), **result})
     else:

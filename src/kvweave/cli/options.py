@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from kvweave.methods.base import Method
 
-ModelName = Annotated[str, typer.Option("--model", help="lab, a folder, or an id of the Hugging Face hub.")]
+ModelName = Annotated[
+    str, typer.Option("--model", help="lab, lab-large, a folder, or an id of the Hugging Face hub.")
+]
 Images = Annotated[
     list[Path] | None, typer.Option("--image", help="An image of your own; repeatable, in the prompt's order.")
 ]
@@ -112,14 +114,14 @@ def read_ask(
 
 
 def check_tasks(names: list[str]) -> list[str]:
-    """The lab's tasks by these names; all if there are none."""
-    from kvweave.lab import TASKS
+    """The lab's tasks by these names; all of the small world if there are none."""
+    from kvweave.lab import ALL_TASKS, TASKS
 
     for name in names:
-        if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
+        if name not in ALL_TASKS:
+            near = difflib.get_close_matches(name, ALL_TASKS, n=1, cutoff=0.4)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            raise BadInput(f"--task {name!r} is unknown{hint}: allowed is one of {', '.join(TASKS)}")
+            raise BadInput(f"--task {name!r} is unknown{hint}: allowed is one of {', '.join(ALL_TASKS)}")
     return names or list(TASKS)
 
 

@@ -49,7 +49,9 @@ def run(
     console.quiet_libraries()
     ask = options.read_ask(image, prompt, images, task, seed)
     if repeats is None:
-        repeats = 10 if model == "lab" else 1
+        from kvweave.models import LABS
+
+        repeats = 10 if model in LABS else 1
     loaded, processor = options.load(model, dtype, device, attention)
     result = _measure(model, loaded, processor, ask, methods, max_new_tokens, repeats)
 

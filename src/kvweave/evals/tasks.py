@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from kvweave import lab
-from kvweave.lab.evaluate import LONGEST_ANSWER
+from kvweave.lab.evaluate import longest_answer
+
+_NAMES = (*lab.ALL_TASKS, *lab.AUXILIARY)
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,15 @@ class LabTask:
     count: int = 100
     images: int = 8
 
-    max_new_tokens = LONGEST_ANSWER
+    @property
+    def max_new_tokens(self) -> int:
+        """Enough for the longest answer."""
+        return longest_answer(self.name)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What changed is told in three words: part of it may be right."""
-        return ("exact", "rouge_l") if self.name == "change" else ("exact",)
+        """What changed is told in three words, a list in a dozen: part of it may be right."""
+        return {"change": ("exact", "rouge_l"), "listing": ("rouge_l", "exact")}.get(self.name, ("exact",))
 
     def examples(self, seed: int) -> list[Example]:
         """`count` questions, each about an album of its own."""
@@ -86,13 +91,13 @@ def lab_tasks(names: Sequence[str] = lab.TASKS, count: int = 100, images: int = 
         ValueError: a name, a count or a number of images that is not allowed.
     """
     for name in names:
-        if name not in lab.TASKS:
-            raise ValueError(f"tasks={name!r} is unknown: allowed is one of {', '.join(lab.TASKS)}")
+        if name not in _NAMES:
+            raise ValueError(f"tasks={name!r} is unknown: allowed is one of {', '.join(_NAMES)}")
     if count < 1:
         raise ValueError(f"count={count} is not allowed: allowed is an int >= 1")
     tasks = tuple(LabTask(name, count, images) for name in dict.fromkeys(names))
     if not tasks:
-        raise ValueError(f"tasks is empty: allowed is at least one of {', '.join(lab.TASKS)}")
+        raise ValueError(f"tasks is empty: allowed is at least one of {', '.join(_NAMES)}")
     for name in names:
         try:
             lab.samples(name, 1, images)

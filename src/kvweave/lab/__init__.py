@@ -16,24 +16,41 @@ has something to lose. It loads through the code that loads a checkpoint from a 
 from pathlib import Path
 
 from kvweave.lab.processor import LabProcessor, register
-from kvweave.lab.world import AUXILIARY, TASKS, Question, Sample, example, require_holdout, samples
+from kvweave.lab.world import (
+    ALL_TASKS,
+    AUXILIARY,
+    LARGE_TASKS,
+    TASKS,
+    WORLDS,
+    Question,
+    Sample,
+    example,
+    parse,
+    require_holdout,
+    samples,
+)
 
 __all__ = [
+    "ALL_TASKS",
     "AUXILIARY",
+    "LARGE_TASKS",
     "TASKS",
     "LabProcessor",
     "Question",
     "Sample",
     "example",
+    "parse",
     "require_holdout",
     "samples",
     "weights_path",
 ]
 
 
-def weights_path() -> Path:
-    """The folder of the packaged model, to be given to `from_pretrained`."""
-    return Path(__file__).with_name("weights")
+def weights_path(world: str = "small") -> Path:
+    """The folder of the packaged model of a world, to be given to `from_pretrained`."""
+    if world not in WORLDS:
+        raise ValueError(f"world={world!r} is not allowed: allowed is one of {', '.join(WORLDS)}")
+    return Path(__file__).with_name({"small": "weights", "large": "weights_large"}[world])
 
 
 register()

@@ -1,13 +1,17 @@
-"""Pictures: 5 x 5 cells of 16 x 16 pixels, each empty or holding one thing, as 80 x 80 RGB bytes.
+"""Pictures: square grids of cells of 16 x 16 pixels, each empty or holding one thing, as RGB bytes.
+
+A small picture has 5 x 5 cells (80 x 80 pixels), a large one 10 x 10 with as few things on it.
 
 What a cell holds is a number: 0 nothing, then 64 objects (a shape in a colour), the robot, 80 digits (a
 figure in a colour on black). Every picture has the same faint background: it grows redder downwards and
-greener rightwards, and with ``frames`` each cell also has a one-pixel border of its own random colours, so
-that the same place can be recognised in two pictures.
+greener rightwards, and with ``frames`` each cell also has a one-pixel border of random colours, so that the
+same place can be recognised in two pictures. There are 25 such borders: a larger picture repeats them like
+wallpaper, every five cells.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -71,15 +75,16 @@ def describe(code: int) -> str:
 
 
 def render(codes: Codes, rng: np.random.Generator, *, frames: bool = True) -> Pixels:
-    """Paint pictures with a little noise: codes [..., 25] -> bytes [..., 80, 80, 3]."""
+    """Paint pictures with a little noise: codes [..., cells] -> bytes [..., side, side, 3]."""
     tiles, holes = _tiles()
     noise = _noise()
-    shown = tiles[codes]  # [..., 25, 16, 16, 3]
-    shown += holes[codes] * _background(frames)
+    grid = math.isqrt(codes.shape[-1])
+    shown = tiles[codes]  # [..., cells, 16, 16, 3]
+    shown += holes[codes] * _background(frames, grid)
     shown += noise[rng.integers(len(noise), size=codes.shape)]
     shown = np.clip((shown + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
-    board = shown.reshape(*codes.shape[:-1], GRID, GRID, CELL, CELL, 3)
-    return np.swapaxes(board, -4, -3).reshape(*codes.shape[:-1], SIDE, SIDE, 3)
+    board = shown.reshape(*codes.shape[:-1], grid, grid, CELL, CELL, 3)
+    return np.swapaxes(board, -4, -3).reshape(*codes.shape[:-1], grid * CELL, grid * CELL, 3)
 
 
 @cache
@@ -134,15 +139,15 @@ def _shape_masks() -> list[NDArray[np.bool_]]:
 
 
 @cache
-def _background(frames: bool) -> NDArray[np.float32]:
-    """What empty cells look like: [25, 16, 16, 3]."""
-    rows, columns = np.divmod(np.arange(CELLS), GRID)
-    ground = np.full((CELLS, CELL, CELL, 3), -1, np.float32)
-    ground[..., 0] += 0.2 * rows[:, None, None]
-    ground[..., 1] += 0.2 * columns[:, None, None]
+def _background(frames: bool, grid: int) -> NDArray[np.float32]:
+    """What empty cells look like: [cells, 16, 16, 3]."""
+    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    ground = np.full((grid * grid, CELL, CELL, 3), -1, np.float32)
+    ground[..., 0] += 1 / grid * rows[:, None, None]
+    ground[..., 1] += 1 / grid * columns[:, None, None]
     if frames:
         colours = np.random.default_rng(25).uniform(-1, 1, (CELLS, int(_border().sum()), 3))
-        ground[:, _border()] = colours
+        ground[:, _border()] = colours[rows % GRID * GRID + columns % GRID]
     return ground
 
 

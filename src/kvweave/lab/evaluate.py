@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any
 
 from kvweave.chat import encode
-from kvweave.lab.world import TASKS, Sample, require_holdout, samples
+from kvweave.lab.world import TASKS, Sample, parse, require_holdout, samples
 
 LONGEST_ANSWER = 6  # tokens: the opening, up to three words, the end, and one to spare
+LONGEST_LIST = 15  # four objects, a digit and a robot
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,29 @@ class Score:
     high: float
 
 
+def longest_answer(task: str) -> int:
+    """Tokens that are enough for any answer of a task."""
+    return LONGEST_LIST if parse(task)[1] == "listing" else LONGEST_ANSWER
+
+
 def answers(
     model: Any,
     processor: Any,
     samples: Sequence[Sample],
     batch_size: int = 16,
-    max_new_tokens: int = LONGEST_ANSWER,
+    max_new_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
     **generate: Any,
 ) -> list[str]:
     """What the model answers, greedily unless `generate` says otherwise; `on_batch` hears how many are done.
 
-    Prompts of one batch are padded on the left. Further keywords go to `model.generate`.
+    Prompts of one batch are padded on the left. `max_new_tokens` is by default what the longest answer takes.
+    Further keywords go to `model.generate`.
     """
     import torch
+
+    if max_new_tokens is None:
+        max_new_tokens = max((longest_answer(sample.task) for sample in samples), default=LONGEST_ANSWER)
 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")

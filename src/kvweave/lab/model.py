@@ -1,7 +1,8 @@
 """The lab's model: transformers' Qwen2.5-VL class, 0.9 million parameters; and a forward made for training.
 
-transformers runs pictures of any size one after the other; every lab picture has the same 5 x 5 cells, so
-`Forward` runs a whole batch of albums at once through the very same modules. A test holds the two equal.
+transformers runs pictures of any size one after the other; the pictures of one world all have the same grid
+of cells, so `Forward` runs a whole batch of albums at once through the very same modules. A test holds the
+two equal.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvweave.lab import words
-from kvweave.lab.draw import CELLS, GRID, MERGE, PATCH, SIDE
-from kvweave.lab.world import PASSAGE, SLOT
+from kvweave.lab.draw import CELL, MERGE, PATCH, SIDE
+from kvweave.lab.world import PASSAGE, slot
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -88,18 +89,18 @@ def create(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def patches(pictures: Tensor) -> Tensor:
-    """Bytes [..., 80, 80, 3] -> what the lab's image processor makes of them: float32 [..., 100, 192]."""
-    split = pictures.unflatten(-3, (GRID, MERGE, PATCH)).unflatten(-2, (GRID, MERGE, PATCH))
+    """Bytes [..., side, side, 3] -> what the lab's image processor makes of them: float32 [..., patches, 192]."""
+    split = pictures.unflatten(-3, (-1, MERGE, PATCH)).unflatten(-2, (-1, MERGE, PATCH))
     lead = split.ndim - 7
     order = [lead + axis for axis in (0, 3, 1, 4, 6, 2, 5)]  # cells, patches of a cell, channel, pixels
     flat = split.permute(*range(lead), *order).flatten(-3).flatten(-5, -2)
     return flat.float() / 127.5 - 1
 
 
-def positions(images: int, questions: int) -> Tensor:
+def positions(images: int, questions: int, grid: int) -> Tensor:
     """Rotary positions (time, row, column) of an album and the tokens after it: [3, length]."""
-    row, column = torch.arange(CELLS).div(GRID, rounding_mode="floor"), torch.arange(CELLS) % GRID
-    picture = torch.stack([torch.zeros(CELLS, dtype=torch.int64), row, column])
+    cells = torch.arange(grid * grid)
+    picture = torch.stack([torch.zeros_like(cells), cells // grid, cells % grid])
     pieces, following = [torch.zeros(3, 1, dtype=torch.int64)], 1
     for _ in range(images):
         for part in (_line(3), picture, _line(1 + PASSAGE)):
@@ -117,28 +118,28 @@ class Forward:
     """Hidden states of whole batches of albums, from the modules of a transformers model.
 
     Called with tokens [batch, length] (an album's tokens, then questions) and pictures, bytes
-    [batch, images, 80, 80, 3]; returns [batch, length, hidden]. All albums have as many images.
+    [batch, images, side, side, 3]; returns [batch, length, hidden]. All albums have as many images.
     """
 
     def __init__(self, model: Qwen2_5_VLForConditionalGeneration, *, compiled: bool = False) -> None:
         self.model = model
         self._run = torch.compile(_hidden_states, dynamic=False) if compiled else _hidden_states
-        self._angles: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._angles: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}
 
     def __call__(self, tokens: Tensor, pictures: Tensor) -> Tensor:
-        shape = (pictures.shape[1], tokens.shape[1])
+        shape = (pictures.shape[1], tokens.shape[1], pictures.shape[2] // CELL)
         if shape not in self._angles:
             self._angles[shape] = self._rotary(*shape)
         return self._run(self.model.model, tokens, patches(pictures), *self._angles[shape])
 
-    def _rotary(self, images: int, length: int) -> tuple[Tensor, ...]:
+    def _rotary(self, images: int, length: int, cells: int) -> tuple[Tensor, ...]:
         """Cosines and sines, ready to broadcast over heads: the text's [1, 1, length, dim], a picture's."""
         from transformers.vision_utils import get_vision_position_ids
 
         language, visual = self.model.model.language_model, self.model.model.visual
         like = torch.zeros(1, device=self.model.device)
-        places = positions(images, length - 1 - images * SLOT)[:, None].to(like.device)
-        grid = get_vision_position_ids(torch.tensor([[1, GRID * MERGE, GRID * MERGE]]), MERGE)
+        places = positions(images, length - 1 - images * slot(cells), cells)[:, None].to(like.device)
+        grid = get_vision_position_ids(torch.tensor([[1, cells * MERGE, cells * MERGE]]), MERGE)
         text = language.rotary_emb(like, places)
         picture = visual.rotary_pos_emb(like, grid.to(like.device))
         return (*(part[:, None] for part in text), *(part[None, None] for part in picture))
@@ -149,27 +150,28 @@ def _hidden_states(
 ) -> Tensor:
     batch, images = pixels.shape[:2]
     states = F.embedding(tokens, model.language_model.embed_tokens.weight)  # [batch, length, hidden]
-    cells = _see(model.visual, pixels.flatten(0, 1), cos2d, sin2d)  # [batch x images, 25, hidden]
-    album = slice(1, 1 + images * SLOT)
-    slots = states[:, album].unflatten(1, (images, SLOT))
-    cells = cells.unflatten(0, (batch, images)).to(slots.dtype)
-    slots = torch.cat([slots[:, :, :3], cells, slots[:, :, 3 + CELLS :]], 2)
+    cells = _see(model.visual, pixels.flatten(0, 1), cos2d, sin2d)  # [batch x images, cells, hidden]
+    cells = cells.unflatten(0, (batch, images)).to(states.dtype)
+    shown = cells.shape[2]
+    album = slice(1, 1 + images * (3 + shown + 1 + PASSAGE))
+    slots = states[:, album].unflatten(1, (images, -1))
+    slots = torch.cat([slots[:, :, :3], cells, slots[:, :, 3 + shown :]], 2)
     states = torch.cat([states[:, :1], slots.flatten(1, 2), states[:, album.stop :]], 1)
     return _read(model.language_model, states, cos, sin)
 
 
 def _see(visual: Any, pixels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The vision tower over pictures of equal grids: [pictures, 100, 192] -> [pictures, 25, hidden]."""
+    """The vision tower over pictures of equal grids: [pictures, patches, 192] -> [pictures, cells, hidden]."""
     states = F.linear(pixels, visual.patch_embed.proj.weight.flatten(1))
     for block in visual.blocks:
         attention = block.attn
         split = attention.qkv(_norm(block.norm1, states)).unflatten(-1, (3, attention.num_heads, -1))
-        queries, keys, values = split.permute(2, 0, 3, 1, 4)  # [pictures, heads, 100, dim]
+        queries, keys, values = split.permute(2, 0, 3, 1, 4)  # [pictures, heads, patches, dim]
         mixed = F.scaled_dot_product_attention(_turn(queries, cos, sin), _turn(keys, cos, sin), values)
         states = states + attention.proj(mixed.transpose(1, 2).flatten(2))
         states = states + block.mlp(_norm(block.norm2, states))
     merger = visual.merger
-    return merger.mlp(_norm(merger.ln_q, states).unflatten(1, (CELLS, MERGE * MERGE)).flatten(2))
+    return merger.mlp(_norm(merger.ln_q, states).unflatten(1, (-1, MERGE * MERGE)).flatten(2))
 
 
 def _read(language: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The lab's processor: any picture becomes 5 x 5 visual tokens, any known word one token.
+"""The lab's processor: a picture becomes 5 x 5 visual tokens, a large one 10 x 10, any known word one token.
 
 transformers' own Qwen2.5-VL processor also reads video and cannot be built without torchvision. This one
 reads pictures only, needs nothing but Pillow, and `AutoProcessor` finds it once `kvweave.lab` is imported.
@@ -6,6 +6,7 @@ reads pictures only, needs nothing but Pillow, and `AutoProcessor` finds it once
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,13 @@ from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kvweave.lab import words
-from kvweave.lab.draw import CELLS, MERGE, PATCH, SIDE
+from kvweave.lab.draw import CELL, MERGE, PATCH, SIDE
+from kvweave.lab.world import WORLDS
 
 if TYPE_CHECKING:
     import numpy as np
 
+_SIZES = {(world.grid * CELL, world.grid * CELL) for world in WORLDS.values()}
 IMAGE_TOKEN = words.VOCABULARY[words.IMAGE]
 
 CHAT_TEMPLATE = """\
@@ -51,10 +54,12 @@ CHAT_TEMPLATE = """\
 
 
 class LabImageProcessor(Qwen2VLImageProcessorPil):
-    """Qwen2-VL's image processor, but every picture is scaled to 80 x 80 pixels: 10 x 10 patches of 8."""
+    """Qwen2-VL's image processor for pictures of the lab's worlds: others are scaled to 80 x 80 pixels."""
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: Any, factor: int, **_: Any) -> np.ndarray:
-        """Scale [3, height, width] to [3, 80, 80], whatever its proportions."""
+        """Scale [3, height, width] to [3, 80, 80], whatever its proportions, unless a world has this size."""
+        if image.shape[-2:] in _SIZES:
+            return image
         return PilBackend.resize(self, image, size=SizeDict(height=SIDE, width=SIDE), resample=resample)
 
 
@@ -112,13 +117,15 @@ class LabProcessor(ProcessorMixin):
         if placeholders != len(pictures):
             raise ValueError(f"{len(pictures)} images for {placeholders} {IMAGE_TOKEN} in the text")
 
-        seen = {}
+        seen, tokens = {}, []
         if pictures:
             seen = self.image_processor(pictures, return_tensors=return_tensors, **(images_kwargs or {}))
-        prompts = [prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * CELLS) for prompt in prompts]
+            tokens = [int(rows * columns) // MERGE**2 for _, rows, columns in seen["image_grid_thw"]]
+        each = iter(tokens)
+        prompts = [re.sub(re.escape(IMAGE_TOKEN), lambda _: IMAGE_TOKEN * next(each), text) for text in prompts]
         read = self.tokenizer(prompts, **{**kwargs, **(text_kwargs or {})})
         ids = read["input_ids"]
-        if sum(row.count(self.image_token_id) for row in ids) != placeholders * CELLS:
+        if sum(row.count(self.image_token_id) for row in ids) != sum(tokens):
             raise ValueError("truncation cut through an image: give fewer images or a longer max_length")
         read["mm_token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in ids]
         return BatchFeature({**read, **seen}, tensor_type=return_tensors)

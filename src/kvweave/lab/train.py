@@ -6,10 +6,14 @@ up to twelve images. Runs that began with borders and two needles left the robot
 
 Each step's albums follow from the seed and the step alone, and what is asked about them from how well the
 model answered each family until then. A run that was interrupted therefore goes on exactly where it stopped.
+
+`ENLARGE` goes on from a model of the small world and teaches it the large one, grids growing, while a share of
+the steps rehearses the small one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +32,16 @@ from torch.nn import functional as F
 
 from kvweave.lab import words
 from kvweave.lab.model import Forward, create
-from kvweave.lab.world import FAMILIES, SLOT, TASKS, Albums, World, generator, layout
+from kvweave.lab.world import AUXILIARY, FAMILIES, TASKS, WORLDS, Albums, World, generator, layout, slot
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 QUESTIONS = 112  # tokens of questions and answers behind each album
-TRIES = 16  # questions drawn for an album; repeated ones and those that no longer fit are left out
+TRY_EVERY = 7  # tokens: so many questions are drawn; repeated ones and those that no longer fit are left out
 SHARES = {
     "text_needle": 1.2, "image_needle": 1.0, "lookup": 2.5, "change": 3.0, "action": 1.0, "listing": 0.8,
+    "two_images": 2.5,
 }  # fmt: skip
 EASY = 0.15  # of its share a family keeps when it makes no errors
 
@@ -63,6 +68,11 @@ class Stage:
     floor: float = 0.05  # where it ends
     enough: float = 1.0
     even: bool = False  # every family weighs the same in the loss, however few words its answers have
+    families: tuple[str, ...] = (*TASKS, *AUXILIARY)  # that are asked
+    auxiliary: float = 0.3  # weight in the loss of the families that are no tasks in the small world
+    questions: int = QUESTIONS
+    rehearsal: float = 0.0  # share of the steps that take albums of the small world instead
+    rehearsed: tuple[int, ...] = (8,)  # images in these
 
     def rate_at(self, step: int) -> float:
         """The factor on the learning rates at a step of this stage, counted from 0."""
@@ -82,11 +92,28 @@ CURRICULUM: tuple[Stage, ...] = (
 )
 
 
+def _grown(steps: int, grid: int, images: tuple[int, ...], **options: Any) -> Stage:
+    """Steps on larger pictures, some of them in the small world."""
+    world = replace(WORLDS["large"], grid=grid, pairs=0.7)
+    return Stage(
+        steps, images, world, tokens=8_000, even=True, families=FAMILIES, auxiliary=1.0, questions=168, **options
+    )
+
+
+ENLARGE: tuple[Stage, ...] = (
+    _grown(100, 8, (5,), rate=0.7, warm=20, hold=1.0, rehearsal=0.15),
+    _grown(100, 10, (4,), rate=0.7, warm=10, hold=1.0, rehearsal=0.15),
+    _grown(170, 10, (4, 8), rate=0.7, warm=5, hold=0.2, floor=0.01, rehearsal=0.15),
+    _grown(75, 10, (8,), rate=0.5, warm=10, hold=0.2, floor=0.01),
+)
+CURRICULA = {"small": CURRICULUM, "large": ENLARGE}
+
+
 @dataclass(frozen=True)
 class Batch:
     """Albums with questions packed behind them.
 
-    tokens [albums, length]; pictures, bytes [albums, images, 80, 80, 3]; for each of the last 112 tokens
+    tokens [albums, length]; pictures, bytes [albums, images, side, side, 3]; for each token of the questions
     `targets`, the token to predict from it (padding where nothing is asked), and `families`, whose answer
     that is (an index into FAMILIES).
     """
@@ -104,31 +131,34 @@ class Batch:
 def draw_batch(stage: Stage, seed: int, step: int, shares: Mapping[str, float]) -> Batch:
     """The albums of one step; `shares` says how often each family is asked."""
     rng = generator("train", seed, step)
-    images = int(rng.choice(stage.images))
-    count = max(1, stage.tokens // (1 + images * SLOT + QUESTIONS))
-    albums = Albums(count, layout(images, rng, stage.world), rng, stage.world)
-    pictures = albums.pictures(rng, frames=stage.world.frames)
-    packed = [_pack(albums, row, rng, shares) for row in range(count)]
+    world, lengths = stage.world, stage.images
+    if stage.rehearsal and rng.random() < stage.rehearsal:
+        world, lengths = WORLDS["small"], stage.rehearsed
+    images = int(rng.choice(lengths))
+    count = max(1, stage.tokens // (1 + images * slot(world.grid) + stage.questions))
+    albums = Albums(count, layout(images, rng, world), rng, world)
+    pictures = albums.pictures(rng, frames=world.frames)
+    packed = [_pack(albums, row, rng, shares, stage) for row in range(count)]
     questions, targets, families = (np.stack(parts) for parts in zip(*packed, strict=True))
     tokens = np.concatenate([albums.tokens(), questions], 1)
     return Batch(*(torch.from_numpy(part) for part in (tokens, pictures, targets, families)))
 
 
 def _pack(
-    albums: Albums, row: int, rng: np.random.Generator, shares: Mapping[str, float]
+    albums: Albums, row: int, rng: np.random.Generator, shares: Mapping[str, float], stage: Stage
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Questions and answers behind one album: tokens, targets, families, each [112]."""
-    askable = [family for family in FAMILIES if albums.answerable(family)]
+    """Questions and answers behind one album: tokens, targets, families, each [questions]."""
+    askable = [family for family in stage.families if albums.answerable(family)]
     share = np.array([shares[family] for family in askable])
-    tokens, targets = np.full((2, QUESTIONS), words.PAD)
-    families = np.full(QUESTIONS, -1)
+    tokens, targets = np.full((2, stage.questions), words.PAD)
+    families = np.full(stage.questions, -1)
     asked, used = set(), 0
-    for pick in rng.choice(len(askable), size=TRIES, p=share / share.sum()):
+    for pick in rng.choice(len(askable), size=stage.questions // TRY_EVERY, p=share / share.sum()):
         question = albums.question(row, askable[pick], rng)
         ask = words.encode(f"{words.QUESTION} {question.text}")
         answer = [words.TOKEN[words.ANSWER], *words.encode(question.answer), words.EOS]
         end = used + len(ask) + len(answer)
-        if question.text in asked or end > QUESTIONS:
+        if question.text in asked or end > stage.questions:
             continue
         asked.add(question.text)
         tokens[used:end] = ask + answer
@@ -138,13 +168,15 @@ def _pack(
     return tokens, targets, families
 
 
-def loss_and_hits(forward: Forward, batch: Batch, *, even: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def loss_and_hits(
+    forward: Forward, batch: Batch, *, even: bool = False, auxiliary: float = 0.3
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of the answers; and, for their words, [words] each: whether hit, whose family.
 
-    What opens and ends an answer counts little, and so do auxiliary families. With `even`, each family counts
-    the same in all; without it, each word does.
+    What opens and ends an answer counts little, and `auxiliary` says how much the families count that are no
+    tasks in the small world. With `even`, each family counts the same in all; without it, each word does.
     """
-    album = batch.tokens.shape[1] - QUESTIONS
+    album = batch.tokens.shape[1] - batch.targets.shape[1]
     states = forward(batch.tokens, batch.pictures)[:, album:]
     asked = batch.targets != words.PAD
     target, family = batch.targets[asked], batch.families[asked]
@@ -154,7 +186,7 @@ def loss_and_hits(forward: Forward, batch: Batch, *, even: bool = False) -> tupl
     weight = torch.where(frame, 0.2, 1.0)
     if even:
         weight = weight / weight.new_zeros(len(FAMILIES)).index_add(0, family, weight)[family]
-    weight = weight * torch.where(family >= len(TASKS), 0.3, 1.0)
+    weight = weight * torch.where(family >= len(TASKS), auxiliary, 1.0)
     loss = (errors * weight).sum() / weight.sum()
     return loss, (logits.argmax(-1) == target)[~frame], family[~frame]
 
@@ -168,11 +200,14 @@ class Trainer:
         curriculum: Sequence[Stage] = CURRICULUM,
         device: str | torch.device | None = None,
         *,
+        start: str | Path | None = None,
         compiled: bool = True,
     ) -> None:
         self.seed, self.curriculum = seed, tuple(curriculum)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = create(seed).to(self.device).train()
+        model = create(seed) if start is None else _load(start)
+        self._began = _digest(model)
+        self.model = model.to(self.device).train()
         self.forward = Forward(self.model, compiled=compiled)
         self.optimizers = _optimizers(self.model)
         self.stage, self.stage_step, self.step = 0, 0, 0
@@ -202,8 +237,8 @@ class Trainer:
         self._count_step(stage)
         self._next = None if self.finished else self._paint()  # while the model works on this one
 
-        with torch.autocast(self.device.type, torch.bfloat16):
-            loss, hits, families = loss_and_hits(self.forward, batch, even=stage.even)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=_fast_in_bfloat16(self.device)):
+            loss, hits, families = loss_and_hits(self.forward, batch, even=stage.even, auxiliary=stage.auxiliary)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -261,9 +296,9 @@ class Trainer:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up a `state`; ValueError if it belongs to a run with another seed or curriculum."""
+        """Take up a `state`; ValueError if it belongs to a run with another seed, start or curriculum."""
         if state["run"] != self._identity():
-            raise ValueError("the checkpoint belongs to a run with another seed or curriculum")
+            raise ValueError("the checkpoint belongs to a run with another seed, start or curriculum")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -271,7 +306,28 @@ class Trainer:
         self.accuracy, self._shares = dict(state["accuracy"]), dict(state["shares"])
 
     def _identity(self) -> str:
-        return json.dumps({"seed": self.seed, "curriculum": [asdict(stage) for stage in self.curriculum]})
+        stages = [asdict(stage) for stage in self.curriculum]
+        return json.dumps({"seed": self.seed, "start": self._began, "curriculum": stages})
+
+
+def _load(start: str | Path) -> nn.Module:
+    """The model in a folder, in float32."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    if not (Path(start) / "config.json").is_file():
+        raise FileNotFoundError(f"start {str(start)!r} is not allowed: allowed is a folder with a model of the lab's")
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+
+
+def _fast_in_bfloat16(device: torch.device) -> bool:
+    """Processors without instructions for it take several times as long in bfloat16 as in float32."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
+def _digest(model: nn.Module) -> str:
+    """What tells the starting weights of two runs apart."""
+    parts = (weight.detach().numpy().tobytes() for weight in model.parameters())
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -301,6 +357,7 @@ def train(
     *,
     curriculum: Sequence[Stage] = CURRICULUM,
     resume: bool = False,
+    start: str | Path | None = None,
     compiled: bool = True,
     save_every: int = 50,
     progress: bool = True,
@@ -308,13 +365,15 @@ def train(
 ) -> dict[str, Any]:
     """Train the lab's model and write it to the folder `out`, ready for `from_pretrained`.
 
+    `start` is the folder of a lab model to go on from; without it weights are drawn from the seed.
+
     Beside the model lie `log.jsonl`, one line a step, and `checkpoint.pt`, written every `save_every` steps,
     from which `resume=True` goes on. `device` is CUDA where there is one. `compiled` takes a quarter off each
     step and needs a C++ compiler, or Triton on a GPU. Returns the number of steps, whether the run had ended
     before, and the running accuracy of each family.
 
     Raises FileExistsError if `out` holds a run and `resume` is not set, or a model of other origin;
-    ValueError if the run had another seed or curriculum.
+    ValueError if the run had another seed, start or curriculum.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -325,7 +384,7 @@ def train(
     if (out / "model.safetensors").exists() and not checkpoint.exists():
         raise FileExistsError(f"{out} holds a model that no run here has made: choose another folder")
 
-    trainer = Trainer(seed, curriculum, device, compiled=compiled)
+    trainer = Trainer(seed, curriculum, device, start=start, compiled=compiled)
     if checkpoint.exists():
         trainer.restore(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
     already_finished = trainer.finished

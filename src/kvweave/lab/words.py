@@ -1,4 +1,4 @@
-"""The lab's language: 135 words, each one token.
+"""The lab's language: 136 words, each one token.
 
 The order of the words is the order of the rows of the model's embedding: never reorder, only append.
 """
@@ -32,10 +32,11 @@ VERBS = ("sleeps", "waits", "runs", "sings", "hides", "walks")
 PREPOSITIONS = ("near", "behind", "under", "beside")
 PLACES = ("river", "house", "garden", "bridge", "forest", "market", "tower", "station")
 DIRECTIONS = ("up", "down", "left", "right")
+AND = "and"
 
 VOCABULARY = (
     *SPECIAL, QUESTION, ANSWER, UNKNOWN, *GRAMMAR, *LABELS, *COLOURS, *SHAPES, *DIGITS, *ANIMALS, *CODES,
-    *ADJECTIVES, *VERBS, *PREPOSITIONS, *PLACES, *DIRECTIONS,
+    *ADJECTIVES, *VERBS, *PREPOSITIONS, *PLACES, *DIRECTIONS, AND,
 )  # fmt: skip
 TOKEN = {word: index for index, word in enumerate(VOCABULARY)}
 

@@ -1,4 +1,4 @@
-"""The lab's world: picture albums, and questions that only looking back at them can answer.
+"""The lab's worlds: picture albums, and questions that only looking back at them can answer.
 
 An album is a row of pictures (`draw`), each with a label before it and a passage of six words after it::
 
@@ -17,21 +17,38 @@ task              question                                    answer            
 ``action``        what did the robot do ?                     up left                   ALFRED
 ================  ==========================================  ========================  ==================
 
-``listing`` (list image #4 ?) is asked in training only. Every random choice follows from a seed and from a
-split, so that what is evaluated was never trained on.
+The *large* world is redundant as photographs are: its pictures have 100 cells instead of 25, with the same few
+things on a background that repeats itself, and most passages hold a code. Its tasks are named ``large:lookup``
+and so on. It asks for lists and about two images besides::
+
+    large:listing      list image #4 ?                                  blue heart red 7 red star (as one reads)
+    large:two_images   what colour is the star in image #2 and image #7 ?     red blue
+
+Of the 890 tokens of eight images 800 are visual; some 40 of these show anything at all (`Sample.background` has
+those that do not), and an answer stands in one to six (`Sample.evidence`). Only ``text_needle`` needs text, the
+others need pictures alone: one, two (``change``, ``two_images``) or three (``action``). Alike ones surround
+whatever is asked about, so that nothing but attention from the question can tell what will be needed.
+
+`TASKS` and `LARGE_TASKS` are what the packaged models answer at least 95 % of with their full cache. The large
+world's ``change``, ``listing`` and ``two_images`` are not among them yet (the model's card has the figures):
+`samples` draws them, for training.
+
+Every random choice follows from a seed, a split and a world, so that what is evaluated was never trained on.
+In the small world ``listing`` is asked in training only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvweave.lab import words
-from kvweave.lab.draw import CELLS, EMPTY, GRID, ROBOT, Pixels, describe, digit_code, object_code, render
+from kvweave.lab.draw import EMPTY, GRID, ROBOT, Pixels, describe, digit_code, object_code, render
 from kvweave.lab.words import TOKEN
 
 if TYPE_CHECKING:
@@ -39,13 +56,15 @@ if TYPE_CHECKING:
 
 TASKS = ("text_needle", "image_needle", "lookup", "change", "action")
 AUXILIARY = ("listing",)
-FAMILIES = (*TASKS, *AUXILIARY)
+FAMILIES = (*TASKS, *AUXILIARY, "two_images")  # numbered in this order: never reorder, only append
+_HARD = ("change", "listing", "two_images")  # in the large world: the packaged model answers fewer than 95 % of these
+LARGE_TASKS = tuple(f"large:{family}" for family in FAMILIES if family not in _HARD)
+ALL_TASKS = (*TASKS, *LARGE_TASKS)
 NEEDS = {"change": "pair", "action": "walk"}  # the segment that a question is about
 
 LONGEST = len(words.LABELS)  # images in an album
 OBJECTS = 4  # in a picture
 PASSAGE = 6  # words after a picture
-SLOT = 3 + CELLS + 1 + PASSAGE  # tokens: image #4 <start> cells <end> passage
 FRAMES = {"single": 1, "pair": 2, "walk": 3}
 
 Split = Literal["train", "holdout"]
@@ -62,10 +81,19 @@ _DIGIT_SHARE = 0.7  # of the segments hide a digit
 class World:
     """How albums are drawn; a curriculum starts with simpler ones."""
 
+    grid: int = GRID  # rows and columns of cells in a picture
     frames: bool = True  # each cell has a border of its own
-    needles: int = 2  # passages with a code; half of the images if that is more
+    needles: int = 2  # passages with a code, in albums that have as many; half of the images if that is more
     walks: float = 0.5  # chance of a walk among 3 to 5 images; longer albums always have one
     pairs: float = 0.5  # chance that the next two images are a pair
+
+
+WORLDS = {"small": World(), "large": World(grid=2 * GRID, needles=6)}
+
+
+def slot(grid: int) -> int:
+    """Tokens of an image in an album: image #4 <start> cells <end> passage."""
+    return 3 + grid * grid + 1 + PASSAGE
 
 
 @dataclass(frozen=True)
@@ -90,9 +118,15 @@ class Sample:
     segments: tuple[str, ...]
     cells: tuple[tuple[int, int, int], ...]
     passages: tuple[int, ...]
+    empty: tuple[tuple[int, int, int], ...]  # cells that show nothing
     split: Split
     seed: int
     index: int
+
+    @property
+    def grid(self) -> int:
+        """Rows and columns of cells in its pictures."""
+        return WORLDS[parse(self.task)[0]].grid
 
     @property
     def images(self) -> list[Image]:
@@ -102,9 +136,17 @@ class Sample:
     @property
     def evidence(self) -> list[int]:
         """Where the answer stands: columns of the unpadded prompt's `input_ids`, ascending."""
-        cells = [1 + image * SLOT + 3 + row * GRID + column for image, row, column in self.cells]
-        passages = [1 + (image + 1) * SLOT - PASSAGE + word for image in self.passages for word in range(PASSAGE)]
-        return sorted(cells + passages)
+        size = slot(self.grid)
+        passages = [1 + (image + 1) * size - PASSAGE + word for image in self.passages for word in range(PASSAGE)]
+        return sorted(self._columns(self.cells) + passages)
+
+    @property
+    def background(self) -> list[int]:
+        """Visual tokens of cells that show nothing, as columns of the unpadded prompt's `input_ids`."""
+        return self._columns(self.empty)
+
+    def _columns(self, cells: Iterable[tuple[int, int, int]]) -> list[int]:
+        return [1 + image * slot(self.grid) + 3 + row * self.grid + column for image, row, column in cells]
 
     def messages(self) -> list[dict[str, Any]]:
         """One user turn for `apply_chat_template`: texts and images interleaved, the question last."""
@@ -118,6 +160,15 @@ class Sample:
 def generator(split: Split, seed: int, *path: int) -> np.random.Generator:
     """The random numbers of one place in one split: no two splits, seeds or paths share any."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), *path)))
+
+
+def parse(task: str) -> tuple[str, str]:
+    """The world and the family that a task names: "lookup" or "large:lookup"; ValueError if there is none."""
+    world, _, family = task.rpartition(":")
+    world = world or "small"
+    if family not in FAMILIES or world not in WORLDS:
+        raise ValueError(f"no task {task!r}: choose one of {', '.join((*FAMILIES, *LARGE_TASKS))}")
+    return world, family
 
 
 def samples(task: str, count: int, images: int = 8, seed: int = 0, *, split: Split = "holdout") -> list[Sample]:
@@ -146,19 +197,19 @@ def require_holdout(samples: Iterable[Sample]) -> None:
 def _sample(task: str, images: int, seed: int, index: int, split: Split) -> Sample:
     from PIL import Image
 
-    if task not in FAMILIES:
-        raise ValueError(f"no task {task!r}: choose one of {', '.join(FAMILIES)}")
-    rng = generator(split, seed, FAMILIES.index(task), images, index)
-    segments = layout(images, rng, needs=NEEDS.get(task))
-    albums = Albums(1, segments, rng)
-    question = albums.question(0, task, rng)
+    name, family = parse(task)
+    world, place = WORLDS[name], list(WORLDS).index(name)
+    rng = generator(split, seed, FAMILIES.index(family), images, index, *[place] * (place > 0))
+    segments = layout(images, rng, world, NEEDS.get(family))
+    albums = Albums(1, segments, rng, world)
+    question = albums.question(0, family, rng)
     pictures = render(albums.cells[0], rng)
     content: list[str | Image.Image] = []
     for label, picture, passage in zip(albums.labels(0), pictures, albums.passages[0], strict=True):
         content += [f"image {label}", Image.fromarray(picture), _text(passage)]
     return Sample(
         task, tuple(content), f"{words.QUESTION} {question.text}", question.answer, segments,
-        question.cells, question.passages, split, seed, index,
+        question.cells, question.passages, albums.empty(0), split, seed, index,
     )  # fmt: skip
 
 
@@ -189,7 +240,7 @@ def layout(
 class Albums:
     """Albums of one layout, drawn together: what is in each picture and passage, and what can be asked.
 
-    `cells` [count, images, 25] says what each cell shows, `passages` [count, images, 6] holds token ids.
+    `cells` [count, images, 25 or 100] says what each cell shows, `passages` [count, images, 6] holds token ids.
     """
 
     def __init__(
@@ -199,9 +250,10 @@ class Albums:
         self.count, self.segments = count, tuple(segments)
         self.images = sum(FRAMES[kind] for kind in segments)
         self._rows = np.arange(count)
-        grid = (count, self.images)
-        self.cells = np.full((*grid, CELLS), EMPTY)
-        self._shape, self._colour, self._place = (np.zeros((*grid, OBJECTS), np.int64) for _ in range(3))
+        self.grid = world.grid
+        each = (count, self.images)
+        self.cells = np.full((*each, self.grid**2), EMPTY)
+        self._shape, self._colour, self._place = (np.zeros((*each, OBJECTS), np.int64) for _ in range(3))
         self._change: dict[int, _Change] = {}
         self._walk: _Walk | None = None
 
@@ -219,28 +271,35 @@ class Albums:
         return list(words.LABELS[first : first + self.images])
 
     def tokens(self) -> Ints:
-        """Everything before the questions, images as placeholders: [count, 1 + images x 35]."""
-        slots = np.full((self.count, self.images, SLOT), words.IMAGE)
+        """Everything before the questions, images as placeholders: [count, 1 + images x `slot`]."""
+        slots = np.full((self.count, self.images, slot(self.grid)), words.IMAGE)
         slots[..., 0] = TOKEN["image"]
         slots[..., 1] = TOKEN[words.LABELS[0]] + self._first_label[:, None] + np.arange(self.images)
         slots[..., 2] = words.VISION_START
-        slots[..., 3 + CELLS] = words.VISION_END
-        slots[..., 4 + CELLS :] = self.passages
+        slots[..., -PASSAGE - 1] = words.VISION_END
+        slots[..., -PASSAGE:] = self.passages
         start = np.full((self.count, 1), words.BOS)
         return np.concatenate([start, slots.reshape(self.count, -1)], 1)
 
     def pictures(self, rng: np.random.Generator, *, frames: bool = True) -> Pixels:
-        """The painted images [count, images, 80, 80, 3]."""
+        """The painted images [count, images, side, side, 3]."""
         return render(self.cells, rng, frames=frames)
+
+    def empty(self, row: int) -> tuple[tuple[int, int, int], ...]:
+        """The cells of one album that show nothing: (image, row, column)."""
+        return tuple(self._cell(image, place) for image, place in np.argwhere(self.cells[row] == EMPTY))
 
     def answerable(self, task: str) -> bool:
         """Whether these albums have what the task asks about."""
+        if task == "two_images":
+            return self.images >= 3  # of three pictures, two share a shape
         return task not in NEEDS or NEEDS[task] in self.segments
 
     def question(self, row: int, task: str, rng: np.random.Generator) -> Question:
         """A question of this task about album `row`; ValueError if the layout has nothing to ask about."""
         if not self.answerable(task):
-            raise ValueError(f"{task!r} asks about a {NEEDS[task]}, and the album has {self.segments}")
+            needed = NEEDS.get(task, "third image")
+            raise ValueError(f"{task!r} asks about a {needed}, and the album has {self.segments}")
         return {
             "text_needle": self._ask_text_needle,
             "image_needle": self._ask_image_needle,
@@ -248,13 +307,14 @@ class Albums:
             "change": self._ask_change,
             "action": self._ask_action,
             "listing": self._ask_listing,
+            "two_images": self._ask_two_images,
         }[task](row, rng)
 
     # ---- drawing
 
     def _draw_objects(self, image: int, rng: np.random.Generator, taken: Ints | None = None) -> _Extra:
         """Put objects of different shapes into free cells; return one more that is not put anywhere."""
-        order = rng.random((self.count, CELLS))
+        order = rng.random((self.count, self.grid**2))
         if taken is not None:
             np.put_along_axis(order, taken, np.inf, axis=1)
         place = np.argsort(order, 1)[:, : OBJECTS + 1]
@@ -297,9 +357,9 @@ class Albums:
         path = []
         for step in (_ROW_STEP, _COLUMN_STEP):
             way = np.concatenate([np.zeros((self.count, 1), np.int64), step[moves].cumsum(1)], 1)
-            start = rng.integers(-way.min(1), GRID - way.max(1))
+            start = rng.integers(-way.min(1), self.grid - way.max(1))
             path.append(start[:, None] + way)
-        places = path[0] * GRID + path[1]  # [count, 3]
+        places = path[0] * self.grid + path[1]  # [count, 3]
         self._draw_objects(first, rng, taken=places)
         for frame in range(1, FRAMES["walk"]):
             self._copy_objects(first, first + frame)
@@ -367,14 +427,14 @@ class Albums:
         image = int(rng.choice(np.flatnonzero(self._digit_asked[row])))
         answer = f"{words.COLOURS[self._digit_colour[row, image]]} {words.DIGITS[self._digit[row, image]]}"
         text = f"what digit is hidden in image {self._label(row, image)} ?"
-        return Question("image_needle", text, answer, (_cell(image, self._digit_place[row, image]),))
+        return Question("image_needle", text, answer, (self._cell(image, self._digit_place[row, image]),))
 
     def _ask_lookup(self, row: int, rng: np.random.Generator) -> Question:
         image, pick = int(rng.integers(self.images)), int(rng.integers(OBJECTS))
         shape = words.SHAPES[self._shape[row, image, pick]]
         text = f"what colour is the {shape} in image {self._label(row, image)} ?"
         answer = words.COLOURS[self._colour[row, image, pick]]
-        return Question("lookup", text, answer, (_cell(image, self._place[row, image, pick]),))
+        return Question("lookup", text, answer, (self._cell(image, self._place[row, image, pick]),))
 
     def _ask_change(self, row: int, rng: np.random.Generator) -> Question:
         image = int(rng.choice(list(self._change)))
@@ -383,21 +443,40 @@ class Albums:
         answer = (f"{colour} {shape} added", f"{colour} {shape} removed", f"{shape} turned {colour}")[
             change.kind[row]
         ]
-        cells = tuple(_cell(i, change.place[row]) for i in (image - 1, image))
+        cells = tuple(self._cell(i, change.place[row]) for i in (image - 1, image))
         return Question("change", f"what changed in image {self._label(row, image)} ?", answer, cells)
 
     def _ask_action(self, row: int, rng: np.random.Generator) -> Question:
         assert self._walk is not None  # `question` checked
         answer = " ".join(words.DIRECTIONS[move] for move in self._walk.moves[row])
-        cells = tuple(_cell(self._walk.first + i, place) for i, place in enumerate(self._walk.places[row]))
+        cells = tuple(self._cell(self._walk.first + i, place) for i, place in enumerate(self._walk.places[row]))
         return Question("action", "what did the robot do ?", answer, cells)
 
     def _ask_listing(self, row: int, rng: np.random.Generator) -> Question:
         image = int(rng.integers(self.images))
         seen = [(place, describe(int(code))) for place, code in enumerate(self.cells[row, image]) if code]
         answer = " ".join(name for _, name in seen)
-        cells = tuple(_cell(image, place) for place, _ in seen)
+        cells = tuple(self._cell(image, place) for place, _ in seen)
         return Question("listing", f"list image {self._label(row, image)} ?", answer, cells)
+
+    def _ask_two_images(self, row: int, rng: np.random.Generator) -> Question:
+        """The colours of a shape that two pictures share, each in its own."""
+        shapes = self._shape[row]
+        pairs = [
+            (one, other, shape)
+            for one, other in combinations(range(self.images), 2)
+            for shape in np.intersect1d(shapes[one], shapes[other])
+        ]
+        one, other, shape = pairs[rng.integers(len(pairs))]
+        objects = [(image, int(np.argmax(shapes[image] == shape))) for image in (one, other)]
+        answer = " ".join(words.COLOURS[self._colour[row, image, pick]] for image, pick in objects)
+        where = f" {words.AND} ".join(f"image {self._label(row, image)}" for image in (one, other))
+        cells = tuple(self._cell(image, self._place[row, image, pick]) for image, pick in objects)
+        return Question("two_images", f"what colour is the {words.SHAPES[shape]} in {where} ?", answer, cells)
+
+    def _cell(self, image: int, place: int | np.integer) -> tuple[int, int, int]:
+        row, column = divmod(int(place), self.grid)
+        return int(image), row, column
 
 
 @dataclass(frozen=True)
@@ -426,11 +505,6 @@ class _Walk:
     first: int
     moves: Ints
     places: Ints
-
-
-def _cell(image: int, place: int | np.integer) -> tuple[int, int, int]:
-    row, column = divmod(int(place), GRID)
-    return image, row, column
 
 
 def _text(tokens: Ints) -> str:

@@ -18,7 +18,7 @@ from kvweave.layer import LayerView
 from kvweave.methods.options import Option, choice, flag, integer, real
 from kvweave.ops.budget import Budget, check_budget
 from kvweave.ops.match import nearest
-from kvweave.ops.merge import RULES, merge_weights, segment_sum
+from kvweave.ops.merge import RULES, merge_weights, segment_sum, tangent_bias
 from kvweave.ops.quantize import Quantization
 from kvweave.ops.select import chosen, complement
 from kvweave.plan import Merge, Plan
@@ -107,6 +107,11 @@ class Method:
         return rows / (rows + 4) if self.defer_weight is None else torch.full_like(rows, self.defer_weight)
 
     @property
+    def decoded_temperature(self) -> float:
+        """Decoded tokens' logits are divided by it before they become attention that counts."""
+        return 1.0
+
+    @property
     def plans_rows_alone(self) -> bool:
         """Counts depend on what a row holds, not only on its length: rows of a batch are planned one at a time."""
         return self.layer_adaptive
@@ -185,7 +190,9 @@ class MergingMethod(Method):
     merge_rule: str = choice("similarity", *RULES, help="weights of the members of a merged entry")
     merge_keys: bool = flag(True, help="merge keys as well as values")
     mass_bias: bool = flag(False, help="decode adds log(mass) to a merged entry's logit")
-    mass_kind: str = choice("count", "count", "attention", help="mass: tokens, or attention received")
+    mass_kind: str = choice(
+        "count", "count", "attention", "entropy", help="mass: tokens, attention received, or tokens that weigh in"
+    )
     rope_aware: bool = flag(False, help="turn keys to the target's phase before they are averaged")
 
     def __post_init__(self) -> None:
@@ -193,6 +200,10 @@ class MergingMethod(Method):
         if self.mass_kind == "attention" and (self.merge_rule != "importance" or self.merge_keys):
             raise ValueError(
                 "mass_kind='attention' is not allowed here: it goes with merge_rule='importance' and merge_keys=False"
+            )
+        if self.mass_kind == "entropy" and (self.merge_rule == "weighted" or not self.merge_keys):
+            raise ValueError(
+                "mass_kind='entropy' is not allowed here: it goes with merge_keys=True and merge_rule not 'weighted'"
             )
 
     @property
@@ -257,6 +268,8 @@ class MergingMethod(Method):
         bias = None
         if self.mass_bias and self.mass_kind == "count":
             bias = mass.log()
+        elif self.mass_bias and self.mass_kind == "entropy":
+            bias = tangent_bias(view.bias, keep, source, target, weight, own).to(mass.dtype)
         elif self.mass_bias:  # own = I_c / (I_c + sum of I_e): the bias is minus its logarithm
             before = torch.zeros_like(mass) if view.bias is None else view.bias.gather(-1, keep)
             bias = (before - own.log()).clamp(0, math.log(view.length)).to(mass.dtype)

@@ -105,6 +105,10 @@ class Quantized(Method):
         return self.method.biases_logits
 
     @property
+    def decoded_temperature(self) -> float:
+        return self.method.decoded_temperature
+
+    @property
     def query_rows(self) -> int:
         return self.method.query_rows
 

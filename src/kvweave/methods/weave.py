@@ -4,6 +4,7 @@ FlowMM's proxies and sensitivity (2511.05534) taken further by known ideas: quer
 Q-Cache, 2505.20334; SpecKV, 2506.08373), probes (KVzip, 2505.23416), and a merged entry's mass on its logit.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +43,27 @@ class Weave(MergingMethod):
     cross_scope: str = choice("any", "any", "other_only", help="modalities that a token may merge into")
     merge_rule: str = choice("average", *RULES, help="weights of the members of a merged entry")
     mass_bias: bool = flag(True, help="decode adds log(mass) to a merged entry's logit")
+    merge: bool = flag(True, help="merge what is not kept; false: evict it, to see what merging is worth")
+    temperature: float | None = real(
+        None,
+        lo=1,
+        hi=math.inf,
+        open_hi=True,
+        optional=True,
+        help="softens the decoded tokens' attention, which then counts alone; None: mixed with the last rows'",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature is not None and not self.defer:
+            raise ValueError(
+                f"temperature={self.temperature} is not allowed with defer=0: no token is decoded before the cut; "
+                "allowed is defer >= 1"
+            )
+
+    @property
+    def decoded_temperature(self) -> float:
+        return self.temperature or 1.0
 
     @property
     def query_rows(self) -> int:
@@ -56,15 +78,25 @@ class Weave(MergingMethod):
         return self.cross_scope != "any"
 
     def plan(self, view: LayerView, budget: int) -> Plan:
-        score = peak_score(view) if view.probed else view.window_attention(self.proxies)  # [batch, kv_heads, length]
+        score = self.score(view)  # [batch, kv_heads, length]
         recent = min(self.recent, budget // 2)
         pivots = top(score[..., : view.length - recent], budget - recent)
         keep = torch.cat([pivots, last(score, recent)], -1)
         source = complement(keep, view.length)
+        if not self.merge:
+            return Plan(keep)
         eligible = lowest(score.gather(-1, pivots), self.sensitivity_quantile)
         target, cosine = self.match(view, pivots, eligible, source)
         plan = self.merged(view, keep, source, target, cosine, score)
         return replace(plan, log=_log(plan, eligible, view.length))
+
+    def score(self, view: LayerView) -> Tensor:
+        """What a token is worth: [batch, kv_heads, length]."""
+        if view.probed:
+            return peak_score(view)
+        if self.temperature is not None and view.decoded is not None:
+            return view.decoded
+        return view.window_attention(self.proxies)
 
     def match(self, view: LayerView, pivots: Tensor, eligible: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest eligible pivot of each source, index into `pivots` or -1, and its cosine."""

@@ -2,10 +2,11 @@
 
 from kvweave.chat import PromptError, encode, reads_images
 from kvweave.models.generating import Generation, check_compressible, generate
-from kvweave.models.loading import LAB, ModelError, check, load, pick_device
+from kvweave.models.loading import LAB, LABS, ModelError, check, load, pick_device
 
 __all__ = [
     "LAB",
+    "LABS",
     "Generation",
     "ModelError",
     "PromptError",

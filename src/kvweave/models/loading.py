@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 LAB = "lab"
+LABS = {LAB: "weights", "lab-large": "weights_large"}  # folders of the embedded models
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "sdpa", "eager")
 
-_ALLOWED = "lab, a folder with a checkpoint, or an id of the Hugging Face hub"
+_ALLOWED = "lab, lab-large, a folder with a checkpoint, or an id of the Hugging Face hub"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -22,8 +23,8 @@ def check(model: str) -> str:
     Raises:
         ModelError: a folder that does not exist, or that holds no checkpoint.
     """
-    if model == LAB:
-        return str(Path(__file__).parent.parent / "lab" / "weights")
+    if model in LABS:
+        return str(Path(__file__).parent.parent / "lab" / LABS[model])
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -68,7 +69,7 @@ def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention:
     A checkpoint that reads text only comes with its tokenizer in the processor's place (see `reads_images`).
 
     Args:
-        model: a hub's id, a folder, or "lab".
+        model: a hub's id, a folder, "lab" or "lab-large".
         dtype: of the weights; "auto": as the checkpoint has them.
         device: "auto": CUDA where there is one.
         attention: "sdpa" or "eager"; "auto": what transformers picks, sdpa where the model has it.
@@ -94,7 +95,7 @@ def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    if model == LAB:
+    if model in LABS:
         import kvweave.lab  # noqa: F401  AutoProcessor finds the lab's processor once this is imported
 
     try:

@@ -83,6 +83,29 @@ def merge_weights(
     return raw / norm.gather(-1, at), raw_own / norm
 
 
+def tangent_bias(
+    before: Tensor | None, keep: Tensor, source: Tensor, target: Tensor, weight: Tensor, own: Tensor
+) -> Tensor:
+    """The largest bias with which a merged entry never counts more than its members did, whatever the query.
+
+    With weights w of sum 1 and members' logits s, `sum w s + H(w) <= log sum exp(s)`, and equal where w are the
+    members' shares of that query's attention: the tangent there. So an entry whose keys are averaged by w gets the
+    entropy H(w), plus the mean of what its members had already; with equal weights that is log(mass) (SPEC 4.1).
+
+    Args:
+        before: [batch, kv_heads, length], biases of the slots so far, or None.
+        keep, source, target, weight, own: as `merge` takes them; the weights of an entry sum to 1.
+    Returns:
+        [batch, kv_heads, kept].
+    """
+
+    def part(weight: Tensor, at: Tensor) -> Tensor:
+        had = 0 if before is None else weight * before.gather(-1, at).to(weight.dtype)
+        return had - torch.xlogy(weight, weight)
+
+    return part(own, keep) + segment_sum(part(weight, source), target, keep.shape[-1])
+
+
 def merge(
     x: Tensor,
     keep: Tensor,
