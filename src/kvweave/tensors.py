@@ -68,9 +68,6 @@ def compress_tensors(
 
     layers_of_slots = [Slots(k, v).explicit(prompt.valid) for k, v in zip(keys, values, strict=True)]
 
-    tokens = 0 if decoded is None else decoded[0][0].shape[2]
-    rows = torch.full((1,), float(tokens), device=keys[0].device)
-
     def view(layer: int) -> list[Group]:
         groups = group_rows(
             layers_of_slots[layer],
@@ -87,7 +84,8 @@ def compress_tensors(
             if decoded is not None and wanted:
                 _tell(group.view, decoded[0][layer][group.index], decoded[1][layer][group.index], rule)
                 group.view.probed = probed
-                group.view.decoded_weight = method.weight_of(rows)[:, None, None]
+                tokens = decoded[0][layer].new_full((1, 1, 1), decoded[0][layer].shape[2], dtype=torch.float64)
+                group.view.decoded_weight = method.weight_of(tokens)
         return groups
 
     if method.layer_adaptive:

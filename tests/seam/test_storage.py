@@ -219,7 +219,7 @@ LIVE = {name: {} for name in kvweave.list_methods()} | {
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "cohere2"], ids=["several axes", "interleaved"])
 def test_the_cache_holds_what_compress_tensors_gives(name, kind, monkeypatch):
     """Every method on the live path, keys turned to their target's phase included."""
-    method = kvweave.get_method(name, budget=0.25, **LIVE[name])
+    method = kvweave.get_method(name, budget=0.25, defer=0, **LIVE[name])
     if kind == "cohere2":
         model, inputs = text_model(kind, layer_types=["full_attention"] * 2), text_inputs((40, 28))
     else:

@@ -14,6 +14,8 @@ from kvweave.ops.budget import Budget
 from kvweave.ops.quantize import BITS, Quantization
 from kvweave.plan import Plan
 
+_SHARED = ("budget", *COMMON)  # options that are the inner method's
+
 
 @register("quantized", wrapper=True)
 @dataclass(frozen=True)
@@ -38,13 +40,14 @@ class Quantized(Method):
     residual: int = integer(32, minimum=0, help="youngest slots that stay in full precision, at least")
 
     def __post_init__(self) -> None:
+        inner: Method = Full()
         if _decides(self.method):
-            budget = self.method.budget if self.budget is None else self.budget
-            given = {name: getattr(self, name) for name in COMMON if getattr(self, name) is not None}
-            object.__setattr__(self, "method", dataclasses.replace(self.method, budget=budget, **given))
-            for name in ("budget", *COMMON):
-                object.__setattr__(self, name, getattr(self.method, name))
-        super().__post_init__()
+            given = {name: getattr(self, name) for name in _SHARED if getattr(self, name) is not None}
+            inner = dataclasses.replace(self.method, **given)
+            object.__setattr__(self, "method", inner)
+        for name in _SHARED:
+            object.__setattr__(self, name, getattr(inner, name))
+        super().__post_init__()  # says so if the method is none
 
     @classmethod
     def options(cls) -> list[tuple[str, Option]]:
