@@ -42,7 +42,7 @@ guard: $(READY)  ## record what each method dispatches, multiplies, holds and wa
 	$(BIN)/python -m benchmarks.guard
 
 results: $(READY)  ## docs/RESULTS.md and README's tables: the papers' tables and figures on the lab model (resumes)
-	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --workers 2 --out out/results
+	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --samples 60 --workers 2 --out out/results
 	OMP_NUM_THREADS=1 $(BIN)/kvweave paper flowmm:fig4 --model lab-large --samples 30 --workers 2 --out out/results-large
 	$(BIN)/python -m benchmarks.publish out/results out/results-large
 
