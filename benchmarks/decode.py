@@ -38,7 +38,8 @@ from benchmarks.console import console as terminal
 from benchmarks.console import show
 from benchmarks.shapes import QWEN, Layer, Shape, layer_of
 from kvweave.attention import twin
-from kvweave.cache import CompressedLayer, Conversation
+from kvweave.compressed_layer import CompressedLayer
+from kvweave.conversation import Conversation
 from kvweave.ops.quantize import Quantization
 from kvweave.packed import PackedSlots, packed
 from kvweave.slots import Slots, stored

@@ -30,8 +30,8 @@ methods differently. n stands under each table. Numbers with all digits: [result
 
 _LARGE = """# The large world
 
-Pictures of ten by ten cells of which one in twenty shows anything, like real ones more than those above, and a model of
-their own (`--model lab-large`).
+Pictures of ten by ten cells of which one in twenty shows anything: more like real ones than those above. They have a
+model of their own (`--model lab-large`).
 """
 
 

@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvweave.cache import CompressedCache, CompressedLayer
+    from kvweave.cache import CompressedCache
+    from kvweave.compressed_layer import CompressedLayer
     from kvweave.layer import LayerView
     from kvweave.methods.adakv import AdaKV
     from kvweave.methods.base import MergingMethod, Method, get_method, list_methods, method_from_dict, parse_method
@@ -88,7 +89,7 @@ _HOMES = {
     "Chelsea": "methods.chelsea",
     "Compacted": "plan",
     "CompressedCache": "cache",
-    "CompressedLayer": "cache",
+    "CompressedLayer": "compressed_layer",
     "D2O": "methods.d2o",
     "FlashCache": "methods.flashcache",
     "FlowMM": "methods.flowmm",

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvweave.cache import Link
+from kvweave.compressed_layer import Link
 from kvweave.fixed import FixedSlots
 from kvweave.ops.statistics import AttentionRule
 from kvweave.slots import Slots

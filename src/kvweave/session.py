@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kvweave.attention import PREFIX, interleaved, twin
-from kvweave.cache import CompressedCache, CompressedLayer
+from kvweave.cache import CompressedCache
+from kvweave.compressed_layer import CompressedLayer
 from kvweave.methods.base import Method
 from kvweave.probing import answer_probes, read_probes, rewindable
 from kvweave.prompt import Prompt, visual_mask, visual_token_ids

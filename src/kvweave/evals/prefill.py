@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvweave.cache import CompressedCache, CompressedLayer, Conversation
+from kvweave.cache import CompressedCache
+from kvweave.compressed_layer import CompressedLayer
+from kvweave.conversation import Conversation
 from kvweave.methods.full import Full
 from kvweave.ops.statistics import AttentionRule
 from kvweave.session import compress
