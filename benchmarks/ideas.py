@@ -14,7 +14,7 @@ from kvweave.ops.select import best, complement, last, lowest
 from kvweave.plan import Plan
 
 
-@register("output_error")
+@register("output_error", wrapper=True)
 @dataclass(frozen=True)
 class OutputError(Weave):
     """Scores by the output error that keeping a token prevents: its attention times |value - output|."""
@@ -26,7 +26,7 @@ class OutputError(Weave):
         return share * (view.values - output).norm(dim=-1)
 
 
-@register("covering")
+@register("covering", wrapper=True)
 @dataclass(frozen=True)
 class Covering(Weave):
     """Chooses `covered` of the pivots, after the best others, greedily where score x distance to them is largest."""
@@ -55,7 +55,7 @@ class Covering(Weave):
         return self.merged(view, keep, source, target, cosine, score)
 
 
-@register("pooled_heads")
+@register("pooled_heads", wrapper=True)
 @dataclass(frozen=True)
 class PooledHeads(Weave):
     """Shares the budget over a layer's KV heads by equal marginal score, as AdaKV does, with a floor for each."""
@@ -81,7 +81,7 @@ class PooledHeads(Weave):
         return replace(plan, keep=keep, uneven=True)
 
 
-@register("same_modality")
+@register("same_modality", wrapper=True)
 @dataclass(frozen=True)
 class SameModality(Weave):
     """Merges into pivots of the same modality only, as FlowMM does in intra-modal layers."""
