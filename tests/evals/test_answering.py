@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvweave
-from kvweave.evals.answering import answer, prepare
+from kvweave.evals.answering import answer, prefill, prepare
 from kvweave.evals.tasks import Example, lab_tasks
 
 
@@ -91,3 +91,15 @@ def test_a_question_that_does_not_end_the_prompt_is_refused(processor: Any, exam
     elsewhere = Example("odd", one.messages, "question: where is it ?", one.answer)
     with pytest.raises(ValueError, match="does not hold its question"):
         prepare(processor, [elsewhere], "unseen")
+
+
+def test_probes_tell_what_a_context_will_be_asked(model: Any, processor: Any):
+    examples = [example for task in lab_tasks(["image_needle"], 8, 6) for example in task.examples(3)]
+    batch = prepare(processor, examples, "probed")
+    method = kvweave.get_method("weave", budget=0.2, recent=8)
+    said = answer(model, processor, method, batch, 6, probed=True)
+    assert said == answer(model, processor, method, batch, 6, prefill(model, batch, 6), probed=True)
+    plain = answer(model, processor, method, batch, 6)
+    right = [sum(one.text == example.answer for one, example in zip(x, examples, strict=True)) for x in (said, plain)]
+    assert right[0] > right[1]
+    assert [one.kept for one in said] == [one.kept for one in plain]

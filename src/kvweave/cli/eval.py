@@ -37,7 +37,11 @@ def evaluate(
         str, typer.Option("--seeds", "--seed", help="Of samples and random draws, separated by commas.")
     ] = "0",
     protocol: Annotated[
-        str, typer.Option(help="seen: the question is part of what is compressed; unseen: it comes after; or both.")
+        str,
+        typer.Option(
+            help="seen: the question is part of what is compressed; unseen: it comes after; probed: after the "
+            "processor's own probes; or several."
+        ),
     ] = "seen",
     combined: Annotated[
         int | None, typer.Option(help="Ask about each sample's images combined into so many (1, ...).")

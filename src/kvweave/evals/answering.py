@@ -1,7 +1,8 @@
 """Answers of a model whose cache a method compresses, by the model's own `generate`, and what the cache then held.
 
-Two protocols. *seen*: the prompt ends with the question, and the whole prompt is compressed. *unseen*: the context
+Three protocols. *seen*: the prompt ends with the question, and the whole prompt is compressed. *unseen*: the context
 alone is the prompt, compressed once; every question about it is read by the frozen cache, which is then cropped back.
+*probed*: the same, and before it is compressed the context is asked the processor's own probes (SPEC 13.2).
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from kvweave.evals.oracle import Oracle, paid_attention
 from kvweave.evals.prefill import Prefill
 from kvweave.evals.tasks import Example
 from kvweave.methods import Method
+from kvweave.methods.full import Full
 from kvweave.session import Session, compress
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # one entry a token
@@ -189,6 +191,7 @@ def answer(
     max_new_tokens: int,
     shared: Prefill | None = None,
     *,
+    probed: bool = False,
     references: Sequence[Reference | None] = (),
     refer: bool = False,
 ) -> list[Answer]:
@@ -199,6 +202,7 @@ def answer(
 
     Args:
         shared: the batch's own prefill, which is then not computed again.
+        probed: ask the context the processor's own probes first.
         references: what the full cache said to each example; none: no fidelity.
         refer: give references for others.
     """
@@ -208,8 +212,10 @@ def answer(
         memory = _foreseen(model, batch, max_new_tokens, shared)
     if method.defer:
         method = replace(method, redecode=True)
+    asks = probed and not isinstance(method, Full | Oracle)  # who goes by no attention asks nothing
+    probing: dict[str, Any] = {"probes": "default", "processor": processor} if asks else {}
     found: dict[int, Answer] = {}
-    with torch.inference_mode(), compress(model, method) as session:
+    with torch.inference_mode(), compress(model, method, **probing) as session:
         talk = _Talk(model, batch, session=session, shared=shared, memory=memory)
         for round_ in batch.rounds:
             replies = talk.replies(round_.questions, max_new_tokens)

@@ -16,7 +16,12 @@ from kvweave.methods.base import parse_budget
 from kvweave.methods.full import Full
 from kvweave.models.loading import DTYPES
 
-PROTOCOLS = ("seen", "unseen")
+#: When the question comes.
+PROTOCOLS = {
+    "seen": "question seen during compression",
+    "unseen": "context compressed before the question",
+    "probed": "context asked the processor's own probes, then compressed before the question",
+}
 FULL = "full"
 _FORMAT = 2  # of the result files
 

@@ -209,6 +209,7 @@ class Worker:
                 self._prefill(cell, batch),
                 references=references if self.fidelity and not cell.whole else (),
                 refer=self.fidelity and cell.whole,
+                probed=cell.protocol == "probed",
             )
             for example, one in zip(examples, said, strict=True):
                 if one.reference is not None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from kvweave.evals import store
 from kvweave.evals.intervals import RESAMPLES, compare, estimate, holm
-from kvweave.evals.plan import FULL, Evaluation
+from kvweave.evals.plan import FULL, PROTOCOLS, Evaluation
 
 Row = dict[str, Any]
 _DETAIL = 0.2  # the budget that the papers' tables are made at
@@ -225,8 +225,7 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     """(title, head, rows) of each table, as text."""
     found = []
     for protocol in dict.fromkeys(row["protocol"] for row in summary["means"]):
-        question = {"seen": "question seen during compression", "unseen": "context compressed before the question"}
-        where = question[protocol]
+        where = PROTOCOLS[protocol]
         means = [row for row in summary["means"] if row["protocol"] == protocol]
         methods = list(dict.fromkeys(row["method"] for row in means))
         budgets = list(dict.fromkeys(row["budget"] for row in means if row["method"] != FULL)) or [1.0]

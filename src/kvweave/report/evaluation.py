@@ -10,7 +10,11 @@ from kvweave.report.data import Run, size
 from kvweave.report.page import data_uri, script_json, text
 from kvweave.report.picture import shares
 
-_QUESTIONS = {"seen": "question seen during compression", "unseen": "context compressed before the question"}
+_QUESTIONS = {
+    "seen": "question seen during compression",
+    "unseen": "context compressed before the question",
+    "probed": "context probed, then compressed before the question",
+}
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvweave.evals.paper import analysis, scores, timing
-from kvweave.evals.plan import PROTOCOLS, label
+from kvweave.evals.plan import label
 from kvweave.methods import Method, list_methods, method_from_dict, parse_method
 
+_BOTH = ("seen", "unseen")
 BUDGETS = (0.6, 0.5, 0.35, 0.2, 0.1, 0.05)
 MILEBENCH = (
     "ALFRED",
@@ -113,7 +114,7 @@ _ALL = (
         "The paper's main result: FlowMM before all other methods on seven tasks of MileBench.",
         scores.by_task,
         budgets=(0.2,),
-        protocols=PROTOCOLS,
+        protocols=_BOTH,
         printed="table1",
     ),
     Recipe(
@@ -160,7 +161,7 @@ _ALL = (
         "The paper's methods by share of the cache kept, 5 to 60 %.",
         scores.by_budget,
         budgets=BUDGETS,
-        protocols=PROTOCOLS,
+        protocols=_BOTH,
         marked=("flowmm", "lookm", "snapkv", "weave"),
     ),
     Recipe(
@@ -176,7 +177,7 @@ _ALL = (
         "FlashCache beside the other methods as less is kept.",
         scores.by_budget,
         budgets=BUDGETS,
-        protocols=PROTOCOLS,
+        protocols=_BOTH,
         marked=("flashcache", "snapkv", "streaming_llm", "random"),
     ),
     Recipe(
@@ -193,7 +194,7 @@ _ALL = (
         scores.by_variant,
         methods=_MERGES,
         budgets=(0.2,),
-        protocols=PROTOCOLS,
+        protocols=_BOTH,
     ),
     Recipe(
         "lookm:budget",
@@ -201,7 +202,7 @@ _ALL = (
         "LOOK-M beside the other methods as less is kept.",
         scores.by_budget,
         budgets=BUDGETS,
-        protocols=PROTOCOLS,
+        protocols=_BOTH,
         marked=("lookm", "meda", "h2o", "streaming_llm"),
     ),
     Recipe(

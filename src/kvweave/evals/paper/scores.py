@@ -6,12 +6,11 @@ from typing import Any
 
 from kvweave.evals.paper.printed import printed, remark
 from kvweave.evals.paper.sheet import Sheet, Table
-from kvweave.evals.plan import FULL
+from kvweave.evals.plan import FULL, PROTOCOLS
 from kvweave.evals.tables import about
 from kvweave.report import charts
 
 Summary = dict[str, Any]
-_SEEN = {"seen": "question seen during compression", "unseen": "context compressed before the question"}
 _ORACLE = (
     "`oracle` keeps what the full cache's answer will look at: an analysis of how far eviction could go at that "
     "budget, not a method to use."
@@ -40,9 +39,9 @@ def by_task(recipe: Any, subject: Any, summary: Summary) -> Sheet:
         else:
             beside = []
         head = ["method", "mean", *tasks, *(f"{task}, paper" for task in beside)]
-        tables.append(Table(f"At {_percent(budget)}, 95 % interval ({_SEEN[protocol]})", head, rows))
+        tables.append(Table(f"At {_percent(budget)}, 95 % interval ({PROTOCOLS[protocol]})", head, rows))
         cells = [[means[m, at[m]]["score"], *(scores[m, at[m], task]["score"] for task in tasks)] for m in order]
-        panels.append(charts.Grid(_SEEN[protocol], [names[m] for m in order], ["mean", *tasks], cells))
+        panels.append(charts.Grid(PROTOCOLS[protocol], [names[m] for m in order], ["mean", *tasks], cells))
     return _sheet(recipe, subject, summary, tables, partial(charts.grids, panels), [_ORACLE])
 
 
@@ -54,7 +53,7 @@ def by_budget(recipe: Any, subject: Any, summary: Summary) -> Sheet:
         names = _names(recipe, protocol)
         means = _means(summary, protocol)
         rows = [[names[m], *(_interval(means.get((m, b)) or means[m, 1.0]) for b in budgets)] for m in names]
-        title = f"Mean over tasks by budget, 95 % interval ({_SEEN[protocol]})"
+        title = f"Mean over tasks by budget, 95 % interval ({PROTOCOLS[protocol]})"
         tables.append(Table(title, ["method", *map(_percent, budgets)], rows))
         curves = [
             charts.Curve(
@@ -69,7 +68,7 @@ def by_budget(recipe: Any, subject: Any, summary: Summary) -> Sheet:
             for m in names
             if m != FULL and all(means[m, b]["score"] is not None for b in budgets)
         ]
-        panels.append(charts.Panel(_SEEN[protocol], curves, means[FULL, 1.0]["score"]))
+        panels.append(charts.Panel(PROTOCOLS[protocol], curves, means[FULL, 1.0]["score"]))
     return _sheet(recipe, subject, summary, tables, partial(charts.curves, panels), [_ORACLE])
 
 
@@ -100,11 +99,11 @@ def by_variant(recipe: Any, subject: Any, summary: Summary) -> Sheet:
             )
         first = next(iter(m for m in names if m != FULL))
         head = ["", "mean", *tasks, *(f"{task}, paper" for task in tasks if own), f"against {names[first]}"]
-        tables.append(Table(f"At {_percent(budget)}, 95 % interval ({_SEEN[protocol]})", head, rows))
+        tables.append(Table(f"At {_percent(budget)}, 95 % interval ({PROTOCOLS[protocol]})", head, rows))
         dots = [(names[m], means[m, budget]) for m in names if m != FULL and means[m, budget]["score"] is not None]
         panels.append(
             charts.Dots(
-                _SEEN[protocol],
+                PROTOCOLS[protocol],
                 [name for name, _ in dots],
                 [row["score"] for _, row in dots],
                 [row["low"] for _, row in dots],
