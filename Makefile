@@ -49,6 +49,9 @@ results: $(READY)  ## docs/RESULTS.md and README's tables: the papers' tables an
 research: $(READY)  ## what weave's parts are worth, and when a deferred cut has paid: docs/RESEARCH.md quotes it (resumes)
 	$(BIN)/python -m benchmarks.research
 	$(BIN)/python -m benchmarks.break_even
+	$(BIN)/kvweave eval --protocol probed --methods snapkv,peak,peak:recent=8,weave:recent=8,oracle --budgets 0.2,0.1,0.05 \
+		--count 60 --seeds 5001 --no-fidelity --pictures 0 --quiet --out out/probed
+	cp out/probed/table.md benchmarks/results/probed.md
 
 docs: $(READY)  ## docs/METHODS.md from the registry
 	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md
