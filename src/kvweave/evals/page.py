@@ -9,7 +9,7 @@ from PIL import Image
 from kvweave import models
 from kvweave.chat import encode
 from kvweave.evals import store
-from kvweave.evals.plan import FULL, Evaluation, seeded
+from kvweave.evals.plan import FULL, PROTOCOLS, Evaluation, seeded
 from kvweave.evals.tables import about, notes
 from kvweave.evals.tasks import Example
 from kvweave.methods import Method
@@ -34,7 +34,7 @@ def write_page(
     """
     shown = _shown(evaluation, samples, device) if samples else Shown()
     remarks = [" ".join([note, *items]) for note, items in notes(summary)]
-    store.write_text(out / NAME, html(summary, about(summary), remarks, shown))
+    store.write_text(out / NAME, html(summary, PROTOCOLS, about(summary), remarks, shown))
     return out / NAME
 
 

@@ -1,7 +1,7 @@
 """An evaluation as one page of HTML that loads nothing: scores by budget, memory, speed, flow, kept tokens."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -9,12 +9,6 @@ from typing import Any
 from kvweave.report.data import Run, size
 from kvweave.report.page import data_uri, script_json, text
 from kvweave.report.picture import shares
-
-_QUESTIONS = {
-    "seen": "question seen during compression",
-    "unseen": "context compressed before the question",
-    "probed": "context probed, then compressed before the question",
-}
 
 
 @dataclass(frozen=True)
@@ -31,11 +25,13 @@ class Shown:
     flow: Sequence[dict[str, float]] = field(default_factory=list)
 
 
-def html(summary: dict[str, Any], about: Sequence[str], notes: Sequence[str], shown: Shown) -> str:
+def html(
+    summary: dict[str, Any], protocols: Mapping[str, str], about: Sequence[str], notes: Sequence[str], shown: Shown
+) -> str:
     """The page.
 
     Args:
-        summary: as `evals.summarise` gives it; about, notes: sentences on how it was made, and what to know.
+        summary: as `evals.summarise` gives it; protocols: what each is called; about, notes: sentences on how it was made, and what to know.
     """
     template = resources.files("kvweave.report").joinpath("evaluation.html").read_text(encoding="utf-8")
     facts = summary["about"]
@@ -46,16 +42,16 @@ def html(summary: dict[str, Any], about: Sequence[str], notes: Sequence[str], sh
         "command": text(facts["command"]),
         "about": "".join(f"<p class=fine>{text(line)}</p>" for line in about if not line.startswith("Command:")),
         "notes": "".join(f"<p class=note>{text(note)}</p>" for note in notes),
-        "data": script_json(_data(summary, shown)),
+        "data": script_json(_data(summary, protocols, shown)),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
-def _data(summary: dict[str, Any], shown: Shown) -> dict[str, Any]:
+def _data(summary: dict[str, Any], protocols: Mapping[str, str], shown: Shown) -> dict[str, Any]:
     """What the page's script draws."""
-    protocols = list(dict.fromkeys(row["protocol"] for row in summary["means"]))
+    asked = dict.fromkeys(row["protocol"] for row in summary["means"])
     return {
-        "protocols": [{"name": name, "label": _QUESTIONS.get(name, name)} for name in protocols],
+        "protocols": [{"name": name, "label": protocols[name]} for name in asked],
         "tasks": list(dict.fromkeys(row["task"] for row in summary["scores"])),
         "means": [{name: _short(value) for name, value in row.items()} for row in summary["means"]],
         "scores": [
