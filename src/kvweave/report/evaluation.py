@@ -31,7 +31,8 @@ def html(
     """The page.
 
     Args:
-        summary: as `evals.summarise` gives it; protocols: what each is called; about, notes: sentences on how it was made, and what to know.
+        summary: as `evals.summarise` gives it; protocols: what each is called.
+        about, notes: sentences on how it was made, and what to know.
     """
     template = resources.files("kvweave.report").joinpath("evaluation.html").read_text(encoding="utf-8")
     facts = summary["about"]
