@@ -36,7 +36,7 @@ bench-peers: $(READY)  ## kvweave beside kvpress on the same tensors (makes .ven
 	$(BIN)/python -m benchmarks.peers
 
 bench-flow: $(READY)  ## FlowMM's flow ratio from some of the rows: errors, and layers that change their mode
-	$(BIN)/python -m benchmarks.sampled_flow
+	$(BIN)/python -m benchmarks.research.sampled_flow
 
 guard: $(READY)  ## record what each method dispatches, multiplies, holds and waits for: tests hold to it
 	$(BIN)/python -m benchmarks.guard
@@ -47,8 +47,8 @@ results: $(READY)  ## docs/RESULTS.md and README's tables: the papers' tables an
 	$(BIN)/python -m benchmarks.publish out/results out/results-large
 
 research: $(READY)  ## what weave's parts are worth, and when a deferred cut has paid: docs/RESEARCH.md quotes it (resumes)
-	$(BIN)/python -m benchmarks.research
-	$(BIN)/python -m benchmarks.break_even
+	$(BIN)/python -m benchmarks.research.weave
+	$(BIN)/python -m benchmarks.research.break_even
 	$(BIN)/kvweave eval --protocol probed --methods snapkv,peak,peak:recent=8,weave:recent=8,oracle --budgets 0.2,0.1,0.05 \
 		--count 60 --seeds 5001 --no-fidelity --pictures 0 --quiet --out out/probed
 	cp out/probed/table.md benchmarks/results/probed.md

@@ -37,12 +37,12 @@ from benchmarks import measure
 from benchmarks.console import console as terminal
 from benchmarks.console import show
 from benchmarks.shapes import QWEN, Layer, Shape, layer_of
-from kvweave.attention import twin
-from kvweave.compressed_layer import CompressedLayer
-from kvweave.conversation import Conversation
+from kvweave.memory.packed import PackedSlots, packed
+from kvweave.memory.slots import Slots, stored
 from kvweave.ops.quantize import Quantization
-from kvweave.packed import PackedSlots, packed
-from kvweave.slots import Slots, stored
+from kvweave.seam.attention import twin
+from kvweave.seam.layer import CompressedLayer
+from kvweave.seam.turn import Conversation
 
 Blocks = Sequence[Slots | PackedSlots]
 

@@ -37,12 +37,12 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import kvweave
 from benchmarks import measure
+from kvweave.memory.slots import Slots
 from kvweave.methods.base import ALL_ROWS
 from kvweave.ops.match import nearest
 from kvweave.ops.merge import merge, merge_weights
 from kvweave.ops.select import complement
 from kvweave.ops.statistics import AttentionRule, column_sums, flow_ratio, window_attention
-from kvweave.slots import Slots
 
 BUDGETS = (1.0, 0.6, 0.4, 0.2, 0.1, 0.05)
 BUDGET = 0.2  # of the methods in the prefill table

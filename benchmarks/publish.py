@@ -7,8 +7,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from kvweave.evals import store
 from kvweave.evals.paper import RECIPES
+from kvweave.evals.run import store
 
 ROOT = Path(__file__).parents[1]
 IN_README = ("flowmm-fig4", "flowmm-table1")  # the budget curve, and the methods by task

@@ -11,11 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvweave.cache import CompressedCache
-    from kvweave.compressed_layer import CompressedLayer
-    from kvweave.layer import LayerView
     from kvweave.methods.adakv import AdaKV
-    from kvweave.methods.base import MergingMethod, Method, get_method, list_methods, method_from_dict, parse_method
+    from kvweave.methods.base import Method
     from kvweave.methods.cam import CaM
     from kvweave.methods.chelsea import Chelsea
     from kvweave.methods.d2o import D2O
@@ -27,19 +24,24 @@ if TYPE_CHECKING:
     from kvweave.methods.lookm import LookM
     from kvweave.methods.madakv import MadaKV
     from kvweave.methods.meda import Meda
+    from kvweave.methods.merging import MergingMethod
     from kvweave.methods.mixkv import MixKV
     from kvweave.methods.peak import Peak
     from kvweave.methods.pyramidkv import PyramidKV
     from kvweave.methods.quantized import Quantized
     from kvweave.methods.random import Random
+    from kvweave.methods.registry import get_method, list_methods, method_from_dict, parse_method
     from kvweave.methods.snapkv import SnapKV
     from kvweave.methods.streaming_llm import StreamingLLM
     from kvweave.methods.vlcache import VLCache
     from kvweave.methods.weave import Weave
     from kvweave.plan import Compacted, Merge, Plan
     from kvweave.prompt import Prompt
-    from kvweave.session import Session, attach, compress
+    from kvweave.seam.cache import CompressedCache
+    from kvweave.seam.layer import CompressedLayer
+    from kvweave.seam.session import Session, attach, compress
     from kvweave.tensors import compress_tensors
+    from kvweave.view import LayerView
 
 __version__ = "0.1.0"
 __all__ = [
@@ -88,20 +90,20 @@ _HOMES = {
     "CaM": "methods.cam",
     "Chelsea": "methods.chelsea",
     "Compacted": "plan",
-    "CompressedCache": "cache",
-    "CompressedLayer": "compressed_layer",
+    "CompressedCache": "seam.cache",
+    "CompressedLayer": "seam.layer",
     "D2O": "methods.d2o",
     "FlashCache": "methods.flashcache",
     "FlowMM": "methods.flowmm",
     "Full": "methods.full",
     "H2O": "methods.h2o",
     "KVMerger": "methods.kvmerger",
-    "LayerView": "layer",
+    "LayerView": "view",
     "LookM": "methods.lookm",
     "MadaKV": "methods.madakv",
     "Meda": "methods.meda",
     "Merge": "plan",
-    "MergingMethod": "methods.base",
+    "MergingMethod": "methods.merging",
     "Method": "methods.base",
     "MixKV": "methods.mixkv",
     "Peak": "methods.peak",
@@ -110,18 +112,18 @@ _HOMES = {
     "PyramidKV": "methods.pyramidkv",
     "Quantized": "methods.quantized",
     "Random": "methods.random",
-    "Session": "session",
+    "Session": "seam.session",
     "SnapKV": "methods.snapkv",
     "StreamingLLM": "methods.streaming_llm",
     "VLCache": "methods.vlcache",
     "Weave": "methods.weave",
-    "attach": "session",
-    "compress": "session",
+    "attach": "seam.session",
+    "compress": "seam.session",
     "compress_tensors": "tensors",
-    "get_method": "methods.base",
-    "list_methods": "methods.base",
-    "method_from_dict": "methods.base",
-    "parse_method": "methods.base",
+    "get_method": "methods.registry",
+    "list_methods": "methods.registry",
+    "method_from_dict": "methods.registry",
+    "parse_method": "methods.registry",
 }
 
 

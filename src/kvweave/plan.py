@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvweave.layer import LayerView
 from kvweave.ops.match import take
 from kvweave.ops.merge import merge, segment_sum
 from kvweave.ops.rotary import phase_difference, rotate, unit_tables
+from kvweave.view import LayerView
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvweave.compaction import Group, compact, fits, group_rows, observe
-from kvweave.deferred import decoded_attention
-from kvweave.layer import LayerView
+from kvweave.cut.rows import Group, compact, fits, group_rows, observe
+from kvweave.cut.waiting import decoded_attention
+from kvweave.memory.slots import Slots
 from kvweave.methods.base import Method
 from kvweave.ops.budget import entries
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted
 from kvweave.prompt import Prompt
-from kvweave.slots import Slots
+from kvweave.view import LayerView
 
 
 @torch.no_grad()

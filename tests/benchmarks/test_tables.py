@@ -147,7 +147,7 @@ def test_rounds_are_interleaved():
 
 
 def test_research_compares_methods_and_resumes(tmp_path, capsys, monkeypatch):
-    from benchmarks import research
+    from benchmarks.research import weave as research
 
     asked = research.Question("Does it?", {"weave": "weave", "soft": research.SOFT}, (0.1,), 1, 3)
     monkeypatch.setattr(research, "QUESTIONS", {"tiny": asked})
@@ -166,7 +166,7 @@ def test_research_compares_methods_and_resumes(tmp_path, capsys, monkeypatch):
 
 
 def test_ideas_keep_what_the_budget_allows():
-    from benchmarks import research
+    from benchmarks.research import weave as research
     from benchmarks.shapes import SMALL, layer_of
 
     layer = layer_of(SMALL, 96)
@@ -178,7 +178,7 @@ def test_ideas_keep_what_the_budget_allows():
 
 
 def test_break_even_says_when_a_cut_has_paid(tmp_path, capsys):
-    from benchmarks import break_even
+    from benchmarks.research import break_even
 
     assert break_even.main(["--lengths", "128", "--budgets", "0.2", "--rounds", "1", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("break-even-*.json")

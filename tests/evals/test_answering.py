@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import kvweave
-from kvweave.evals.answering import answer, prefill, prepare
-from kvweave.evals.tasks import Example, lab_tasks
+from kvweave.evals.answer.answering import answer, prefill, prepare
+from kvweave.evals.tasks.tasks import Example, lab_tasks
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import kvweave
 from kvweave import lab, models
 from kvweave.cli import app
 from kvweave.evals import Evaluation, milebench_tasks, run
-from kvweave.evals.answering import answer, prepare
-from kvweave.evals.plan import parse_methods
-from kvweave.evals.run import batches
+from kvweave.evals.answer.answering import answer, prepare
+from kvweave.evals.run.plan import parse_methods
+from kvweave.evals.run.worker import batches
 
 NOISE = 0.5
 ENDS = [51, 54]  # tokens that end a reply

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from kvweave.evals.intervals import compare, estimate, holm, sign_test
-from kvweave.lab.evaluate import wilson
+from kvweave.evals.tables.intervals import compare, estimate, holm, sign_test, wilson
 
 
 def test_a_mean_weighs_every_task_the_same():

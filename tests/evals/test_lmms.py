@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from kvweave.evals import Evaluation, lab_tasks, milebench_tasks, run
-from kvweave.evals.export import export
-from kvweave.evals.lmms_tasks import doc_to_messages, process_results, write_tasks
-from kvweave.evals.plan import parse_methods
+from kvweave.evals.run.plan import parse_methods
+from kvweave.evals.tasks.export import export
+from kvweave.evals.tasks.lmms_tasks import doc_to_messages, process_results, write_tasks
 
 
 class StandInModel:
@@ -61,8 +61,8 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "kvweave.evals.lmms", raising=False)
-    return importlib.import_module("kvweave.evals.lmms")
+    monkeypatch.delitem(sys.modules, "kvweave.evals.tasks.lmms", raising=False)
+    return importlib.import_module("kvweave.evals.tasks.lmms")
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import pytest
 from rouge import Rouge
 
-from kvweave.evals.metrics import METRICS, check_metrics
-from kvweave.evals.milebench_scores import normalised
+from kvweave.evals.scores.metrics import METRICS, check_metrics
+from kvweave.evals.scores.milebench import normalised
 
 CHOICES = ("A red cube", "the blue ball", "nothing", "a red cube and a ball")
 

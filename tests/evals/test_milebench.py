@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from kvweave.evals import Evaluation, lab_tasks, run, summarise
-from kvweave.evals.export import export
-from kvweave.evals.milebench import IMAGE, MileBenchTask, Options, milebench_tasks, read
-from kvweave.evals.outputs import write_outputs
-from kvweave.evals.plan import parse_methods
-from kvweave.evals.run import Result
+from kvweave.evals.run.plan import parse_methods
+from kvweave.evals.run.worker import Result
+from kvweave.evals.tables.outputs import write_outputs
+from kvweave.evals.tasks.export import export
+from kvweave.evals.tasks.milebench import IMAGE, MileBenchTask, Options, milebench_tasks, read
 
 
 def write(
@@ -138,7 +138,7 @@ class Words:
 def test_the_official_truncation_keeps_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, expected: str, kept: int
 ):
-    monkeypatch.setattr("kvweave.evals.milebench._tokenizer", lambda model: Words())
+    monkeypatch.setattr("kvweave.evals.tasks.milebench._tokenizer", lambda model: Words())
     write(tmp_path, "ALFRED", [sample(0, "a b{image#1}c d{image#2}e f", 2)])
     found = only(tmp_path, truncation="official", max_context_len=limit, tokens_per_image=5)
     assert found.prompt == f"Look.\n{expected}"

@@ -8,10 +8,10 @@ import tiny
 import torch
 
 import kvweave
-from kvweave.evals.answering import Batch, answer, prefill, prepare
-from kvweave.evals.oracle import Oracle, paid_attention
-from kvweave.evals.prefill import Prefill
-from kvweave.evals.tasks import lab_tasks
+from kvweave.evals.answer.answering import Batch, answer, prefill, prepare
+from kvweave.evals.answer.oracle import Oracle, paid_attention
+from kvweave.evals.answer.prefill import Prefill
+from kvweave.evals.tasks.tasks import lab_tasks
 
 PROTOCOLS = ("seen", "unseen")
 

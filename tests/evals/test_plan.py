@@ -7,7 +7,7 @@ import pytest
 
 import kvweave
 from kvweave.evals import Evaluation, lab_tasks
-from kvweave.evals.plan import label, parse_budgets, parse_methods, seeded
+from kvweave.evals.run.plan import label, parse_budgets, parse_methods, seeded
 
 
 def plan(**options: Any) -> Evaluation:

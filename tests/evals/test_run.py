@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from kvweave.cli.console import BadInput
 from kvweave.cli.eval import evaluate
-from kvweave.evals import Evaluation, Example, LabTask, lab_tasks, processes, run, summarise
-from kvweave.evals.plan import parse_methods
-from kvweave.evals.run import Result, Worker
-from kvweave.evals.tables import markdown
+from kvweave.evals import Evaluation, Example, LabTask, lab_tasks, run, summarise
+from kvweave.evals.run import processes
+from kvweave.evals.run.plan import parse_methods
+from kvweave.evals.run.worker import Result, Worker
+from kvweave.evals.tables.tables import markdown
 
 
 def plan(**options: Any) -> Evaluation:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from kvweave.evals.scores.words import rouge_l
+from kvweave.evals.tables.intervals import wilson
+from kvweave.evals.tasks.lab_score import answers, evaluate, score
 from kvweave.lab import LARGE_TASKS, TASKS, samples, weights_path, words
-from kvweave.lab.evaluate import answers, evaluate, rouge_l, score, wilson
 from kvweave.lab.model import Forward, configuration, create, patches
 from kvweave.lab.world import Albums, World
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from kvweave.evals.tasks.lab_score import answers
 from kvweave.lab import samples, weights_path, words
 from kvweave.lab.draw import CELL, GRID
-from kvweave.lab.evaluate import answers
 from kvweave.lab.model import Forward, create
 from kvweave.lab.train import (
     CURRICULUM,

@@ -26,7 +26,7 @@ def outside(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("longest", None)
-    kvweave.methods.base._REGISTRY.pop("longest", None)
+    kvweave.methods.registry._REGISTRY.pop("longest", None)
 
 
 def test_it_compresses_tensors(outside):

@@ -1,33 +1,21 @@
-"""`python -m kvweave.methods.NAME` draws what a method keeps."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""`kvweave methods NAME --draw` draws what a method keeps."""
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-import kvweave
-from kvweave.methods.base import method_class
-
-ROOT = Path(__file__).parents[2]
+from kvweave.cli import app, main
 
 
-def test_a_methods_file_draws_it(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "kvweave.methods.chelsea", "budget=0.3"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "chelsea:budget=0.3" in done.stdout
-    with Image.open(tmp_path / "out" / "chelsea.png") as picture:
+def test_a_method_is_drawn(tmp_path):
+    done = CliRunner().invoke(app, ["methods", "chelsea:budget=0.3", "--draw", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "chelsea:budget=0.3" in "".join(done.output.split())
+    with Image.open(tmp_path / "chelsea.png") as picture:
         assert min(picture.size) > 400
 
 
-@pytest.mark.parametrize("name", kvweave.list_methods())
-def test_every_methods_file_draws_the_method_that_it_holds(name):
-    module = method_class(name).__module__
-    text = (ROOT / "src" / Path(*module.split("."))).with_suffix(".py").read_text()
-    assert text.endswith(
-        f'if __name__ == "__main__":\n    from kvweave.report.draw import main\n\n    main("{name}")\n'
-    )
+def test_a_picture_needs_a_method(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["methods", "--draw", "--out", str(tmp_path)])
+    assert "kvweave methods NAME --draw" in capsys.readouterr().err

@@ -7,10 +7,10 @@ import torch
 
 import kvweave
 from kvweave import lab, models
-from kvweave.deferred import decoded_attention
-from kvweave.layer import LayerView
+from kvweave.cut.waiting import decoded_attention
 from kvweave.methods.weave import Weave
 from kvweave.ops.statistics import AttentionRule
+from kvweave.view import LayerView
 
 
 def view_of(length=20, decoded=None):
@@ -38,7 +38,7 @@ def test_a_temperature_divides_the_decoded_tokens_logits(monkeypatch):
         rules.append(rule)
         return decoded_attention(view, queries, keys, counted, rule)
 
-    monkeypatch.setattr("kvweave.deferred.decoded_attention", noted)
+    monkeypatch.setattr("kvweave.cut.waiting.decoded_attention", noted)
     model, processor = models.load("lab")
     prompt = lab.samples("lookup", 1, images=4)[0].messages()
     inputs = processor.apply_chat_template(

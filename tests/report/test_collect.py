@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from kvweave import lab, models, parse_method
+from kvweave.evals.one.collect import Subject, compare
+from kvweave.evals.one.draw import example
 from kvweave.report import Run
-from kvweave.report.collect import Subject, compare
-from kvweave.report.draw import example
 
 METHODS = ("flowmm", "flowmm:theta=0.45,budget=40", "snapkv", "h2o", "random", "streaming_llm:budget=1.0")
 
@@ -54,4 +54,4 @@ def test_the_whole_budget_changes_nothing(run: Run) -> None:
 
 
 def test_a_method_draws_itself() -> None:
-    assert example("snapkv:budget=0.5").answers[0].layers[0].kept > 100
+    assert example(parse_method("snapkv:budget=0.5")).answers[0].layers[0].kept > 100

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from kvweave.evals import Evaluation, lab_tasks, run, summarise
-from kvweave.evals.page import write_page
-from kvweave.evals.plan import parse_methods
+from kvweave.evals.run.plan import parse_methods
+from kvweave.evals.tables.page import write_page
 
 
 class _Page(HTMLParser):

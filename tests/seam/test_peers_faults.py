@@ -291,7 +291,7 @@ def test_queries_are_released_before_the_cut_of_a_layer_adaptive_method():
 
 
 def test_a_method_of_the_users_own_is_registered_by_name():
-    from kvweave.methods import base
+    from kvweave.methods import registry
 
     try:
         register("heavier")(Heavier)
@@ -305,4 +305,4 @@ def test_a_method_of_the_users_own_is_registered_by_name():
         assert kvweave.method_from_dict(session.report["method"]) == method
         assert session.report["totals"]["kept"] == 24
     finally:
-        base._REGISTRY.pop("heavier", None)
+        registry._REGISTRY.pop("heavier", None)

@@ -7,9 +7,9 @@ import torch
 from tiny import assert_close, decode, picture_inputs, storages, text_inputs, text_model, vision_model, words
 
 import kvweave
+from kvweave.memory.packed import PackedSlots, packed
+from kvweave.memory.slots import Slots
 from kvweave.ops.quantize import Quantization
-from kvweave.packed import PackedSlots, packed
-from kvweave.slots import Slots
 
 
 def random_slots(count=20, *, batch=2, kv_heads=2, dim=8, written=True):

@@ -13,8 +13,8 @@ from kvweave.cli.console import out as stdout
 
 if TYPE_CHECKING:
     from kvweave.evals import LabTask, MileBenchTask, Task
-    from kvweave.evals.plan import Cell
-    from kvweave.evals.run import Result
+    from kvweave.evals.run.plan import Cell
+    from kvweave.evals.run.worker import Result
 
 
 def evaluate(
@@ -87,10 +87,10 @@ def evaluate(
     are listed, not scored.
     """
     from kvweave.evals import Evaluation, run, summarise, write_tables
-    from kvweave.evals.outputs import write_outputs
-    from kvweave.evals.page import write_page
-    from kvweave.evals.plan import parse_budgets, parse_methods
-    from kvweave.evals.tables import rendered
+    from kvweave.evals.run.plan import parse_budgets, parse_methods
+    from kvweave.evals.tables.outputs import write_outputs
+    from kvweave.evals.tables.page import write_page
+    from kvweave.evals.tables.tables import rendered
     from kvweave.models import LABS
 
     check_out(out)

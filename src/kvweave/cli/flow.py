@@ -62,12 +62,12 @@ def flow(
 def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "FlowMM") -> dict[str, Any]:
     """The three ratios of each layer, as FlowMM computes them; nothing is decoded."""
     from kvweave import models
-    from kvweave.report import collect
+    from kvweave.evals.one import collect, generating
 
     inputs = options.encode(processor, ask)
     with console.err().status("measuring"), console.bad_input(models.ModelError, option=f"--model {name!r}"):
-        models.check_compressible(model, method)
-        made = models.generate(model, processor, inputs, method, max_new_tokens=1)
+        generating.check_compressible(model, method)
+        made = generating.generate(model, processor, inputs, method, max_new_tokens=1)
     tokens = collect.tokens_of(processor, model.config, inputs)
     return {
         "model": name,

@@ -101,12 +101,12 @@ def evaluate(
         for name in tasks:
             options.read_example(number, name, seed)  # refuses what has no room before the model is loaded
     loaded, processor = options.load(model, dtype, device, attention)
-    from kvweave.lab import evaluate as examine
+    from kvweave.evals.tasks import lab_score
 
     columns = (TextColumn("examining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console.err(), transient=True) as progress:
         bar = progress.add_task("examining", total=None)
-        scores = examine.evaluate(
+        scores = lab_score.evaluate(
             loaded,
             processor,
             tasks,
@@ -190,7 +190,7 @@ def export(
     console.check_out(folder)
     tasks = options.check_tasks(task or [])
     from kvweave.evals import lab_tasks
-    from kvweave.evals.export import export as write
+    from kvweave.evals.tasks.export import export as write
 
     with console.bad_input():
         found = lab_tasks(tasks, count, images)

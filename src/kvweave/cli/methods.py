@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,11 +16,18 @@ if TYPE_CHECKING:
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in detail; all if left out.")] = None,
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Draw what the method keeps of the lab's example; NAME may be a spelling.")
+    ] = False,
+    out_folder: options.Out = Path("out"),
     json: options.Json = False,
 ) -> None:
     """List the methods, or show one with its options."""
+    if draw:
+        _draw(name, out_folder)
+        return
     from kvweave.methods import list_methods
-    from kvweave.methods.base import method_class
+    from kvweave.methods.registry import method_class
 
     if name is None:
         described = [_described(method_class(known)) for known in list_methods()]
@@ -34,6 +42,21 @@ def methods(
         print_json(told)
     else:
         _print_one(told)
+
+
+def _draw(spelling: str | None, folder: Path) -> None:
+    from kvweave.evals.one.draw import draw
+    from kvweave.methods import parse_method
+
+    with bad_input(option="--draw"):
+        if spelling is None:
+            raise ValueError("a method is missing: allowed is kvweave methods NAME --draw")
+        method = parse_method(spelling)
+    run, path = draw(method, folder)
+    answer = run.answers[0]
+    out().print(
+        f"{run.question} full cache: {run.full.text}; {answer.method}: {answer.text}; right: {run.right}; see {path}"
+    )
 
 
 def _described(kind: "type[Method]") -> dict[str, Any]:

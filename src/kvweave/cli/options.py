@@ -48,7 +48,7 @@ class Ask:
 def parse_methods(spellings: list[str], budget: str) -> "list[Method]":
     """Methods as typed, all at `budget` where they do not say otherwise."""
     from kvweave.methods import parse_method
-    from kvweave.methods.base import parse_budget
+    from kvweave.methods.registry import parse_budget
 
     with bad_input(option="--budget"):
         default = parse_budget(budget)

@@ -13,7 +13,7 @@ from kvweave.cli.eval import CellProgress
 
 if TYPE_CHECKING:
     from kvweave.evals.paper import Sheet
-    from kvweave.evals.tasks import Task
+    from kvweave.evals.tasks.tasks import Task
 
 _LENGTHS = (1, 2, 4, 8, 12)  # images of the lab's prompts whose time is measured
 

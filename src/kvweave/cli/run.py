@@ -74,8 +74,8 @@ def _measure(
     """Generate with the full cache and with each method, a progress bar running."""
     from rich.progress import Progress
 
+    from kvweave.evals.one.collect import Subject, compare
     from kvweave.models import ModelError
-    from kvweave.report.collect import Subject, compare
 
     subject = Subject(name, model, processor, options.encode(processor, ask), ask.images, ask.question, ask.right)
     with Progress(console=console.err(), transient=True) as progress:

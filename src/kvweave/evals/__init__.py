@@ -6,11 +6,11 @@ the tables. A task is one small interface, `Task`: a name, metrics, and examples
 `lab_tasks` draws them, `milebench_tasks` reads them from a disk.
 """
 
-from kvweave.evals.milebench import MileBenchTask, Options, milebench_tasks
-from kvweave.evals.plan import PROTOCOLS, Cell, Evaluation
-from kvweave.evals.run import run
-from kvweave.evals.tables import summarise, write_tables
-from kvweave.evals.tasks import Example, LabTask, Task, lab_tasks
+from kvweave.evals.run.plan import PROTOCOLS, Cell, Evaluation
+from kvweave.evals.run.worker import run
+from kvweave.evals.tables.tables import summarise, write_tables
+from kvweave.evals.tasks.milebench import MileBenchTask, Options, milebench_tasks
+from kvweave.evals.tasks.tasks import Example, LabTask, Task, lab_tasks
 
 __all__ = [
     "PROTOCOLS",

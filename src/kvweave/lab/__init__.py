@@ -10,7 +10,8 @@ has something to lose. It loads through the code that loads a checkpoint from a 
     processor = AutoProcessor.from_pretrained(kvweave.lab.weights_path())
     sample = kvweave.lab.example(images=12)
 
-`world` says what it sees, `model` what it is, `train` how it learnt, `evaluate` how well it answers.
+`world` says what it sees, `model` what it is, `train` how it learnt; `kvweave.evals.tasks.lab_score`: how well it
+answers.
 """
 
 from pathlib import Path

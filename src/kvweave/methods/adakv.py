@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import register
 from kvweave.methods.options import real
+from kvweave.methods.registry import register
 from kvweave.methods.snapkv import SnapKV
 from kvweave.ops.budget import largest_remainder
 from kvweave.ops.select import best, chosen, ranks
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("adakv")
@@ -46,9 +46,3 @@ class AdaKV(SnapKV):
         own = ranks(score) < torch.tensor(counts, device=score.device)[..., None]
         kept = torch.cat([own, own.new_ones(*own.shape[:-1], recent)], -1)
         return Plan(chosen(kept), bias=None, uneven=True)
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("adakv")

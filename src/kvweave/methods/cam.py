@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import ALL_ROWS, register
+from kvweave.methods.base import ALL_ROWS
 from kvweave.methods.h2o import H2O
 from kvweave.methods.options import choice, integer
+from kvweave.methods.registry import register
 from kvweave.ops.draw import uniform
 from kvweave.ops.match import take
 from kvweave.ops.select import complement
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("cam")
@@ -64,9 +65,3 @@ def spread(values: Tensor, first: Tensor, stop: Tensor, kept: int) -> Tensor:
     ends.scatter_add_(2, index, values)
     ends.scatter_add_(2, stop[..., None].expand_as(values), -values)
     return ends.cumsum(2)[:, :, :kept]
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("cam")

@@ -3,9 +3,11 @@
 import dataclasses
 import inspect
 
-from kvweave.methods.base import ALL_ROWS, COMMON, MergingMethod, Method, list_methods, method_class
+from kvweave.methods.base import ALL_ROWS, COMMON, Method
+from kvweave.methods.merging import MergingMethod
 from kvweave.methods.options import Option
 from kvweave.methods.quantized import Quantized
+from kvweave.methods.registry import list_methods, method_class
 
 _HEAD = """# Methods
 

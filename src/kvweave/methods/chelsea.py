@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import MergingMethod, register
+from kvweave.methods.merging import MergingMethod
 from kvweave.methods.options import choice, integer
+from kvweave.methods.registry import register
 from kvweave.ops.match import take, unit
 from kvweave.ops.merge import RULES, segment_sum
 from kvweave.ops.select import best, complement
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 _RULES = [rule for rule in RULES if rule != "importance"]  # it reads no attention
 
@@ -130,9 +131,3 @@ def joined(entries: Entries, asking: Tensor, found: Tensor, cosine: Tensor, exce
         position.gather(-1, order),
         place.gather(-1, into.gather(-1, entries.owner)),
     )
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("chelsea")

@@ -5,13 +5,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import ALL_ROWS, MergingMethod, register
+from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.merging import MergingMethod
 from kvweave.methods.options import choice, real
+from kvweave.methods.registry import register
 from kvweave.ops import budget as counts
 from kvweave.ops.match import nearest
 from kvweave.ops.select import complement, top_and_recent
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("d2o")
@@ -63,9 +65,3 @@ class D2O(MergingMethod):
             threshold = self.beta * threshold + (1 - self.beta) * view.memory
         target = target.masked_fill(cosine < threshold, -1)
         return replace(self.merged(view, keep, source, target, cosine, mass), memory=threshold)
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("d2o")

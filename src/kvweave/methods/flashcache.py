@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import Method, register
+from kvweave.methods.base import Method
 from kvweave.methods.options import flag, integer, real
+from kvweave.methods.registry import register
 from kvweave.ops import budget as counts
 from kvweave.ops.select import top_and_recent
 from kvweave.ops.spectrum import low_pass
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("flashcache")
@@ -65,9 +66,3 @@ def _above(x: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
     x = x.to(base.dtype)
     squared = (x - base).square_()
     return squared.mean(-1), squared.sum((1, 2, 3)) / x.square().sum((1, 2, 3)).clamp(min=1e-30)
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("flashcache")

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import ALL_ROWS, MergingMethod, register
+from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.merging import MergingMethod
 from kvweave.methods.options import choice, integer, real
+from kvweave.methods.registry import register
 from kvweave.ops.match import nearest_of_few
 from kvweave.ops.select import complement, last, lowest, top, top_by_modality
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 _FEW, _MANY = 256, 1024  # rows that estimate the flow ratio, of more than so many
 
@@ -121,9 +123,3 @@ class FlowMM(MergingMethod):
         if self.no_target == "any":
             allowed = torch.where(allowed.any(-1, keepdim=True), allowed, eligible[:, :, None])
         return nearest_of_few(view.keys, source, pivots, allowed, view.visual.gather(-1, source).long(), most)
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("flowmm")

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import Method, register
+from kvweave.methods.base import Method
+from kvweave.methods.registry import register
 from kvweave.ops.budget import Budget
 from kvweave.ops.select import last
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("full")
@@ -24,9 +25,3 @@ class Full(Method):
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         return Plan(last(view.positions, view.length))
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("full")

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import ALL_ROWS, Method, register
+from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.methods.registry import register
 from kvweave.ops.select import top_and_recent
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("h2o")
@@ -22,9 +23,3 @@ class H2O(Method):
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         return Plan(top_and_recent(view.column_mass(), budget, budget // 2))
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("h2o")

@@ -5,13 +5,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import ALL_ROWS, MergingMethod, parted, register
+from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.merging import MergingMethod, parted
 from kvweave.methods.options import choice, flag, integer, real
+from kvweave.methods.registry import register
 from kvweave.ops.match import take, unit
 from kvweave.ops.merge import RULES, segment_sum
 from kvweave.ops.select import best
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("kvmerger")
@@ -107,9 +109,3 @@ def pivots(cluster: Tensor, score: Tensor) -> Tensor:
     length = score.shape[-1]
     candidates = places.masked_fill(score < best.gather(-1, cluster), length)
     return torch.full_like(places, length).scatter_reduce_(-1, cluster, candidates, "amin").gather(-1, cluster)
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("kvmerger")

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import ALL_ROWS, MergingMethod, register
+from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.merging import MergingMethod
 from kvweave.methods.options import choice, real
+from kvweave.methods.registry import register
 from kvweave.ops import budget as counts
 from kvweave.ops.merge import RULES
 from kvweave.ops.select import top_and_recent
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("lookm")
@@ -47,9 +49,3 @@ class LookM(MergingMethod):
         if self.text_prior != "union":
             return self.merge_into_nearest(view, keep, mass)
         return self.merge_uneven(view, (~view.visual).scatter(-1, keep, True), mass)
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("lookm")

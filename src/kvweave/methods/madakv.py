@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import Method, register
+from kvweave.methods.base import Method
 from kvweave.methods.options import integer
+from kvweave.methods.registry import register
 from kvweave.ops.select import last, top_by_modality
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("madakv")
@@ -41,9 +42,3 @@ class MadaKV(Method):
         visuals = torch.maximum(visuals, count - (~visual).sum(-1))
         best = top_by_modality(importance, visual, visuals, count)
         return Plan(torch.cat([best, last(view.positions, recent)], -1), scope=("MadaKV-style",) * view.batch)
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("madakv")

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import register
 from kvweave.methods.lookm import LookM
 from kvweave.methods.options import choice, flag, real
+from kvweave.methods.registry import register
 from kvweave.ops import budget as counts
 from kvweave.ops.merge import RULES
+from kvweave.view import LayerView
 
 
 @register("meda")
@@ -41,9 +41,3 @@ class Meda(LookM):
         top = max(weights)
         softmax = [math.exp(w - top) for w in weights]  # `allocate` normalises
         return counts.allocate(softmax, len(weights) * budget, counts.least(budget, length), length)
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("meda")

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import register
+from kvweave.methods.registry import register
 from kvweave.methods.snapkv import SnapKV
 from kvweave.ops.match import unit
+from kvweave.view import LayerView
 
 
 @register("mixkv")
@@ -40,9 +40,3 @@ def _scaled_like(reference: Tensor, x: Tensor) -> Tensor:
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     x = (x - low) / (high - low + 1e-8)
     return x * reference.mean(-1, keepdim=True) / (x.mean(-1, keepdim=True) + 1e-8)
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("mixkv")

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import ALL_ROWS, Method, register
+from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.methods.options import integer
+from kvweave.methods.registry import register
 from kvweave.ops.select import top_and_recent
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("peak")
@@ -42,9 +43,3 @@ def peak_score(view: LayerView) -> Tensor:
         return (1 - view.decoded_weight) * peak + view.decoded_weight * view.decoded
     most = view.decoded.amax(-1, keepdim=True).clamp(min=1e-30)
     return view.decoded / most + 0.5 * peak
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("peak")

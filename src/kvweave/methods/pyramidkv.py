@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import register
 from kvweave.methods.options import real
+from kvweave.methods.registry import register
 from kvweave.methods.snapkv import SnapKV
 from kvweave.ops.budget import largest_remainder
 from kvweave.ops.select import top_and_recent
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("pyramidkv")
@@ -38,9 +38,3 @@ class PyramidKV(SnapKV):
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = min(self.recent(view.mean_budget), budget)
         return Plan(top_and_recent(self.score(view, recent), budget, recent, view.length))
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("pyramidkv")

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import COMMON, Method, get_method, method_class, method_from_dict, register
+from kvweave.methods.base import COMMON, Method
 from kvweave.methods.full import Full
 from kvweave.methods.options import Option, integer, one_of, wrapped
+from kvweave.methods.registry import get_method, method_class, method_from_dict, register
 from kvweave.ops.budget import Budget
 from kvweave.ops.quantize import BITS, Quantization
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 _SHARED = ("budget", *COMMON)  # options that are the inner method's
 

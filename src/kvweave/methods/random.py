@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import Method, register
+from kvweave.methods.base import Method
 from kvweave.methods.options import integer
+from kvweave.methods.registry import register
 from kvweave.ops.draw import uniform
 from kvweave.ops.select import top_and_recent
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("random")
@@ -27,9 +28,3 @@ class Random(Method):
     def plan(self, view: LayerView, budget: int) -> Plan:
         scores = uniform(self.seed, view.layer, view.positions)
         return Plan(top_and_recent(scores, budget, min(self.recent, budget // 2)))
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("random")

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import Method, register
+from kvweave.methods.base import Method
 from kvweave.methods.options import integer
+from kvweave.methods.registry import register
 from kvweave.ops.select import pool, top_and_recent
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("snapkv")
@@ -41,9 +42,3 @@ class SnapKV(Method):
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = self.recent(budget)
         return Plan(top_and_recent(self.score(view, recent), budget, recent, view.length))
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("snapkv")

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import Method, register
+from kvweave.methods.base import Method
 from kvweave.methods.options import integer
+from kvweave.methods.registry import register
 from kvweave.ops.select import last
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("streaming_llm")
@@ -28,9 +29,3 @@ class StreamingLLM(Method):
         sinks = min(self.sinks, budget - 1)
         first = torch.arange(sinks, device=view.keys.device).expand(view.batch, view.kv_heads, -1)
         return Plan(torch.cat([first, last(view.positions, budget - sinks)], -1))
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("streaming_llm")

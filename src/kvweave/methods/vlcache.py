@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import ALL_ROWS, Method, register
+from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.methods.options import real
+from kvweave.methods.registry import register
 from kvweave.ops import budget as counts
 from kvweave.ops.select import top_and_recent
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("vlcache")
@@ -62,9 +63,3 @@ class VLCache(Method):
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = max(1, counts.floor(self.recent_frac * budget)) if budget > 1 else 0
         return Plan(top_and_recent(self.score(view), budget, recent))
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("vlcache")

@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvweave.layer import LayerView
-from kvweave.methods.base import ALL_ROWS, MergingMethod, register
+from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.merging import MergingMethod
 from kvweave.methods.options import choice, flag, integer, real
 from kvweave.methods.peak import peak_score
+from kvweave.methods.registry import register
 from kvweave.ops.match import nearest_of_few
 from kvweave.ops.merge import RULES
 from kvweave.ops.select import complement, last, lowest, top
 from kvweave.plan import Plan
+from kvweave.view import LayerView
 
 
 @register("weave")
@@ -116,9 +118,3 @@ def _log(plan: Plan, eligible: Tensor, length: int) -> dict[str, Tensor]:
     merged = (plan.merge.target >= 0).sum(-1).double().mean(-1) / length
     protected = (~eligible).sum(-1).double().mean(-1)
     return {"heaviest_mass": plan.merge.mass.amax((1, 2)), "merged_share": merged, "protected_pivots": protected}
-
-
-if __name__ == "__main__":
-    from kvweave.report.draw import main
-
-    main("weave")

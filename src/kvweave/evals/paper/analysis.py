@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvweave.evals.answering import Batch, prefill, prepare
+from kvweave.evals.answer.answering import Batch, prefill, prepare
+from kvweave.evals.answer.prefill import Prefill, RecordedLayer
 from kvweave.evals.paper import scores
 from kvweave.evals.paper.sheet import Sheet, Table
-from kvweave.evals.prefill import Prefill, RecordedLayer
-from kvweave.evals.tasks import Task
-from kvweave.layer import LayerView
+from kvweave.evals.tasks.tasks import Task
 from kvweave.methods import Method
 from kvweave.methods.flashcache import FlashCache
 from kvweave.methods.flowmm import FlowMM
 from kvweave.prompt import visual_mask
 from kvweave.report import charts
-from kvweave.session import compress
+from kvweave.seam.session import compress
+from kvweave.view import LayerView
 
 _PROMPTS = 8  # of each task
 _KEPT = 0.2  # share that the picture of outliers marks

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from kvweave import models
-from kvweave.evals import store
 from kvweave.evals.paper.recipes import Recipe
 from kvweave.evals.paper.sheet import Sheet
 from kvweave.evals.paper.study import Study
-from kvweave.evals.plan import Evaluation
-from kvweave.evals.run import Progress, Result, run
-from kvweave.evals.tables import summarise
-from kvweave.evals.tasks import Task
+from kvweave.evals.run import store
+from kvweave.evals.run.plan import Evaluation
+from kvweave.evals.run.worker import Progress, Result, run
+from kvweave.evals.tables.tables import summarise
+from kvweave.evals.tasks.tasks import Task
 
 
 @dataclass

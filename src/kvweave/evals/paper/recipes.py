@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvweave.evals.paper import analysis, scores, timing
-from kvweave.evals.plan import label
+from kvweave.evals.run.plan import label
 from kvweave.methods import Method, list_methods, method_from_dict, parse_method
 
 _BOTH = ("seen", "unseen")

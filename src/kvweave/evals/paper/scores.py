@@ -6,8 +6,8 @@ from typing import Any
 
 from kvweave.evals.paper.printed import printed, remark
 from kvweave.evals.paper.sheet import Sheet, Table
-from kvweave.evals.plan import FULL, PROTOCOLS
-from kvweave.evals.tables import about
+from kvweave.evals.run.plan import FULL, PROTOCOLS
+from kvweave.evals.tables.tables import about
 from kvweave.report import charts
 
 Summary = dict[str, Any]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvweave.evals import store
+from kvweave.evals.run import store
 
 
 @dataclass(frozen=True)

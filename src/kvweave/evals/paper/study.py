@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kvweave.evals import store
-from kvweave.evals.plan import Cell, Evaluation, difference
+from kvweave.evals.run import store
+from kvweave.evals.run.plan import Cell, Evaluation, difference
 
 _EXTENT = ("tasks", "methods", "budgets", "seeds", "protocols")  # what may differ between tables
 

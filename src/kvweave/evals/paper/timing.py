@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from kvweave.evals.answering import prefill, prepare
+from kvweave.evals.answer.answering import prefill, prepare
+from kvweave.evals.answer.prefill import Prefill
+from kvweave.evals.one.collect import machine
 from kvweave.evals.paper.printed import read
 from kvweave.evals.paper.sheet import Sheet, Table
-from kvweave.evals.prefill import Prefill
-from kvweave.evals.tasks import Example, Task
+from kvweave.evals.tasks.tasks import Example, Task
 from kvweave.methods import Method, get_method, list_methods
 from kvweave.methods.full import Full
 from kvweave.models import LABS
 from kvweave.report import charts
-from kvweave.report.collect import machine
-from kvweave.session import compress
+from kvweave.seam.session import compress
 
 BUDGETS = (1.0, 0.5, 0.35, 0.2, 0.05)
 ROUNDS = 5

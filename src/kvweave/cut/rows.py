@@ -1,0 +1,235 @@
+"""From one layer's storage to its compacted form, for a batch whose rows may differ in length.
+
+Methods see rectangular views without padding. Here the rows of a batch are brought into that form: rows that hold
+equally many tokens are planned together, and what they keep is put back into one tensor, short rows padded in front.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvweave.memory.slots import Slots, side_by_side
+from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.ops.select import last, places
+from kvweave.ops.statistics import AttentionRule
+from kvweave.plan import Compacted, Plan
+from kvweave.prompt import Prompt
+from kvweave.view import LayerView
+
+
+@dataclass
+class Group:
+    """Rows of a layer that hold equally many tokens: `index` in the batch, and what a method sees of them."""
+
+    index: list[int]
+    view: LayerView
+
+
+def group_rows(
+    slots: Slots,
+    queries: Tensor | None,
+    prompt: Prompt,
+    rule: AttentionRule,
+    *,
+    mask: Tensor | None = None,
+    layer: int = 0,
+    layers: int = 1,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    memory: Tensor | None = None,
+    wanted: int = ALL_ROWS,
+    apart: Sequence[int] | None = None,
+) -> list[Group]:
+    """Views of a layer without its padding.
+
+    Args:
+        queries: [batch, heads, rows, dim] of the last `rows` slots, or None.
+        prompt: modalities and padding over the columns that `slots.positions` speaks of.
+        slots: with positions written out.
+        mask: the model's own, [batch or 1, heads or 1, rows, slots], boolean or additive; None: causal.
+        rotary: (cos, sin), [batch, columns, rotary_dim] each.
+        memory: [batch, ...], what the turn before left.
+        wanted: queries of how many of the last tokens a view gets; `ALL_ROWS`: of all that are at hand.
+        apart: by row of the batch; rows of different numbers are not planned together.
+    """
+    assert slots.positions is not None
+    assert slots.mass is not None
+    batch, _, count = slots.positions.shape
+    column = slots.positions.clamp(min=0).flatten(1)
+    empty = slots.positions < 0
+    full = prompt.valid.gather(1, column).view_as(empty).logical_and(~empty)
+    visual = prompt.visual.gather(1, column).view_as(empty) & full
+    real = full.any(1)  # padding is that of the whole row; a slot may be empty in some heads only
+    rows = queries.shape[2] if queries is not None else 0
+    sizes = torch.stack([real.sum(1), real[:, count - rows :].sum(1)], 1).tolist()
+    most = rows if wanted == ALL_ROWS else wanted
+    keys = [(length, min(asked, most), apart[row] if apart else 0) for row, (length, asked) in enumerate(sizes)]
+    groups = []
+    for key in sorted(set(keys)):
+        index = [row for row in range(batch) if keys[row] == key]
+        length, asked, _ = key
+        whole = len(index) == batch and length == count
+        at = torch.tensor(index, device=real.device)
+        held = places(real[at], length)
+
+        def pick(x: Tensor, at: Tensor = at, held: Tensor = held, whole: bool = whole) -> Tensor:
+            """These rows' held slots of `x` [batch, heads, slots, ...]."""
+            return x if whole else x[at[:, None], :, held].transpose(1, 2)
+
+        view = LayerView(
+            keys=pick(slots.keys),
+            values=pick(slots.values),
+            queries=None,
+            positions=pick(slots.positions),
+            mass=pick(slots.mass),
+            visual=pick(visual),
+            rule=rule,
+            bias=pick(slots.bias) if slots.bias is not None else None,
+            memory=memory[at] if memory is not None else None,
+            layer=layer,
+            layers=layers,
+        )
+        if slots.has_empty and not bool(pick(full).all()):
+            view.empty = ~pick(full)
+        if queries is not None:
+            asks = held[:, length - asked :] - (count - rows)  # rows of `queries` that hold a token
+            view.queries = queries[:, :, rows - asked :] if whole else queries[at[:, None], :, asks].transpose(1, 2)
+            if mask is not None:
+                view.rule = replace(rule, mask=_blocks(mask, at, asks, held))
+        if rotary is not None:
+            cos, sin = (_at_positions(table[at], view.positions) for table in rotary)
+            view.rotary = cos, sin
+        groups.append(Group(index, view))
+    return groups
+
+
+def _blocks(mask: Tensor, at: Tensor, asks: Tensor, held: Tensor) -> Callable[[int, int], Tensor]:
+    """The model's mask at a group's rows and slots, a block of rows at a time."""
+    rows = at if mask.shape[0] > 1 else torch.zeros_like(at)
+
+    def block(start: int, stop: int) -> Tensor:
+        part = mask[rows[:, None], :, asks[:, start:stop]].transpose(1, 2)  # [rows, heads, block, slots]
+        return part.gather(-1, held[:, None, None].expand(*part.shape[:3], -1))
+
+    return block
+
+
+def _at_positions(table: Tensor, positions: Tensor) -> Tensor:
+    """[rows, columns, dim] at `positions` [rows, kv_heads, length]: [rows, kv_heads, length, dim]."""
+    rows = torch.arange(len(table), device=table.device)[:, None, None]
+    return table[rows, positions]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a layer.
+
+    Attributes:
+        compacted: its tensors, rows of unequal length padded in front.
+        rows: for each row of the batch, what the report says of it.
+        fate: for each row int64 [kv_heads, length], the slot that each slot lives on in, -1: evicted; with `trace`.
+        memory: [batch, ...], what the method wants to see on a later turn, or None.
+    """
+
+    compacted: Compacted
+    rows: list[dict[str, Any]]
+    fate: list[Tensor]
+    memory: Tensor | None
+
+
+def fits(groups: list[Group], budgets: Sequence[int]) -> bool:
+    """True if no row of the layer has to give up anything."""
+    return all(budgets[row] >= group.view.length for group in groups for row in group.index)
+
+
+def observe(
+    method: Method, groups: list[Group], budgets: Sequence[int], *, probed: Sequence[bool] = (False,)
+) -> list[float]:
+    """Each group's layer weight, all statistics computed and queries released; 0 where nothing has to go.
+
+    Args:
+        budgets: mean entries of a layer, by row of the batch.
+        probed: whether the plan will know of probes; both where that is still open.
+    """
+    weights = []
+    for group in groups:
+        view, weight = group.view, 0.0
+        if budgets[group.index[0]] < view.length:
+            if method.layer_adaptive:  # a group of one row
+                weight = float(method.observe(view))
+            elif method.query_rows:
+                for view.probed in probed:
+                    method.plan(view, view.length - 1)  # asks for every statistic; one token to place costs nothing
+        weights.append(weight)
+        view.release_queries()
+    return weights
+
+
+def compact(
+    method: Method, groups: list[Group], budgets: Sequence[int], means: Sequence[int], *, trace: bool = False
+) -> Outcome:
+    """Plan and cut one layer.
+
+    Args:
+        budgets: entries that each row of the batch keeps in this layer; alike within a group.
+        means: the mean over layers of each row's budgets.
+    """
+    pieces: dict[int, Compacted] = {}
+    rows: dict[int, dict[str, Any]] = {}
+    fates: dict[int, Tensor] = {}
+    memories: dict[int, Tensor] = {}
+    for group in groups:
+        view, budget = group.view, budgets[group.index[0]]
+        view.mean_budget = means[group.index[0]]
+        plan = method.plan(view, budget) if budget < view.length else _everything(view)
+        done = plan.apply(view)
+        fate = plan.fate(view) if trace else None
+        described = _described(plan, view.batch)
+        for n, row in enumerate(group.index):
+            pieces[row] = _row(done, n)
+            rows[row] = described[n]
+            if fate is not None:
+                fates[row] = fate[n]
+            if plan.memory is not None:
+                memories[row] = plan.memory[n]
+    order = range(len(pieces))
+    flows = [row["flow"] for row in rows.values() if "flow" in row]
+    flow = sum(flows) / len(flows) if flows else None
+    # rows of one group lie side by side already
+    compacted = done if len(groups) == 1 else _rectangular([pieces[row] for row in order])
+    memory = torch.stack([memories[row] for row in order]) if len(memories) == len(order) else None
+    fate_by_row = [fates[row] for row in order] if trace else []
+    return Outcome(replace(compacted, flow=flow), [rows[row] for row in order], fate_by_row, memory)
+
+
+def _everything(view: LayerView) -> Plan:
+    return Plan(last(view.positions, view.length), bias=view.bias)
+
+
+def _row(done: Compacted, n: int) -> Compacted:
+    """Row `n`, as a batch of one."""
+    part = slice(n, n + 1)
+    bias = done.bias[part] if done.bias is not None else None
+    return Compacted(done.keys[part], done.values[part], done.positions[part], done.mass[part], None, bias)
+
+
+def _described(plan: Plan, rows: int) -> list[dict[str, Any]]:
+    """What the report says of each row besides its counts; all numbers are read from the device at once."""
+    numbers = {**({} if plan.flow is None else {"flow": plan.flow}), **plan.log}
+    read = torch.stack([x.double() for x in numbers.values()], -1).tolist() if numbers else [[]] * rows
+    scopes = [{}] * rows if plan.scope is None else [{"scope": word} for word in plan.scope]
+    return [dict(zip(numbers, row, strict=True)) | scope for row, scope in zip(read, scopes, strict=True)]
+
+
+def _rectangular(rows: list[Compacted]) -> Compacted:
+    """Rows of unequal counts as one batch, empty slots first."""
+    biases = [row.bias if row.bias is not None else torch.zeros_like(row.mass) for row in rows]
+    return Compacted(
+        side_by_side([row.keys for row in rows], 0, empty=0),
+        side_by_side([row.values for row in rows], 0, empty=0),
+        side_by_side([row.positions for row in rows], 0, empty=-1),
+        side_by_side([row.mass for row in rows], 0, empty=0),
+        bias=side_by_side(biases, 0, empty=0) if any(row.bias is not None for row in rows) else None,
+    )

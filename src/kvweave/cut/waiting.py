@@ -1,0 +1,169 @@
+"""A cut that waits for the first decoded tokens (SPEC 13.1): what is held of a prompt meanwhile, and what they add.
+
+The prompt's own statistics are computed when it ends, by row of the batch, so that beams may reorder them; of the
+decoded tokens the queries are held, and become attention when the layer is cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvweave.cut.rows import Group
+from kvweave.ops.statistics import AttentionRule, column_sums
+from kvweave.prompt import Prompt
+from kvweave.view import LayerView
+
+
+@dataclass
+class Waiting:
+    """What is held of one layer until it is cut.
+
+    Attributes:
+        prompt: the prompt that ended; its slots are the first `slots`.
+        known: for each row of the batch the statistics of its own (`LayerView`).
+        weights: for each row its weight among layers, for layer-adaptive methods.
+        budgets: mean entries of a layer, by row.
+        rule: how queries become attention; no mask.
+        queries: [batch, heads, tokens, dim] of the first decoded tokens, written as they come.
+        sums: for each row [1, kv_heads, length], attention received from the decoded tokens so far.
+        counts: float [batch], how many there were.
+    """
+
+    prompt: Prompt
+    slots: int
+    known: list[dict[Any, Any]]
+    weights: list[float]
+    budgets: list[int]
+    rule: AttentionRule
+    queries: Tensor
+    sums: list[Tensor | None]
+    counts: Tensor
+
+    def note(self, queries: Tensor, start: int) -> None:
+        """Keep the queries [batch, heads, new, dim] of decoded tokens from number `start` on."""
+        room = self.queries.shape[2] - start
+        if room > 0:
+            new = queries[:, :, :room]
+            self.queries[:, :, start : start + new.shape[2]] = new
+
+    def rows(self, index: Tensor) -> "Waiting":
+        """The given rows of the batch, in that order."""
+        places = index.tolist()
+        return replace(
+            self,
+            prompt=self.prompt.rows(index),
+            known=[self.known[row] for row in places],
+            weights=[self.weights[row] for row in places],
+            budgets=[self.budgets[row] for row in places],
+            queries=self.queries[index.to(self.queries.device)],
+            sums=[self.sums[row] for row in places],
+            counts=self.counts[index.to(self.counts.device)],
+        )
+
+    def expect(self, tokens: int) -> None:
+        """Make room for the queries of as many further tokens behind the prompt."""
+        batch, heads, _, dim = self.queries.shape
+        self.queries = self.queries.new_zeros(batch, heads, tokens, dim)
+
+    def add(self, group: Group, keys: Tensor, counted: Tensor, temperature: float = 1.0) -> None:
+        """Add what the tokens behind the prompt attend to, of a group's rows.
+
+        Args:
+            keys: [batch, kv_heads, tokens, dim], of those tokens.
+            counted: bool [batch, tokens], those that belong to a reply that has not ended.
+            temperature: divides the logits.
+        """
+        rule = replace(self.rule, scaling=self.rule.scaling / temperature)
+        at = group.index
+        tokens = min(keys.shape[2], self.queries.shape[2])
+        counted = counted[at, :tokens].to(keys.device)
+        given = decoded_attention(group.view, self.queries[at, :, :tokens], keys[at, :, :tokens], counted, rule)
+        for n, row in enumerate(at):
+            before = self.sums[row]
+            self.sums[row] = given[n : n + 1] if before is None else before + given[n : n + 1]
+        self.counts[at] += counted.sum(-1)
+
+    def tell(self, view: LayerView, at: Sequence[int]) -> None:
+        """Let a view of the given rows know all that was learnt."""
+        view.known = known_together([self.known[row] for row in at])
+        sums = [part for row in at if (part := self.sums[row]) is not None]
+        if sums:
+            counts = self.counts[list(at), None, None]
+            view.decoded = torch.cat(sums) / counts.clamp(min=1).to(sums[0].dtype)
+
+
+def known_by_row(groups: Sequence[Group], batch: int) -> list[dict[Any, Any]]:
+    """Statistics that the groups' views have computed, apart for each row."""
+    rows: list[dict[Any, Any]] = [{} for _ in range(batch)]
+    for group in groups:
+        for n, row in enumerate(group.index):
+            rows[row] = {key: _row(value, n) for key, value in group.view.known.items()}
+    return rows
+
+
+def known_together(rows: Sequence[dict[Any, Any]]) -> dict[Any, Any]:
+    """The same for rows that are planned together."""
+    return {key: _together([row[key] for row in rows]) for key in rows[0]}
+
+
+def _row(value: Any, n: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[n : n + 1]
+    if isinstance(value, tuple):
+        return tuple(_row(part, n) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(*(_row(getattr(value, field.name), n) for field in fields(value)))
+    return value  # alike for all rows
+
+
+def _together(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    if isinstance(first, tuple):
+        return tuple(_together(list(parts)) for parts in zip(*values, strict=True))
+    if is_dataclass(first) and not isinstance(first, type):
+        return type(first)(*(_together([getattr(v, field.name) for v in values]) for field in fields(first)))
+    return first
+
+
+@torch.no_grad()
+def decoded_attention(view: LayerView, queries: Tensor, keys: Tensor, counted: Tensor, rule: AttentionRule) -> Tensor:
+    """Attention that decoded tokens pay to the prompt's slots, among all that they see, summed (SPEC 13.1, `D`).
+
+    Args:
+        view: of the prompt.
+        queries: [batch, heads, tokens, dim]; keys: [batch, kv_heads, tokens, dim], of the tokens behind it.
+        counted: bool [batch, tokens], those that take part.
+        rule: without mask.
+    Returns:
+        float [batch, kv_heads, length].
+    """
+    tokens = queries.shape[2]
+    if view.bias is not None or view.empty is not None:
+        rule = replace(rule, mask=lambda start, stop: _mask(view, tokens, queries.shape[1], start, stop))
+    sums = column_sums(queries, torch.cat([view.keys, keys], 2), rule, counted[:, None])
+    return sums[:, :, 0, : view.length].unflatten(1, (view.kv_heads, -1)).mean(2)
+
+
+def _mask(view: LayerView, tokens: int, heads: int, start: int, stop: int) -> Tensor:
+    """What the tokens [start, stop) behind a prompt see, with its slots' biases: [batch, heads, rows, slots]."""
+    like = view.positions.new_zeros((), dtype=torch.float32)
+    slots = torch.zeros_like(view.positions, dtype=like.dtype) if view.bias is None else view.bias.to(like.dtype)
+    if view.empty is not None:
+        slots = slots.masked_fill(view.empty, torch.finfo(like.dtype).min)
+    behind = torch.arange(tokens, device=slots.device)
+    ahead = behind > torch.arange(start, stop, device=slots.device)[:, None]
+    later = torch.zeros_like(ahead, dtype=like.dtype).masked_fill(ahead, torch.finfo(like.dtype).min)
+    rows = stop - start
+    whole = torch.cat(
+        [
+            slots[:, :, None].expand(-1, -1, rows, -1),
+            later.expand(*slots.shape[:2], -1, -1),
+        ],
+        -1,
+    )
+    return whole.repeat_interleave(heads // slots.shape[1], 1)

@@ -1,0 +1,1 @@
+"""From a prompt and a method to an answer."""

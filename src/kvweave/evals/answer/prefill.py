@@ -1,0 +1,173 @@
+"""One batch's prefill with the full cache, kept so that many methods can be tried on it.
+
+A prefill is the same whatever is cut afterwards. `Prefill.recorded` lets the model answer once with everything in its
+cache and keeps what each layer's attention was called with; inside `Prefill.replayed` the model's first forward pass
+puts that into the cache at hand, which cuts it as it would have cut it then. The rest is the model's own `generate`.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvweave.methods.full import Full
+from kvweave.ops.statistics import AttentionRule
+from kvweave.seam.cache import CompressedCache
+from kvweave.seam.layer import CompressedLayer
+from kvweave.seam.session import compress
+from kvweave.seam.turn import Conversation
+
+#: What an attention was called with: queries [batch, heads, new, dim], its rule, and its mask.
+Call = tuple[Tensor, AttentionRule, Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Whole(Full):
+    """The full cache, its rotary tables noted for methods that turn keys."""
+
+    @property
+    def turns_keys(self) -> bool:
+        return True
+
+
+class RecordedLayer(CompressedLayer):
+    """A layer that keeps all that it is given.
+
+    Attributes:
+        given: keys and values [batch, kv_heads, length, dim] of the prompt.
+        calls: of attention, the prompt's first, then one for each decoded token.
+    """
+
+    def __init__(self, index: int, conversation: Conversation) -> None:
+        super().__init__(index, conversation)
+        self.given: tuple[Tensor, Tensor] | None = None
+        self.calls: list[Call] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.given is None:
+            self.given = key_states, value_states
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def after_attention(self, queries: Tensor, rule: AttentionRule, mask: Tensor | None) -> None:
+        if self.unread:
+            self.calls.append((queries, rule, mask))
+        super().after_attention(queries, rule, mask)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prefill, and the answer that the full cache gave after it.
+
+    Attributes:
+        layers: of the cache in order; recorded ones, and others as the prefill left them.
+        output: of the first forward pass.
+        rotary, interleaved: as in `Conversation`.
+        tokens: int64 [batch, prompt + answer], what `generate` returned.
+        start: columns of the prompt.
+        known: statistics that methods asked for, kept for the next ones and other budgets.
+    """
+
+    layers: list[Any]
+    output: Any
+    rotary: tuple[Tensor, Tensor] | None
+    interleaved: bool
+    tokens: Tensor
+    start: int
+    known: dict[Any, dict[Any, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def recorded(cls, model: PreTrainedModel, answer: Callable[..., Tensor]) -> "Prefill":
+        """Let the model answer with the full cache, and keep what it did.
+
+        Args:
+            answer: calls `model.generate` with the keywords that it is given; returns the tokens.
+        """
+        method = _Whole()
+        cache = CompressedCache(model.config, method)
+        for place, layer in enumerate(cache.layers):
+            if isinstance(layer, CompressedLayer):
+                cache.layers[place] = RecordedLayer(layer.index, cache.conversation)
+        first: dict[str, Any] = {}
+
+        def note(module: Any, args: Any, output: Any) -> None:
+            if not first:
+                others = [None if isinstance(x, RecordedLayer) else copy.deepcopy(x) for x in cache.layers]
+                first.update(
+                    output=output, others=others, rotary=cache.conversation.rotary, start=cache.get_seq_length()
+                )
+
+        noted = model.register_forward_hook(note)
+        try:
+            with compress(model, method):
+                tokens = answer(past_key_values=cache)
+        finally:
+            noted.remove()
+        layers = [
+            layer if other is None else other for layer, other in zip(cache.layers, first["others"], strict=True)
+        ]
+        return cls(layers, first["output"], first["rotary"], cache.conversation.interleaved, tokens, first["start"])
+
+    @property
+    def recorded_layers(self) -> list[RecordedLayer]:
+        """The layers that a method may cut."""
+        return [layer for layer in self.layers if isinstance(layer, RecordedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the recorded keys, values and queries."""
+        held = [
+            x for layer in self.recorded_layers for x in (*(layer.given or ()), *(call[0] for call in layer.calls))
+        ]
+        return sum(x.nbytes for x in held)
+
+    @contextmanager
+    def replayed(self, model: PreTrainedModel, memory: Sequence[Tensor] = ()) -> Iterator[None]:
+        """The model's next prefill is this one; inside a session, with the inputs that it was recorded with.
+
+        Args:
+            memory: for each recorded layer what its views shall remember (`LayerView.memory`), or none.
+        """
+        forward = model.forward
+        own = model.__dict__.get("forward")
+
+        @functools.wraps(forward)
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            if not isinstance(cache, CompressedCache) or cache.get_seq_length():
+                return forward(*args, **kwargs)
+            self._fill(cache, memory)
+            return type(self.output)(**{**self.output, "past_key_values": cache})
+
+        model.forward = replay
+        try:
+            yield
+        finally:
+            if own is None:
+                del model.forward
+            else:
+                model.forward = own
+
+    @torch.no_grad()
+    def _fill(self, cache: CompressedCache, memory: Sequence[Tensor]) -> None:
+        """What the forward pass would have done to an empty cache."""
+        cache.conversation.known = self.known
+        if cache.conversation.turns_keys:
+            cache.conversation.rotary, cache.conversation.interleaved = self.rotary, self.interleaved
+        remembered = iter(memory)
+        for place, layer in enumerate(self.layers):
+            if not isinstance(layer, RecordedLayer):
+                cache.layers[place] = copy.deepcopy(layer)
+                continue
+            target = cache.layers[place]
+            target.memory = next(remembered, None)
+            if layer.given is not None:
+                target.update(*layer.given)
+                target.rotated = layer.rotated
+                if layer.calls:
+                    target.after_attention(*layer.calls[0])

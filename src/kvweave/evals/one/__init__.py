@@ -1,0 +1,1 @@
+"""A single question, answered by several methods and drawn."""

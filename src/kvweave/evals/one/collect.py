@@ -1,0 +1,193 @@
+"""From a model and a prompt to what a page shows."""
+
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from kvweave import __version__
+from kvweave.evals.one.generating import Generation, check_compressible, generate
+from kvweave.methods import Method
+from kvweave.prompt import visual_mask
+from kvweave.report.data import Answer, Run, Speed, Token, layers_of
+from kvweave.report.grids import Grid, grids
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model with a prompt.
+
+    Attributes:
+        inputs: the prompt, as `kvweave.models.encode` gives it; images: the pictures in it, in order.
+        question, right: for people; right is the right answer, where there is one.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    inputs: Any
+    images: "list[Image]"
+    question: str
+    right: str | None = None
+
+
+def compare(
+    subject: Subject,
+    methods: Sequence[Method],
+    max_new_tokens: int,
+    repeats: int,
+    command: str,
+    on_answer: Callable[[str], None] = lambda what: None,
+) -> Run:
+    """Answer with the full cache and with each method by turns, `repeats` times each.
+
+    Raises:
+        ModelError: kvweave cannot compress the model.
+    """
+    check_compressible(subject.model, methods[0])
+    asked = [None, *methods]
+    made: list[list[Generation]] = [[] for _ in asked]
+    for _ in range(repeats):
+        for method, generations in zip(asked, made, strict=True):
+            given = subject.model, subject.processor, subject.inputs
+            generations.append(generate(*given, method, max_new_tokens))
+            on_answer("full cache" if method is None else method.spelling())
+    config = subject.model.config
+    tokens = tokens_of(subject.processor, config, subject.inputs)
+    grids = grids_of(subject.processor, config, subject.inputs, tokens, len(subject.images))
+    return Run(
+        model=subject.name,
+        question=subject.question,
+        right=subject.right,
+        images=subject.images,
+        tokens=tokens,
+        grids=grids,
+        full=answer_of(made[0], "full cache", "", made[1][-1].report["totals"]["bytes_before"]),
+        answers=[
+            answer_of(generations, method.spelling(), method.name)
+            for method, generations in zip(methods, made[1:], strict=True)
+        ],
+        command=command,
+        machine=machine(str(subject.model.device)),
+        versions=versions(),
+        notes=_notes(unknown_words(subject.processor, subject.inputs), grids, methods),
+    )
+
+
+def _notes(unknown: int, grids: Sequence[Grid], methods: Sequence[Method]) -> list[str]:
+    """What a reader should know."""
+    notes = [_deferred(method) for method in methods if method.defer]
+    if unknown:
+        notes.append(
+            f"{unknown} token{'s' if unknown > 1 else ''} of the prompt are not in the model's vocabulary: "
+            "it cannot read them."
+        )
+    if any(grid.image is None for grid in grids):
+        notes.append(
+            "Which image a visual token belongs to is not known for this model: its runs of visual tokens are drawn "
+            "as grids without a picture."
+        )
+    elif not all(grid.known for grid in grids):
+        notes.append(
+            "This model's processor does not tell how visual tokens lie on an image: they are drawn row by row on a "
+            "grid as near to a square as can be, so a cell may be off."
+        )
+    return notes
+
+
+def _deferred(method: Method) -> str:
+    """Where the first tokens of an answer come from."""
+    first = f"{method.name} cuts once {method.defer} tokens are decoded from the full cache"
+    return f"{first}, then decodes them again." if method.redecode else f"{first}; they stay in the answer."
+
+
+def answer_of(generations: Sequence[Generation], method: str, name: str, cache_bytes: int | None = None) -> Answer:
+    """One method's answer; speeds are medians over repeated generations, all else is the last one's.
+
+    Args:
+        cache_bytes: of the full cache; None: as the report says.
+    """
+    steps = [second for generation in generations for second in generation.step_seconds]
+    last = generations[-1]
+    layers = layers_of(last.report, last.fates) if last.report else []
+    return Answer(
+        method=method,
+        name=name,
+        text=last.text,
+        tokens=last.tokens,
+        speed=Speed(
+            tokens_per_second=1 / statistics.median(steps) if steps else None,
+            prefill_seconds=statistics.median(generation.prefill_seconds for generation in generations),
+            steps=len(steps),
+            repeats=len(generations),
+        ),
+        cache_bytes=last.report["totals"]["bytes"] if cache_bytes is None else cache_bytes,
+        layers=layers,
+    )
+
+
+def tokens_of(processor: Any, config: Any, inputs: Any) -> list[Token]:
+    """The prompt's tokens as text, and which of them are visual."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    special = set(tokenizer.all_special_ids)
+    ids = inputs["input_ids"]
+    mask = visual_mask(config, ids, dict(inputs))
+    visual = mask[0].tolist() if mask is not None else [False] * ids.shape[1]
+    return [
+        Token("", visual=True) if is_visual else Token(tokenizer.decode([number]), special=number in special)
+        for number, is_visual in zip(ids[0].tolist(), visual, strict=True)
+    ]
+
+
+def grids_of(processor: Any, config: Any, inputs: Any, tokens: Sequence[Token], images: int) -> list[Grid]:
+    """Which cell of which image each visual token is, from what the processor tells."""
+    shapes = inputs.get("image_grid_thw")
+    vision = getattr(config, "vision_config", None)
+    merge = getattr(getattr(processor, "image_processor", None), "merge_size", None)
+    merge = merge or getattr(vision, "spatial_merge_size", None) or 1
+    given = None if shapes is None else [(t, h, w) for t, h, w in shapes.tolist()]
+    return grids([token.visual for token in tokens], images, given, merge)
+
+
+def unknown_words(processor: Any, inputs: Any) -> int:
+    """Tokens of the prompt that the tokenizer has no word for."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.unk_token_id is None:
+        return 0
+    return int((inputs["input_ids"] == tokenizer.unk_token_id).sum())
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    return {
+        "kvweave": __version__,
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def machine(device: str) -> str:
+    """The processor that the model ran on, by name."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:  # no Linux
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""From an answer and the truth to numbers."""

@@ -1,0 +1,115 @@
+"""How well a model answers the lab's questions, by `model.generate` on hold-out albums.
+
+`answers` takes any model and processor and leaves `generate` as it is, so that a caller can wrap the model in
+`kvweave.compress`, say, and measure what that costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from kvweave.evals.scores.words import rouge_l
+from kvweave.evals.tables.intervals import wilson
+from kvweave.lab.world import TASKS, Sample, parse, require_holdout, samples
+from kvweave.models.chat import encode
+
+LONGEST_ANSWER = 6  # tokens: the opening, up to three words, the end, and one to spare
+LONGEST_LIST = 15  # four objects, a digit and a robot
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many answers were right word for word; the words' overlap; and a 95 % interval of the first."""
+
+    count: int
+    right: int
+    exact: float
+    rouge_l: float
+    low: float
+    high: float
+
+
+def longest_answer(task: str) -> int:
+    """Tokens that are enough for any answer of a task."""
+    return LONGEST_LIST if parse(task)[1] == "listing" else LONGEST_ANSWER
+
+
+def answers(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+    **generate: Any,
+) -> list[str]:
+    """What the model answers, greedily unless `generate` says otherwise; `on_batch` hears how many are done.
+
+    Prompts of one batch are padded on the left. `max_new_tokens` is by default what the longest answer takes.
+    Further keywords go to `model.generate`.
+    """
+    import torch
+
+    if max_new_tokens is None:
+        max_new_tokens = max((longest_answer(sample.task) for sample in samples), default=LONGEST_ANSWER)
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    given: list[str] = []
+    for first in range(0, len(samples), batch_size):
+        batch = samples[first : first + batch_size]
+        inputs = encode(processor, *(sample.messages() for sample in batch)).to(model.device)
+        with torch.inference_mode():
+            tokens = model.generate(**inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False} | generate)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        given += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        if on_batch:
+            on_batch(len(given))
+    return given
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    tasks: Iterable[str] = TASKS,
+    count: int = 200,
+    images: Iterable[int] = (8, 12),
+    seed: int = 0,
+    batch: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+    **generate: Any,
+) -> dict[str, Any]:
+    """Accuracy on `count` hold-out albums for each task and each number of images.
+
+    `progress` hears (answers given, answers in all). Further keywords go to `model.generate`. The result can
+    be written as JSON: ``{"seed": ..., "count": ..., "scores": {"8": {"lookup": {"exact": ..., ...}}}}``.
+    """
+    tasks, images = tuple(tasks), tuple(images)
+    total, done = count * len(tasks) * len(images), 0
+    scores: dict[str, dict[str, Any]] = {}
+    for number in images:
+        for task in tasks:
+            asked = samples(task, count, number, seed)
+            report = None if progress is None else partial(_report, progress, done, total)
+            given = answers(model, processor, asked, batch, on_batch=report, **generate)
+            scores.setdefault(str(number), {})[task] = asdict(score(asked, given))
+            done += count
+    return {"seed": seed, "count": count, "scores": scores}
+
+
+def _report(progress: Callable[[int, int], None], before: int, total: int, answered: int) -> None:
+    progress(before + answered, total)
+
+
+def score(samples: Sequence[Sample], given: Sequence[str]) -> Score:
+    """Compare answers with those of hold-out samples; ValueError for training samples or unequal lengths."""
+    require_holdout(samples)
+    if len(samples) != len(given) or not samples:
+        raise ValueError(f"{len(given)} answers for {len(samples)} samples")
+    right = sum(sample.answer == answer for sample, answer in zip(samples, given, strict=True))
+    overlap = sum(rouge_l(answer, sample.answer) for sample, answer in zip(samples, given, strict=True))
+    low, high = wilson(right, len(samples))
+    return Score(len(samples), right, right / len(samples), overlap / len(samples), low, high)

@@ -1,0 +1,75 @@
+"""Slots in buffers whose shape and address never change, for decode steps that are compiled or captured."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvweave.memory.slots import Room, Slots
+
+_ROUND = 64  # capacities are multiples of it, so that few shapes are compiled
+
+
+@dataclass(frozen=True)
+class FixedSlots:
+    """Slots and room for tokens to come; where the next one goes is known on the device alone.
+
+    Attributes:
+        keys, values: [batch, kv_heads, capacity, dim].
+        bias: [batch, kv_heads, capacity] in the keys' dtype, added to logits: least where there is no token.
+        cursor: int64 [], slot of the next token.
+        start: the slots that lay there first, views of the buffers.
+        column: logical column of the first token that comes.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    cursor: Tensor
+    start: Slots
+    column: int
+
+    @classmethod
+    def of(cls, slots: Slots, tokens: int, column: int) -> "FixedSlots":
+        """`slots`, positions written out, with room for `tokens` more, of columns from `column` on."""
+        slots = slots.written()
+        count = slots.count
+        capacity = -(-(count + tokens) // _ROUND) * _ROUND
+        room = Room.of(slots, capacity)
+        room.keys[:, :, count:] = 0  # never read, and not a number would spread
+        room.values[:, :, count:] = 0
+        bias = room.bias
+        if bias is None:
+            bias = slots.keys.new_zeros(*slots.keys.shape[:2], capacity)
+        bias[:, :, count:] = torch.finfo(bias.dtype).min
+        cursor = torch.tensor(count, device=slots.keys.device)
+        for tensor in (room.keys, room.values, bias, cursor):
+            torch._dynamo.mark_static_address(tensor)  # a captured step writes to them in place
+        start = replace(slots, keys=room.keys[:, :, :count], values=room.values[:, :, :count], room=None)
+        return cls(room.keys, room.values, bias, cursor, start, column)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Put one token, [batch, kv_heads, 1, dim], behind the others."""
+        at = self.cursor.view(1)
+        self.keys.index_copy_(2, at, keys)
+        self.values.index_copy_(2, at, values)
+        self.bias.index_fill_(2, at, 0)
+        self.cursor.add_(1)
+
+    @property
+    def seen(self) -> Tensor:
+        """int64 [], logical length."""
+        return self.cursor + (self.column - self.start.count)
+
+    def settled(self) -> Slots:
+        """The same as slots of a known number (a host synchronisation)."""
+        count = int(self.cursor)
+        room = Room(self.keys, self.values, None) if self.start.added(self.keys.dtype) is None else None
+        return replace(
+            self.start,
+            keys=self.keys[:, :, :count],
+            values=self.values[:, :, :count],
+            tail=count - self.start.count,
+            column=self.column,
+            room=room,
+        )

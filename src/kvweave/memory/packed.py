@@ -1,0 +1,102 @@
+"""Slots whose older part is stored in few bits; the youngest stay in full precision (KIVI, 2402.02750)."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvweave.memory.slots import Slots
+from kvweave.ops.quantize import Packed, Quantization, pack
+
+
+@dataclass(frozen=True)
+class PackedSlots:
+    """Slots in two parts: `keys` and `values` packed, then `rest` in full precision.
+
+    Attributes:
+        keys: of [batch, kv_heads, groups, group, dim], quantised by channel within a group of tokens.
+        values: of [batch, kv_heads, slots, parts, channels], quantised by token within a part of its channels.
+        rest: the youngest slots' keys and values, with the positions, mass and bias of all.
+    """
+
+    keys: Packed
+    values: Packed
+    rest: Slots
+    setting: Quantization
+
+    @property
+    def packed(self) -> int:
+        """Slots that are packed."""
+        return self.values.codes.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.rest.nbytes
+
+    def unpacked(self) -> Slots:
+        """All slots in full precision; lives as long as attention reads it."""
+        keys, values = self.keys.unpacked().flatten(2, 3), self.values.unpacked().flatten(3)
+        return replace(
+            self.rest,
+            keys=torch.cat([keys, self.rest.keys], 2),
+            values=torch.cat([values, self.rest.values], 2),
+            room=None,
+        )
+
+    def outlined(self) -> Slots:
+        """What is known of the slots, without keys and values."""
+        nothing = self.rest.keys.new_empty(1)
+        shape = (*self.rest.keys.shape[:2], self.packed + self.rest.count, 1)
+        return replace(self.rest, keys=nothing.expand(shape), values=nothing.expand(shape), room=None)
+
+    def appended(self, keys: Tensor, values: Tensor, column: int) -> "Slots | PackedSlots":
+        """These slots and new ones; whole groups of what is no longer young are packed."""
+        young = replace(self.rest, bias=None, has_empty=False).appended(keys, values, column)  # these speak of all
+        grown = packed(replace(young, bias=self.rest.bias, has_empty=self.rest.has_empty), self.setting)
+        if not isinstance(grown, PackedSlots):
+            return replace(self, rest=grown)
+        return PackedSlots(
+            _joined(self.keys, grown.keys), _joined(self.values, grown.values), grown.rest, self.setting
+        )
+
+    def before(self, column: int, seen: int) -> "Slots | PackedSlots":
+        """The slots of columns before `column`."""
+        young = self.rest.keys.shape[2]
+        whole = self.unpacked().before(column, seen)
+        gone = young + self.packed - whole.count
+        if gone > young:
+            return packed(whole, self.setting)
+        rest = replace(
+            whole, keys=self.rest.keys[:, :, : young - gone], values=self.rest.values[:, :, : young - gone]
+        )
+        return replace(self, rest=rest)
+
+    def rows(self, index: Tensor) -> "PackedSlots":
+        """The given rows of the batch, in that order."""
+        at = index.to(self.rest.keys.device)
+        return replace(self, keys=self.keys.rows(at), values=self.values.rows(at), rest=self.rest.rows(index))
+
+
+def packed(slots: Slots, setting: Quantization) -> Slots | PackedSlots:
+    """`slots` with all whole groups but the youngest `residual` packed; the same if there is none."""
+    young = slots.keys.shape[2]
+    count = max(0, young - setting.residual) // setting.group * setting.group
+    if not count:
+        return slots
+    keys = slots.keys[:, :, :count].unflatten(2, (-1, setting.group))
+    values = slots.values[:, :, :count]
+    channels = setting.group if values.shape[-1] % setting.group == 0 else values.shape[-1]
+    young_keys, young_values = slots.keys[:, :, count:].clone(), slots.values[:, :, count:].clone()
+    rest = replace(slots, keys=young_keys, values=young_values, room=None)
+    return PackedSlots(
+        pack(keys, setting.bits, -2), pack(values.unflatten(-1, (-1, channels)), setting.bits, -1), rest, setting
+    )
+
+
+def _joined(old: Packed, new: Packed) -> Packed:
+    return Packed(
+        torch.cat([old.codes, new.codes], 2),
+        torch.cat([old.scale, new.scale], 2),
+        torch.cat([old.zero, new.zero], 2),
+        old.bits,
+    )
