@@ -3,18 +3,22 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+KERNELS := .venv-kernels/.ready
 # Two cores and tiny models: threads that spin cost more than they bring.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test lint format bench bench-decode bench-peers bench-flow guard results research docs gpu clean
+.PHONY: run test test-kernels lint format bench bench-decode bench-peers bench-flow guard results research docs gpu clean
 
 run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
 	$(BIN)/kvweave run
 
-test: $(READY) lint  ## style, types, import directions, tests
+test: $(READY) lint test-kernels  ## style, types, import directions, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+test-kernels: $(KERNELS)  ## the Triton kernels, by Triton's interpreter where there is no GPU
+	OMP_NUM_THREADS=1 .venv-kernels/bin/python -m pytest tests/kernels
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -56,7 +60,7 @@ research: $(READY)  ## what weave's parts are worth, and when a deferred cut has
 docs: $(READY)  ## docs/METHODS.md from the registry
 	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md
 
-gpu:  ## everything that needs a GPU, in one call, with the Python at hand
+gpu:  ## everything that needs a GPU, in one call of five minutes, with the Python at hand
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
 $(READY): pyproject.toml constraints.txt
@@ -66,5 +70,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Triton, and a numpy that its interpreter works with; all else is that of $(VENV).
+$(KERNELS): $(READY)
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet triton==3.6.0 numpy==2.3.5
+	path='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$path" > "$$($(@D)/bin/python -c "$$path")/shared.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers out dist build .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-peers .venv-kernels out dist build .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -124,7 +124,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
 
 def _module() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec is not None else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).stem
 
 
 def _cpu_model() -> str:

@@ -1,6 +1,5 @@
 """The benchmarks run, and write what they print."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -11,7 +10,10 @@ from pathlib import Path
 import torch
 
 import kvweave
-from benchmarks import gpu, measure
+from benchmarks import measure
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.plan import LIMITS
+from benchmarks.gpu.report import Report
 
 
 def test_statistics_writes_every_row_beside_attention(tmp_path, capsys, monkeypatch):
@@ -109,14 +111,17 @@ def test_gpu_runs_small_on_a_cpu(tmp_path, capsys):
     assert failures == 0, capsys.readouterr().err
     (data,) = (json.loads(path.read_text()) for path in tmp_path.glob("gpu-*.json"))
     assert {row["verdict"] for row in data["checks"]} == {"ok"}
-    assert {"decode", "end_to_end", "prefill_ms", "prefill_mib"} <= data.keys()
-    assert [row[""].split(",")[0] for row in data["end_to_end"]] == ["full", "20 %"] * 2
-    assert {row["mark"].split()[0] for row in data["marks"]} == {"decode", "end"}
-    assert ("training" in data) == (importlib.util.find_spec("kvweave.lab.train") is not None)
+    tables = {"column_sums", "decode", "stored", "end_to_end", "prefill_ms", "prefill_mib", "whole_model"}
+    assert tables <= data.keys()
+    settings = ["100 %, graph", "20 %, graph", "5 %, graph", "100 %, transformers' cache, eager"]
+    assert [row[""].split(", ", 1)[1] for row in data["end_to_end"]][:4] == settings
+    assert {row["mark"].split()[0] for row in data["marks"]} == {"column", "decode", "end"}
+    held = {row[""]: row["of full"] for row in data["whole_model"]}
+    assert held["L=128, snapkv"] == held["L=128, weave:defer=0"] == "20 %"
 
 
 def test_a_part_that_fails_leaves_the_others(tmp_path, capsys):
-    report = gpu.Report(tmp_path, measure.machine())
+    report = Report(tmp_path, measure.machine())
     with report.part("one"):
         raise RuntimeError("no memory")
     report.table("two", "Two", ["", "x"], [["a", "1"]])
@@ -126,8 +131,8 @@ def test_a_part_that_fails_leaves_the_others(tmp_path, capsys):
 
 
 def test_a_part_has_its_time(tmp_path, monkeypatch):
-    monkeypatch.setitem(gpu.LIMITS, "slow", 0.05)
-    report = gpu.Report(tmp_path, measure.machine())
+    monkeypatch.setitem(LIMITS, "slow", 0.05)
+    report = Report(tmp_path, measure.machine())
     with report.part("slow"):
         time.sleep(5)
     assert report.failures == ["slow: TimeoutError: its time is up"]

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS = 64, 64  # of a tile of logits
+_LOG2_E = 1.4426950408889634
+_SIZES = ["rows", "length", "sources", "targets", "kept", "members"]  # a number that changes compiles nothing anew
 
 
 @triton.jit
@@ -20,39 +21,58 @@ def _tile(base, at, row_stride, dim, width: tl.constexpr, there):  # type: ignor
     return tl.load(base + at.to(tl.int64)[:, None] * row_stride + channel[None, :], mask=inside, other=0.0)
 
 
-@triton.jit
-def _logits(q, k, column, position, scaling, seen, precision: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scaled products, -inf where a row does not see a column."""
-    products = tl.dot(q, tl.trans(k), input_precision=precision) * scaling
-    visible = (column[None, :] <= position[:, None]) & seen
-    return tl.where(visible, products, float("-inf"))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _log_sum_exp(  # type: ignore[no-untyped-def]
     queries, keys, out, scaling, rows, length, dim, heads, group, sqb, sqh, sqr, skb, skh, skl,
     width: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Logarithm of each row's sum of exponentials, float32 [batch, heads, rows]."""
+    """Logarithm, base 2, of each row's sum of exponentials: float32 [batch, heads, rows]."""
     head = tl.program_id(1)
-    b, h = head // heads, head % heads
-    row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    position = length - rows + row
-    q = _tile(queries + b.to(tl.int64) * sqb + h.to(tl.int64) * sqh, row, sqr, dim, width, row < rows)
-    base = keys + b.to(tl.int64) * skb + (h // group).to(tl.int64) * skh
+    b, h = (head // heads).to(tl.int64), head % heads
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    row = block * block_rows + tl.arange(0, block_rows)
+    first = length - rows + block * block_rows  # what the first row sees last
+    q = _tile(queries + b * sqb + h.to(tl.int64) * sqh, row, sqr, dim, width, row < rows)
+    base = keys + b * skb + (h // group).to(tl.int64) * skh
     best = tl.full((block_rows,), -1e30, tl.float32)
     total = tl.zeros((block_rows,), tl.float32)
-    for start in range(0, tl.minimum(length, length - rows + (tl.program_id(0) + 1) * block_rows), block_columns):
+    seen_by_all = (first + 1) // block_columns * block_columns
+    for start in range(0, seen_by_all, block_columns):
         column = start + tl.arange(0, block_columns)
         k = _tile(base, column, skl, dim, width, column < length)
-        logits = _logits(q, k, column, position, scaling, (column < length)[None, :], precision)
-        larger = tl.maximum(best, tl.max(logits, 1))
-        total = total * tl.exp(best - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
+        products = tl.dot(q, tl.trans(k), input_precision=precision)
+        larger = tl.maximum(best, tl.max(products, 1) * scaling)
+        weight = tl.exp2(products * scaling - larger[:, None])
+        total = total * tl.exp2(best - larger) + tl.sum(weight, 1)
         best = larger
-    tl.store(out + head.to(tl.int64) * rows + row, best + tl.log(total), mask=row < rows)
+    for start in range(seen_by_all, tl.minimum(length, first + block_rows), block_columns):
+        column = start + tl.arange(0, block_columns)
+        k = _tile(base, column, skl, dim, width, column < length)
+        products = tl.dot(q, tl.trans(k), input_precision=precision)
+        seen = column[None, :] <= (length - rows + row)[:, None]
+        logits = tl.where(seen & (column < length)[None, :], products * scaling, float("-inf"))
+        larger = tl.maximum(best, tl.max(logits, 1))
+        total = total * tl.exp2(best - larger) + tl.sum(tl.exp2(logits - larger[:, None]), 1)
+        best = larger
+    tl.store(out + head.to(tl.int64) * rows + row, best + tl.log2(total), mask=row < rows)
 
 
 @triton.jit
+def _weights(  # type: ignore[no-untyped-def]
+    k, base, normal, kind, start, scaling, rows, dim, sqr, kinds,
+    width: tl.constexpr, block_rows: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Of a block of rows: the exponent of each weight, [columns, rows], and what the rows count for in each kind."""
+    row = start + tl.arange(0, block_rows)
+    q = _tile(base, row, sqr, dim, width, row < rows)
+    norm = tl.load(normal + row, mask=row < rows, other=0.0)
+    exponent = tl.dot(k, tl.trans(q), input_precision=precision) * scaling - norm[None, :]
+    one = tl.load(kind + row, mask=row < rows, other=0.0)
+    two = tl.load(kind + (kinds - 1) * rows + row, mask=row < rows, other=0.0)
+    return row, exponent, one[None, :], two[None, :]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _column_sums(  # type: ignore[no-untyped-def]
     queries, keys, normal, weights, out, scaling, rows, length, dim, heads, group, kinds,
     sqb, sqh, sqr, skb, skh, skl,
@@ -60,33 +80,51 @@ def _column_sums(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """What a block of columns receives from all rows that see it, for two kinds of rows: no atomic additions."""
     head = tl.program_id(1)
-    b, h = head // heads, head % heads
+    b, h = (head // heads).to(tl.int64), head % heads
     first = tl.program_id(0) * block_columns
     column = first + tl.arange(0, block_columns)
-    k = _tile(keys + b.to(tl.int64) * skb + (h // group).to(tl.int64) * skh, column, skl, dim, width, column < length)
-    base = queries + b.to(tl.int64) * sqb + h.to(tl.int64) * sqh
+    k = _tile(keys + b * skb + (h // group).to(tl.int64) * skh, column, skl, dim, width, column < length)
+    base = queries + b * sqb + h.to(tl.int64) * sqh
+    norms, kind = normal + head.to(tl.int64) * rows, weights + b * kinds * rows
     one = tl.zeros((block_columns,), tl.float32)
     two = tl.zeros((block_columns,), tl.float32)
-    begin = tl.maximum(0, first - (length - rows)) // block_rows * block_rows  # rows before do not see the block
-    for start in range(begin, rows, block_rows):
-        row = start + tl.arange(0, block_rows)
-        q = _tile(base, row, sqr, dim, width, row < rows)
-        logits = _logits(q, k, column, length - rows + row, scaling, (row < rows)[:, None], precision)
-        weight = tl.exp(
-            logits - tl.load(normal + head.to(tl.int64) * rows + row, mask=row < rows, other=0.0)[:, None]
+    ahead = length - rows  # columns before the first row's own
+    begin = tl.maximum(0, first - ahead) // block_rows * block_rows  # rows before do not see the block
+    see_all = tl.cdiv(tl.maximum(0, first + block_columns - 1 - ahead), block_rows) * block_rows
+    for start in range(begin, tl.minimum(see_all, rows), block_rows):
+        row, exponent, of_one, of_two = _weights(
+            k, base, norms, kind, start, scaling, rows, dim, sqr, kinds, width, block_rows, precision
         )
-        kind = weights + b.to(tl.int64) * kinds * rows + row
-        one += tl.sum(weight * tl.load(kind, mask=row < rows, other=0.0)[:, None], 0)
-        two += tl.sum(weight * tl.load(kind + (kinds - 1) * rows, mask=row < rows, other=0.0)[:, None], 0)
+        weight = tl.where(column[:, None] <= (ahead + row)[None, :], tl.exp2(exponent), 0.0)
+        one += tl.sum(weight * of_one, 1)
+        two += tl.sum(weight * of_two, 1)
+    for start in range(see_all, rows, block_rows):
+        _, exponent, of_one, of_two = _weights(
+            k, base, norms, kind, start, scaling, rows, dim, sqr, kinds, width, block_rows, precision
+        )
+        weight = tl.exp2(exponent)
+        one += tl.sum(weight * of_one, 1)
+        two += tl.sum(weight * of_two, 1)
     goal = out + head.to(tl.int64) * kinds * length + column
     tl.store(goal, one, mask=column < length)
     tl.store(goal + (kinds - 1) * length, two, mask=column < length)
+
+
+#: Rows and columns of a tile of logits, and warps: measured on an H200, one and the other pass of column sums.
+_NORMS = {"block_rows": 128, "block_columns": 64, "num_warps": 4}
+_SUMS = {"block_rows": 64, "block_columns": 128, "num_warps": 8}
+_MATCH = {"block_rows": 64, "block_columns": 64}
+_WIDE = {"block_rows": 32, "block_columns": 32}  # float32, which is not multiplied by tensor cores
 
 
 def _shape(x: Tensor) -> dict[str, object]:
     """What a kernel is compiled for: channels up to a power of two, and how float32 is multiplied."""
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     return {"width": max(16, triton.next_power_of_2(x.shape[-1])), "precision": precision}
+
+
+def _blocks(x: Tensor, blocks: dict[str, int]) -> dict[str, int]:
+    return _WIDE if x.dtype == torch.float32 else blocks
 
 
 def _rows_apart(x: Tensor) -> Tensor:
@@ -104,16 +142,20 @@ def column_sums(queries: Tensor, keys: Tensor, scaling: float, row_weights: Tens
     normal = torch.empty(batch, heads, rows, dtype=torch.float32, device=keys.device)
     out = torch.empty(batch, heads, kinds, length, dtype=torch.float32, device=keys.device)
     strides = *queries.stride()[:3], *keys.stride()[:3]
-    blocks = {"block_rows": _ROWS, "block_columns": _COLUMNS, **_shape(keys)}
     sizes = rows, length, dim, heads, heads // kv_heads
-    _log_sum_exp[triton.cdiv(rows, _ROWS), batch * heads](queries, keys, normal, scaling, *sizes, *strides, **blocks)
-    _column_sums[triton.cdiv(length, _COLUMNS), batch * heads](
-        queries, keys, normal, weights, out, scaling, *sizes, kinds, *strides, **blocks
+    scaling = scaling * _LOG2_E
+    blocks = _blocks(keys, _NORMS)
+    grid = triton.cdiv(rows, blocks["block_rows"]), batch * heads
+    _log_sum_exp[grid](queries, keys, normal, scaling, *sizes, *strides, **blocks, **_shape(keys))
+    blocks = _blocks(keys, _SUMS)
+    grid = triton.cdiv(length, blocks["block_columns"]), batch * heads
+    _column_sums[grid](
+        queries, keys, normal, weights, out, scaling, *sizes, kinds, *strides, **blocks, **_shape(keys)
     )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _nearest(  # type: ignore[no-untyped-def]
     keys, source, target, norm, allowed, label, index, cosine, sources, targets, length, dim, heads, labels,
     skb, skh, skl, restricted: tl.constexpr,
@@ -125,6 +167,8 @@ def _nearest(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     at = tl.load(source + head * sources + row, mask=row < sources, other=0)
     mine = _tile(base, at, skl, dim, width, row < sources)
+    if restricted:
+        kind = tl.load(label + head * sources + row, mask=row < sources, other=0)
     best = tl.full((block_rows,), float("-inf"), tl.float32)
     where = tl.full((block_rows,), -1, tl.int32)
     for start in range(0, targets, block_columns):
@@ -136,9 +180,9 @@ def _nearest(  # type: ignore[no-untyped-def]
         similarity = tl.dot(mine, tl.trans(goals), input_precision=precision) / length_of[None, :]
         open_ = (row < sources)[:, None] & inside[None, :]
         if restricted:
-            kind = tl.load(label + head * sources + row, mask=row < sources, other=0)
-            choices = allowed + (head * labels + kind)[:, None] * targets + column[None, :]
-            open_ = tl.load(choices, mask=open_, other=0) != 0
+            for choice in range(labels):
+                may = tl.load(allowed + (head * labels + choice) * targets + column, mask=inside, other=0)
+                open_ &= (kind != choice)[:, None] | (may != 0)[None, :]
         similarity = tl.where(open_, similarity, float("-inf"))
         here, place = tl.max(similarity, 1, return_indices=True, return_indices_tie_break_left=True)
         where = tl.where(here > best, start + place, where)
@@ -160,17 +204,18 @@ def nearest(
     cosine = torch.empty(source.shape, dtype=torch.float32, device=keys.device)
     if sources:
         restricted = allowed is not None
-        _nearest[triton.cdiv(sources, _ROWS), batch * kv_heads](
+        blocks = _blocks(keys, _MATCH)
+        _nearest[triton.cdiv(sources, blocks["block_rows"]), batch * kv_heads](
             keys, source.contiguous(), target.contiguous(), norm,
             allowed.to(torch.uint8).contiguous() if allowed is not None else norm,
             label.contiguous() if label is not None else norm,
             index, cosine, sources, targets, length, dim, kv_heads, allowed.shape[2] if allowed is not None else 0,
-            *keys.stride()[:3], restricted=restricted, block_rows=_ROWS, block_columns=_COLUMNS, **_shape(keys),
+            *keys.stride()[:3], restricted=restricted, **blocks, **_shape(keys),
         )  # fmt: skip
     return index, cosine
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _merge(  # type: ignore[no-untyped-def]
     x, keep, member, start, weight, own, out, kept, members, dim, heads, sxb, sxh, sxl,
     width: tl.constexpr, block_rows: tl.constexpr,

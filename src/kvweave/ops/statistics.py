@@ -175,7 +175,7 @@ def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights:
     """
     batch, kv_heads, length, _ = keys.shape
     heads, kinds = queries.shape[1], row_weights.shape[1]
-    if fused(queries, keys) and rule == AttentionRule(rule.scaling) and kinds <= 2:
+    if fused(queries, keys) and rule == AttentionRule(rule.scaling) and rule.scaling > 0 and kinds <= 2:
         from kvweave.ops import kernels
 
         return kernels.column_sums(queries, keys, rule.scaling, row_weights)

@@ -20,7 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvweave.memory.attend import attend, attend_packed, attend_uneven
 from kvweave.memory.fixed import FixedSlots
+from kvweave.memory.packed import PackedSlots
 from kvweave.memory.slots import Slots
 from kvweave.ops.statistics import AttentionRule
 from kvweave.seam.layer import Link
@@ -86,10 +88,17 @@ def _attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    slots: Slots | FixedSlots,
+    slots: Slots | PackedSlots | FixedSlots,
     options: dict[str, Any],
 ) -> tuple[Any, Tensor | None]:
     """Attention to one block's slots, and the mask that it used."""
+    plain = _one_token_of_sdpa(function, query, options) and not isinstance(module, _Presented)
+    if isinstance(slots, PackedSlots):
+        if plain and not options.get("dropout"):
+            mask = _slot_mask(slots.outlined(), mask, query)
+            return (attend_packed(query, slots, mask, options.get("scaling")), None), mask
+        slots = slots.unpacked()
+        key, value = slots.keys, slots.values
     compressed = isinstance(slots, FixedSlots) or slots.positions is not None
     if isinstance(module, _Presented):  # flash attention: new slots are the last, and it masks nothing but padding
         if isinstance(slots, FixedSlots):
@@ -98,32 +107,18 @@ def _attend(
             mask = slots.positions_of_all()[:, 0] >= 0 if slots.has_empty else None
         return function(module, query, key, value, mask, **options), None
     mask = _slot_mask(slots, mask, query)
-    packs = query.shape[2] == 1 and function is sdpa_attention_forward and options.get("position_bias") is None
-    if compressed and packs:
-        return (_one_token(query, key, value, mask, options), None), mask
+    if compressed and plain:
+        out = attend(query, key, value, mask, options.get("scaling"), options.get("dropout", 0.0))
+        return (out, None), mask
     mask = mask if mask is None or mask.shape[1] == 1 else _by_head(mask, query.shape[1])
     if compressed and mask is not None:
         options = options | {"is_causal": False}  # the mask says it all
     return function(module, query, key, value, mask, **options), mask
 
 
-def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-    """SDPA of one token, the query heads of a KV head as rows of one call: each key is read once, none repeated.
-
-    Args:
-        query: [batch, heads, 1, dim]; key, value: [batch, kv_heads, slots, dim].
-        mask: [batch, kv_heads or heads, 1, slots] or None.
-    Returns:
-        [batch, 1, heads, dim].
-    """
-    batch, heads, _, dim = query.shape
-    kv_heads = key.shape[1]
-    if mask is not None and mask.shape[1] == heads:
-        mask = mask.reshape(batch, kv_heads, -1, mask.shape[-1])
-    rows = query.reshape(batch, kv_heads, -1, dim)
-    dropout = options.get("dropout", 0.0)
-    out = F.scaled_dot_product_attention(rows, key, value, mask, dropout, scale=options.get("scaling"))
-    return out.reshape(batch, 1, heads, value.shape[-1])
+def _one_token_of_sdpa(function: Callable[..., Any], query: Tensor, options: dict[str, Any]) -> bool:
+    """One token, and nothing that transformers' SDPA takes beside a mask."""
+    return query.shape[2] == 1 and function is sdpa_attention_forward and options.get("position_bias") is None
 
 
 def _attend_by_head(
@@ -131,10 +126,18 @@ def _attend_by_head(
     module: nn.Module,
     query: Tensor,
     mask: Tensor | None,
-    blocks: tuple[Slots | FixedSlots, ...],
+    blocks: tuple[Slots | PackedSlots | FixedSlots, ...],
     options: dict[str, Any],
 ) -> tuple[Any, Tensor | None]:
-    """Attention where each KV head holds a count of its own: a call for each, so that only what is kept is read."""
+    """Attention where each KV head holds a count of its own: only what is kept is read.
+
+    One token is one launch on a GPU; else there is a call for each head.
+    """
+    known = mask is None or all(isinstance(block, FixedSlots) for block in blocks)  # those say what is hidden
+    if known and _one_token_of_sdpa(function, query, options) and not options.get("dropout"):
+        together = attend_uneven(query, blocks, options.get("scaling"))
+        if together is not None:
+            return (together, None), None
     group = query.shape[1] // len(blocks)
     outs, masks = [], []
     for head, block in enumerate(blocks):
@@ -143,7 +146,8 @@ def _attend_by_head(
         given = options
         if options.get("s_aux") is not None:
             given = options | {"s_aux": options["s_aux"][part]}
-        out, used = _attend(function, module, query[:, part], block.keys, block.values, own, block, given)
+        slots = block.rest if isinstance(block, PackedSlots) else block  # packed ones are read from the block
+        out, used = _attend(function, module, query[:, part], slots.keys, slots.values, own, block, given)
         outs.append(out)
         masks.append(used)
     weights = None  # attention weights of heads that hold different counts do not make a tensor

@@ -31,12 +31,13 @@ class Link:
     """Goes with the keys from `update` to attention: whose they are, and what lies in memory at that moment."""
 
     layer: "CompressedLayer"
-    blocks: tuple[Slots | FixedSlots, ...]
+    blocks: tuple[Slots | PackedSlots | FixedSlots, ...]
 
     @property
     def compressed(self) -> bool:
         """The slots are known to be real tokens, or say where they are none."""
-        return all(isinstance(block, FixedSlots) or block.positions is not None for block in self.blocks)
+        slots = [block.rest if isinstance(block, PackedSlots) else block for block in self.blocks]
+        return all(isinstance(block, FixedSlots) or block.positions is not None for block in slots)
 
 
 @dataclass
@@ -207,7 +208,9 @@ class CompressedLayer(DynamicLayer):
         self._new = key_states.shape[-2]
         self.seen += self._new
         self.unread = True
-        return self._linked(key_states, value_states, tuple(block.unpacked() for block in self.blocks))
+        unpacks = self._new > 1  # one token is attended to without
+        blocks = tuple(block.unpacked() if unpacks else block for block in self.blocks)
+        return self._linked(key_states, value_states, blocks)
 
     def _append_fixed(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One token into fixed buffers, nothing else changes: a step can be compiled once, or captured."""
@@ -218,9 +221,11 @@ class CompressedLayer(DynamicLayer):
                 block.append(key, value)
         return self._linked(keys, values, self.fixed)
 
-    def _linked(self, keys: Tensor, values: Tensor, blocks: tuple[Slots | FixedSlots, ...]) -> tuple[Tensor, Tensor]:
+    def _linked(
+        self, keys: Tensor, values: Tensor, blocks: tuple[Slots | PackedSlots | FixedSlots, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values for attention, the keys with a link to what is to be read."""
-        if len(blocks) == 1:
+        if len(blocks) == 1 and not isinstance(blocks[0], PackedSlots):
             keys, values = blocks[0].keys, blocks[0].values
         keys = keys.view_as(keys)
         keys._kvweave = Link(self, blocks)  # type: ignore[attr-defined]

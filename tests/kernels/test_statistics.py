@@ -1,41 +1,15 @@
-"""The Triton kernels against the torch reference. Run on a CPU by Triton's interpreter, on a GPU as they are."""
+"""Column sums, matching and merging in Triton against the torch reference."""
 
-import os
-
-import numpy as np
 import pytest
 import torch
+from kernel_inputs import DEVICE, DTYPES, close, normal, on_cpu
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
-kernels = pytest.importorskip("kvweave.ops.kernels", reason="needs triton (pip install triton==3.6.0)")
+from kvweave.ops import kernels
+from kvweave.ops.match import nearest
+from kvweave.ops.merge import merge
+from kvweave.ops.statistics import AttentionRule, column_sums
 
-from kvweave.ops.match import nearest  # noqa: E402
-from kvweave.ops.merge import merge  # noqa: E402
-from kvweave.ops.statistics import AttentionRule, column_sums  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16]
-if DEVICE == "cuda":
-    DTYPES.append(torch.bfloat16)  # whose products the interpreter does not know
-elif np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-    pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
 BATCH, KV, LENGTH = 2, 2, 150  # more than two tiles, and not a multiple of one
-
-
-def normal(*shape, dtype=torch.float32, seed=0):
-    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return numbers.to(dtype).to(DEVICE)
-
-
-def on_cpu(*tensors):
-    """The reference's inputs: wide, on the CPU."""
-    return [x.cpu().double() if x.is_floating_point() else x.cpu() for x in tensors]
-
-
-def close(actual, expected, tolerance):
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(actual.cpu().double(), expected.double(), rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

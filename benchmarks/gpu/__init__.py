@@ -1,0 +1,1 @@
+"""What needs a GPU: see `python -m benchmarks.gpu --help`."""
