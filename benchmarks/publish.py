@@ -1,18 +1,24 @@
 """Bring what `kvweave paper` made into docs/RESULTS.md, docs/results and docs/images, and the README's part.
 
+docs/results holds each figure once: a file for each model (`kvweave.evals.paper.figures`), and a small one for each
+sheet, which says what of the model's figures it shows.
+
 python -m benchmarks.publish out/results out/results-large
 """
 
 import argparse
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvweave.evals.paper import RECIPES
+from kvweave.evals.paper.figures import packed, rounded, shown
 from kvweave.evals.run import store
 
 ROOT = Path(__file__).parents[1]
 IN_README = ("flowmm-fig4", "flowmm-table1")  # the budget curve, and the methods by task
 IN_LARGE = ("flowmm-fig4",)  # what is shown of the large world, too
+_PACKED = ("scores", "means", "tests")  # in the model's file
 _MARK = "<!-- {}: results, written by `make results` -->"
 _HEAD = """# Results
 
@@ -24,7 +30,7 @@ kvweave paper flowmm:table1 --model Qwen/Qwen2.5-VL-7B-Instruct --data path/to/M
 ```
 
 Read with care: the lab model is small, and looks things up at the token after the question; a large model may rank
-methods differently. n stands under each table. Numbers with all digits: [results](results).
+methods differently. n stands under each table. More digits and intervals of all cells: [results](results).
 """
 
 
@@ -53,17 +59,29 @@ def publish(source: Path, large: Path, root: Path = ROOT) -> None:
     docs = root / "docs"
     parts = [_HEAD, *(_copied(source / stem, docs, stem) for stem in stems)]
     parts += [_LARGE, *(_copied(large / stem, docs, f"large-{stem}") for stem in IN_LARGE)]
+    _figures({stem: source / stem for stem in stems}, docs / "results", "lab")
+    _figures({f"large-{stem}": large / stem for stem in IN_LARGE}, docs / "results", "lab-large")
     store.write_text(docs / "RESULTS.md", "\n".join(parts))
     _into_readme(root / "README.md", "\n".join(_for_readme(source, stem) for stem in IN_README))
 
 
 def _copied(made: Path, docs: Path, stem: str) -> str:
-    """A table's Markdown, its files brought to docs under the name `stem`."""
-    for suffix, folder in ((".json", "results"), (".png", "images")):
-        (docs / folder).mkdir(parents=True, exist_ok=True)
-        if made.with_suffix(suffix).is_file():
-            shutil.copyfile(made.with_suffix(suffix), docs / folder / f"{stem}{suffix}")
+    """A table's Markdown, its picture brought to docs under the name `stem`."""
+    (docs / "images").mkdir(parents=True, exist_ok=True)
+    if made.with_suffix(".png").is_file():
+        shutil.copyfile(made.with_suffix(".png"), docs / "images" / f"{stem}.png")
     return made.with_suffix(".md").read_text().replace(f"({made.name}.png)", f"(images/{stem}.png)")
+
+
+def _figures(made: Mapping[str, Path], folder: Path, model: str) -> None:
+    """A model's figures, and what each sheet says beside them."""
+    sheets = {stem: store.read_json(path.with_suffix(".json")) for stem, path in made.items()}
+    store.write_json(folder / f"{model}.json", packed(sheets.values()), indent=None)
+    for stem, sheet in sheets.items():
+        own = {name: value for name, value in sheet.items() if name not in _PACKED}
+        if "means" in sheet:
+            own["figures"] = {"file": f"{model}.json", **shown(sheet)}
+        store.write_json(folder / f"{stem}.json", rounded(own), indent=None)
 
 
 def _for_readme(source: Path, stem: str) -> str:

@@ -25,6 +25,7 @@ from benchmarks.console import console as terminal
 from benchmarks.console import show
 from benchmarks.shapes import QWEN
 from kvweave.methods.flowmm import FlowMM
+from kvweave.ops.budget import LEAST
 from kvweave.ops.rotary import rotate
 from kvweave.ops.statistics import AttentionRule
 from kvweave.view import LayerView
@@ -77,7 +78,7 @@ def lab(prompts: int, images: int, seeds: int) -> Iterator[Sample]:
             inputs = processor.apply_chat_template(
                 sample.messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
-            method = Watching(budget=1, seeds=seeds)
+            method = Watching(budget=LEAST, seeds=seeds)
             with kvweave.compress(model, method):
                 model.generate(**inputs, max_new_tokens=1, do_sample=False)
             yield from method.seen

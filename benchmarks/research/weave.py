@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import benchmarks.research.ideas  # noqa: F401  registers them, to be named with their module
 from kvweave import lab
 from kvweave.evals import Evaluation, lab_tasks, run, summarise
 from kvweave.evals.run.store import read_json, write_json, write_text

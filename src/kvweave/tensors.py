@@ -1,5 +1,6 @@
 """Compression without a model: research, tests, other engines."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,7 +49,7 @@ def compress_tensors(
     Returns:
         One `Compacted` a layer.
     Raises:
-        ValueError: shapes or types that do not fit, a row without a token.
+        ValueError: shapes or types that do not fit, a row without a token, NaN in a token's tensors.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...)")
@@ -60,7 +61,8 @@ def compress_tensors(
     wanted = method.probed_rows if probed else method.query_rows
     batch, _, length, dim = keys[0].shape
     layers = len(keys)
-    lengths = prompt.lengths
+    lengths = [length] * batch if valid is None else prompt.lengths
+    _check_numbers(prompt, queries=queries, keys=keys, values=values)
     padded = min(lengths) < length
     bytes_per_entry = batch * sum(_entry_bytes(k, v) for k, v in zip(keys, values, strict=True))
     budgets = [entries(method.budget, n, bytes_per_entry) for n in lengths]
@@ -158,6 +160,7 @@ def _checked(
                 "[batch, heads, length, dim], [batch, kv_heads, length, dim] and [batch, kv_heads, length, dim]"
             )
     shape = (keys[0].shape[0], keys[0].shape[2])
+    everything = valid is None
     if valid is None:
         valid = torch.ones(shape, dtype=torch.bool, device=keys[0].device)
     for name, mask in (("visual", visual), ("valid", valid)):
@@ -165,10 +168,26 @@ def _checked(
             raise ValueError(
                 f"{name} must be bool [batch, length] = {list(shape)}, got {mask.dtype} {list(mask.shape)}"
             )
-    if not bool(valid.any(1).all()):
+    if not everything and not bool(valid.any(1).all()):
         empty = (~valid.any(1)).nonzero().flatten().tolist()
         raise ValueError(f"valid: row {empty[0]} has no token; every row needs at least one")
     return Prompt(visual, valid)
+
+
+def _check_numbers(prompt: Prompt, **given: Sequence[Tensor]) -> None:
+    """Refuse NaN, which compares with nothing, so that what is kept of it would be anything; padding may hold it."""
+    norms = torch._foreach_norm([x for tensors in given.values() for x in tensors])  # one call, and one read
+    home = norms[0].device
+    if not math.isnan(torch.stack([x if x.device == home else x.to(home) for x in norms]).sum().item()):
+        return
+    for name, tensors in given.items():
+        for layer, x in enumerate(tensors):
+            wrong = (x.isnan().any(-1) & prompt.valid[:, None].to(x.device)).nonzero()
+            if len(wrong):
+                row, head, slot = wrong[0].tolist()
+                raise ValueError(
+                    f"{name}, layer {layer}: NaN at row {row}, head {head}, token {slot}: allowed is numbers"
+                )
 
 
 def _check_decoded(

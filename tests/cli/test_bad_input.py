@@ -14,6 +14,34 @@ BEFORE_LOADING = {
     "budget no number": (["run", "--budget", "lots"], ["--budget", "budget='lots'", "allowed is"]),
     "budget no unit": (["run", "--budget", "12parsecs"], ["--budget", "budget='12parsecs'", "MiB"]),
     "budget of a method": (["run", "--method", "snapkv:budget=2.0"], ["--method", "budget=2.0", "allowed is"]),
+    "budget of 400 digits": (["run", "--budget", "9" * 400], ["--budget", "budget='999", "9...", "allowed is"]),
+    "budget of 5000 digits": (["run", "--budget", "9" * 5000], ["--budget", "budget='999", "9...", "allowed is"]),
+    "bytes of 400 digits": (["run", "--budget", "9" * 400 + "MiB"], ["--budget", "more than any cache holds"]),
+    "budgets of 400 digits": (["eval", "--budgets", "9" * 400, "--quiet"], ["budget=", "allowed is"]),
+    "a module that is not imported": (
+        ["run", "--method", "this.x"],
+        ["--method 'this.x'", "is not imported", "--plugin"],
+    ),
+    "no module at all": (["run", "--method", "..x"], ["--method '..x'", "is not imported"]),
+    "a module's name to describe": (["methods", "..x"], ["methods: method='..x'", "is not imported"]),
+    "an option that every call has": (["run", "--method", "snapkv:name=x"], ["name='x' is no option of snapkv"]),
+    "option of 400 digits": (
+        ["run", "--method", f"snapkv:defer_weight={10**400}"],
+        ["--method", "defer_weight='1000", "is not allowed", "[0, 1)"],
+    ),
+    "itself within itself": (
+        ["run", "--method", "quantized:method=quantized"],
+        ["method='quantized' is not allowed"],
+    ),
+    "seed of 400 digits": (["run", "--seed", "9" * 400], ["--seed", "..."]),
+    "images of 400 digits": (["run", "--images", "9" * 400], ["--images", "1 to 12"]),
+    "name too long for a file": (
+        ["run", "--out", "x" * 5000],
+        ["--out", "File name too long", "allowed is a folder"],
+    ),
+    "name too long for a model": (["run", "--model", "x" * 5000], ["--model", "does not exist", "allowed is"]),
+    "one word as model": (["run", "--model", "gpt2"], ["--model", "'gpt2' does not exist", "owner/name"]),
+    "no such plugin": (["--plugin", "nowhere", "run"], ["--plugin", "plugin='nowhere' cannot be imported"]),
     "unknown method": (
         ["run", "--method", "flowm"],
         ["--method 'flowm'", "did you mean 'flowmm'", "allowed is one of"],
@@ -79,9 +107,12 @@ def test_refused_before_a_model_is_loaded(kvweave, monkeypatch: pytest.MonkeyPat
 
 
 LOADING = {
-    "dtype": (["run", "--dtype", "int3"], ["dtype='int3'", "allowed is one of auto, float32"]),
-    "attention": (["flow", "--attention", "flash"], ["attention='flash'", "allowed is one of auto, sdpa, eager"]),
-    "device": (["run", "--device", "cuda:77"], ["device='cuda:77'", "allowed is auto or one of cpu"]),
+    "dtype": (["run", "--dtype", "int3"], ["--dtype: dtype='int3'", "allowed is one of auto, float32"]),
+    "attention": (
+        ["flow", "--attention", "flash"],
+        ["--attention: attention='flash'", "allowed is one of auto, sdpa, eager"],
+    ),
+    "device": (["run", "--device", "cuda:77"], ["--device: device='cuda:77'", "allowed is auto or one of cpu"]),
     "device to train on": (["lab", "train", "--device", "tpu9"], ["--device", "device='tpu9'", "allowed is auto"]),
     "no checkpoint": (["run", "--model", "empty"], ["model='empty' cannot be loaded"]),
 }
@@ -121,6 +152,8 @@ def _refused(done: tuple[int, str, str], wanted: list[str]) -> None:
     assert len(err.strip().splitlines()) == 1
     assert err.startswith("kvweave: ")
     assert "Traceback" not in err
+    assert "unexpected" not in err
+    assert len(err) < 2500
     for words in wanted:
         assert words in err
     assert not Path("out").exists()

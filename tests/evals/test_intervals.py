@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvweave.evals.tables.intervals import compare, estimate, holm, sign_test, wilson
 
@@ -29,6 +31,43 @@ def test_partial_scores_get_a_bootstrap_interval():
     assert found.high == pytest.approx(found.mean + 1.96 * error, abs=0.2 * error)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "mean"),
+    [
+        ([[1.0] * 10, [1.0] * 5], 1.0),
+        ([[0.0] * 4, [0.0] * 8], 0.0),
+        ([[0.5] * 12], 0.5),
+        ([[0.25] * 6, [0.75] * 6], 0.5),
+    ],
+)
+def test_equal_samples_get_wilsons_interval_and_not_none(tasks, mean):
+    found = estimate(tasks)
+    assert found is not None
+    count = sum(map(len, tasks))
+    assert (found.mean, found.low, found.high) == (mean, *wilson(mean * count, count))
+    assert found.high - found.low > 0.1
+    assert found.low <= mean <= found.high
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.3, 0.5, 1.0]), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_no_interval_of_shares_is_a_point(tasks):
+    found = estimate(tasks)
+    assert found is not None
+    assert 0 <= found.low < found.high <= 1
+    pairs = [{str(n): score for n, score in enumerate(scores)} for scores in tasks]
+    there = {str(n): by_id for n, by_id in enumerate(pairs)}
+    zero = {name: dict.fromkeys(by_id, 0.0) for name, by_id in there.items()}
+    difference = compare(there, zero)
+    assert difference is not None
+    assert -1 <= difference.low < difference.high <= 1
+
+
+def test_what_is_no_share_keeps_its_own_scale():
+    found = estimate([[3.0] * 4], shares=False)
+    assert found is not None
+    assert (found.low, found.mean, found.high) == (3, 3, 3)
+
+
 def test_a_task_without_a_score_leaves_no_mean():
     assert estimate([[1.0], []]) is None
     assert estimate([]) is None
@@ -52,6 +91,9 @@ def test_certain_and_absent_differences():
     assert better.p == 2 * 0.5**50
     assert same is not None
     assert (same.difference, same.p) == (0, 1)
+    assert (better.low, better.high) == (2 * wilson(50, 50)[0] - 1, 1)
+    assert same.low == pytest.approx(-same.high)
+    assert same.high == pytest.approx(2 * wilson(25, 50)[1] - 1)
     assert compare(all_right, {"t": {}}) is None
 
 

@@ -10,10 +10,11 @@ from PIL import Image
 
 from kvweave.evals import Evaluation, lab_tasks, run, summarise
 from kvweave.evals.run.plan import parse_methods
-from kvweave.evals.run.worker import Result
+from kvweave.evals.run.results import Result
 from kvweave.evals.tables.outputs import write_outputs
 from kvweave.evals.tasks.export import export
-from kvweave.evals.tasks.milebench import IMAGE, MileBenchTask, Options, milebench_tasks, read
+from kvweave.evals.tasks.milebench import IMAGE, MileBenchTask, Options, milebench_tasks
+from kvweave.evals.tasks.questions import read
 
 
 def write(

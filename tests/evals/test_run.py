@@ -19,7 +19,8 @@ from kvweave.cli.eval import evaluate
 from kvweave.evals import Evaluation, Example, LabTask, lab_tasks, run, summarise
 from kvweave.evals.run import processes
 from kvweave.evals.run.plan import parse_methods
-from kvweave.evals.run.worker import Result, Worker
+from kvweave.evals.run.results import Result
+from kvweave.evals.run.worker import Worker
 from kvweave.evals.tables.tables import markdown
 
 

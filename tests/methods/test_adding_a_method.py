@@ -1,5 +1,6 @@
 """docs/ADDING_A_METHOD.md is true: its method runs everywhere, registered from outside the package."""
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 
 import kvweave
 from kvweave.methods.catalogue import markdown
+from kvweave.methods.registry import load_plugin
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "ADDING_A_METHOD.md"
@@ -30,6 +32,7 @@ def outside(tmp_path, monkeypatch):
 
 
 def test_it_compresses_tensors(outside):
+    importlib.import_module("longest")
     method = kvweave.parse_method("longest.longest:recent=2,budget=6")
     keys = torch.randn(1, 2, 20, 8)
     layer = kvweave.compress_tensors(method, [keys], [keys], [keys], visual=torch.zeros(1, 20, dtype=torch.bool))[0]
@@ -43,7 +46,7 @@ def test_it_compresses_tensors(outside):
 
 def test_it_runs_on_a_model_and_in_the_command_line(outside):
     environment = os.environ | {"PYTHONPATH": f"{outside}{os.pathsep}{ROOT / 'src'}"}
-    command = [sys.executable, "-m", "kvweave", "run", "--method", "longest.longest:recent=4", "--budget", "0.2"]
+    command = [sys.executable, "-m", "kvweave", "--plugin", "longest", "run", "--method", "longest:recent=4"]
     done = subprocess.run(
         [*command, "--images", "4", "--json", "--out", str(outside / "out")],
         env=environment,
@@ -56,9 +59,29 @@ def test_it_runs_on_a_model_and_in_the_command_line(outside):
     json.loads(done.stdout)
 
 
-def test_a_module_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"no_such_module\.longest.*No module named"):
-        kvweave.parse_method("no_such_module.longest")
+def test_a_plugin_that_cannot_be_imported_is_named(outside):
+    with pytest.raises(ValueError, match=r"plugin='no_such_module' cannot be imported .*No module named"):
+        load_plugin("no_such_module")
+    (outside / "exits.py").write_text("raise RuntimeError('not today')")
+    with pytest.raises(ValueError, match=r"plugin='exits' cannot be imported \(RuntimeError\): not today"):
+        load_plugin("exits")
+
+
+@pytest.mark.parametrize(
+    "spelling", ["this.x", "antigravity.snapkv:budget=0.2", "longest.longest", "..x", ".", "a..b"]
+)
+def test_a_name_imports_nothing(outside, spelling):
+    before = set(sys.modules)
+    for read in (kvweave.parse_method, lambda name: kvweave.method_from_dict({"name": name.partition(":")[0]})):
+        with pytest.raises(ValueError, match=r"method='.*' is (of a module that is not imported|unknown)"):
+            read(spelling)
+    assert set(sys.modules) == before
+
+
+def test_a_module_answers_for_its_own_methods_only():
+    with pytest.raises(ValueError, match=r"'os.snapkv' is none of that module's"):
+        kvweave.parse_method("os.snapkv")
+    assert kvweave.parse_method("kvweave.methods.snapkv.snapkv") == kvweave.SnapKV()
 
 
 def test_the_table_of_methods_is_what_the_registry_says():

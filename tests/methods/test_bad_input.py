@@ -1,11 +1,16 @@
 """Bad input is refused by name: the option, the value it had, and what is allowed."""
 
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kvweave
+from inputs import HUGE, JSON
 from strategies import PATTERNS, compress, random_case, registered
 
 REFUSED = (ValueError, TypeError)
@@ -33,6 +38,52 @@ def test_budgets_of_another_type(budget):
     message = refusal("flowmm", budget=budget)
     assert "budget" in message
     assert str(budget) in message
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [int("9" * 400), 10**5000, 2**63, -(10**400), "9" * 400, "9" * 400 + "MiB", "9" * 5000, "1e400"],
+    ids=lambda budget: type(budget).__name__,
+)
+def test_budgets_of_many_digits(budget):
+    with pytest.raises(ValueError, match=r"budget=.* allowed is") as caught:
+        kvweave.get_method("snapkv", budget=budget)
+    assert len(str(caught.value)) < 300
+    if isinstance(budget, str):
+        with pytest.raises(ValueError, match=r"budget=.* allowed is"):
+            kvweave.parse_method(f"snapkv:budget={budget}")
+
+
+@pytest.mark.parametrize(
+    ("budget", "same"),
+    [(np.int64(8), 8), (np.int32(8), 8), (np.float64(0.3), 0.3), (np.float32(0.25), 0.25), (np.float32(1), 1.0)],
+)
+def test_numpys_numbers_are_budgets(budget, same):
+    method = kvweave.SnapKV(budget=budget)
+    assert method == kvweave.SnapKV(budget=same)
+    assert type(method.budget) is type(same)
+    assert kvweave.method_from_dict(method.to_dict()) == method
+    assert kvweave.parse_method(method.spelling()) == method
+
+
+def test_numpys_numbers_out_of_range():
+    for budget in (np.int64(0), np.float32(1.5), np.float64("nan")):
+        with pytest.raises(ValueError, match="budget="):
+            kvweave.SnapKV(budget=budget)
+    with pytest.raises(TypeError, match="budget="):
+        kvweave.SnapKV(budget=np.bool_(True))
+
+
+def test_a_budget_of_one_says_that_it_is_one_token():
+    with pytest.warns(UserWarning, match=r"one token .*budget=1\.0") as told:
+        kvweave.FlowMM(budget=1)
+    assert {warning.filename for warning in told} == {__file__}
+    with pytest.warns(UserWarning, match=r"budget=1\.0"):
+        kvweave.parse_method("quantized:method=snapkv,budget=1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kvweave.FlowMM(budget=1.0)
+        kvweave.FlowMM(budget=2)
 
 
 @pytest.mark.parametrize(("wrong", "meant"), [("flowm", "flowmm"), ("snap_kv", "snapkv"), ("h20", "h2o")])
@@ -129,6 +180,82 @@ def test_options_of_another_type(option, value):
     assert str(value) in message
 
 
+@pytest.mark.parametrize(
+    ("spelled", "said"),
+    [
+        ({"name": 3}, "method=3 is unknown"),
+        ({"name": None}, "method=None is unknown"),
+        ({"name": ["snapkv"]}, "method=.* is unknown"),
+        ([], r"name is missing from the method \[\]"),
+        ({"name": "snapkv", 3: 4}, "3=4 is no option of snapkv"),
+        ({"name": "snapkv", "budget": {}}, "budget={}"),
+        ({"name": "snapkv", "defer_weight": HUGE}, "defer_weight=.* is not allowed"),
+        ({"name": "snapkv", "window": HUGE}, r"window=.* is not allowed .* an int >= 1, below 2\*\*63"),
+        ({"name": "flowmm", "theta": HUGE}, "theta=.* is not allowed"),
+        ({"name": "quantized", "method": {"name": 3}}, "method=3 is unknown"),
+        ({"name": "quantized", "method": 3}, "method=3 is not allowed"),
+        ({"name": "quantized", "bits": 4.0}, "bits=4.0 is not allowed"),
+    ],
+)
+def test_dictionaries_that_are_no_methods(spelled, said):
+    with pytest.raises(REFUSED, match=said) as caught:
+        kvweave.method_from_dict(spelled)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("spelling", "said"),
+    [
+        ("snapkv:name=x", "name='x' is no option of snapkv"),
+        ("snapkv:self=x", "self='x' is no option of snapkv"),
+        ("quantized:method=snapkv,name=x", "name='x' is no option of quantized"),
+        ("quantized:method=quantized", "method='quantized' is not allowed for quantized"),
+        ("quantized:method=..x", "method='..x' is of a module that is not imported"),
+        ("snapkv:window=" + "9" * 5000, "window=.* is not allowed"),
+        (f"snapkv:defer=1,defer_weight={HUGE}", "defer_weight=.* is not allowed"),
+    ],
+)
+def test_spellings_that_are_no_methods(spelling, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        kvweave.parse_method(spelling)
+    assert len(str(caught.value)) < 500
+
+
+NAMES = st.sampled_from([*kvweave.list_methods(), "quantized", "oracle", "os.snapkv", "", ".", "x"])
+OPTIONS = st.sampled_from(["budget", "window", "defer", "defer_weight", "theta", "method", "bits", "name", "cls", ""])
+VALUES = st.text(max_size=8) | st.integers().map(str) | st.floats().map(str) | st.sampled_from(["9" * 5000, "flowmm"])
+
+
+def read_or_refused(read, given):
+    """What is read is a method that can be saved; what is refused, in one line that is not too long."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        said = ""
+        try:
+            method = read(given)
+        except REFUSED as refused:
+            said = str(refused)
+        else:
+            assert kvweave.method_from_dict(method.to_dict()) == method
+    assert len(said) < 1500
+    assert not said or ("allowed" in said and len(said.splitlines()) == 1)
+
+
+@given(NAMES, st.lists(st.tuples(OPTIONS, VALUES), max_size=3))
+def test_any_spelling_is_read_or_refused(name, options):
+    read_or_refused(kvweave.parse_method, f"{name}:{','.join('='.join(option) for option in options)}")
+
+
+@given(NAMES | JSON, st.dictionaries(OPTIONS, JSON, max_size=3))
+def test_any_dictionary_is_read_or_refused(name, options):
+    read_or_refused(kvweave.method_from_dict, {**options, "name": name})
+
+
+@given(JSON)
+def test_any_json_is_read_or_refused(given_):
+    read_or_refused(kvweave.method_from_dict, given_)
+
+
 # ---------------------------------------------------------------- tensors that do not fit
 
 
@@ -192,3 +319,27 @@ def test_turning_keys_needs_the_tables():
     case = random_case(PATTERNS["interleaved"](10), seed=0)
     with pytest.raises(ValueError, match="rotary"):
         compress("flowmm", case, 0.5, rope_aware=True)
+
+
+@pytest.mark.parametrize("name", ["queries", "keys", "values"])
+@pytest.mark.parametrize("method", ["snapkv", "flowmm", "streaming_llm"])
+def test_nan_is_refused(name, method):
+    given = arguments()
+    given[name] = [x.clone() for x in given[name]]
+    given[name][1][0, 1, 7, 3] = math.nan
+    with pytest.raises(ValueError, match=rf"{name}, layer 1: NaN at row 0, head 1, token 7: allowed is numbers"):
+        kvweave.compress_tensors(kvweave.get_method(method, budget=0.5), **given)
+
+
+def test_padding_may_hold_nan():
+    plain, wrong = arguments(), arguments()
+    valid = torch.ones(1, 10, dtype=torch.bool)
+    valid[:, :3] = False
+    for name in ("queries", "keys", "values"):
+        wrong[name] = [x.clone() for x in wrong[name]]
+        for x in wrong[name]:
+            x[:, :, :3] = math.nan
+    method = kvweave.get_method("snapkv", budget=0.5)
+    expected = kvweave.compress_tensors(method, **plain, valid=valid)
+    for layer, other in zip(kvweave.compress_tensors(method, **wrong, valid=valid), expected, strict=True):
+        assert torch.equal(layer.keys, other.keys)

@@ -5,11 +5,14 @@ Exit codes: 0 done, 2 bad input, 1 anything else.
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
-from kvweave.cli.console import BAD_INPUT, STOPPED, UNEXPECTED, BadInput
+from kvweave import __version__
+from kvweave.cli.console import BAD_INPUT, STOPPED, UNEXPECTED, BadInput, bad_input
 from kvweave.cli.eval import evaluate
 from kvweave.cli.flow import flow
 from kvweave.cli.lab import lab
@@ -19,7 +22,6 @@ from kvweave.cli.run import run
 
 app = typer.Typer(
     name="kvweave",
-    help="Compress the KV cache of multimodal LLMs, and see what stays.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,9 +34,42 @@ app.command("methods")(methods)
 app.add_typer(lab, name="lab")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"kvweave {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(help="Module that is imported first, for the methods that it registers; repeatable."),
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Compress the KV cache of multimodal LLMs, and see what stays."""
+    if plugin:
+        from kvweave.methods.registry import load_plugin
+
+        with bad_input(option="--plugin"):
+            for module in plugin:
+                load_plugin(module)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
-    sys.exit(_exit_code(arguments))
+    with warnings.catch_warnings():
+        warnings.showwarning = _told
+        code = _exit_code(arguments)
+    sys.exit(code)
+
+
+def _told(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """A warning as a remark in one line: whoever types a command has no line of code to look at."""
+    print("kvweave: " + " ".join(str(message).split()), file=sys.stderr)
 
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
@@ -75,5 +110,9 @@ def _given(error: Exception, typed: Sequence[str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print("kvweave: " + " ".join(message.split()), file=sys.stderr)
+    print("kvweave: " + " ".join(map(_shortened, message.split())), file=sys.stderr)
     return code
+
+
+def _shortened(word: str, longest: int = 300) -> str:
+    return word if len(word) <= longest else f"{word[: longest - 3]}..."

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvweave.ops.brief import brief
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -57,8 +59,11 @@ def dump_json(data: Any) -> str:
 def check_out(folder: Path) -> None:
     """Refuse a place that cannot be written to, before any work is done."""
     there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise BadInput(f"--out {brief(str(folder))}: {error}; allowed is a folder, new or not") from error
     if not there.is_dir():
         raise BadInput(f"--out {str(folder)!r}: {there} is a file; allowed is a folder, new or not")
     if not os.access(there, os.W_OK):
@@ -91,10 +96,9 @@ def _umask() -> int:
 def quiet_libraries() -> None:
     """Keep transformers' bars and hints off the terminal; errors come as exceptions."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    from kvweave.models.loading import quiet
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet()
 
 
 def command_line() -> str:

@@ -10,29 +10,30 @@ import typer
 from kvweave.cli import options
 from kvweave.cli.console import bad_input, check_out, command_line, err, print_json, quiet_libraries
 from kvweave.cli.console import out as stdout
+from kvweave.cli.tables import fitted
 
 if TYPE_CHECKING:
     from kvweave.evals import LabTask, MileBenchTask, Task
     from kvweave.evals.run.plan import Cell
-    from kvweave.evals.run.worker import Result
+    from kvweave.evals.run.results import Result
 
 
 def evaluate(
     model: options.ModelName = "lab",
     data: Annotated[
-        Path | None, typer.Option(help="Folder in MileBench's layout. [default: the lab's questions, drawn]")
+        Path | None, typer.Option(help="Folder in MileBench's layout.", show_default="the lab's questions, drawn")
     ] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="Separated by commas; default all.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Separated by commas.", show_default="all")] = None,
     methods: Annotated[
-        list[str] | None, typer.Option(help="Such as snapkv,flowmm:theta=0.3; default all registered.")
+        list[str] | None, typer.Option(help="Such as snapkv,flowmm:theta=0.3.", show_default="all registered")
     ] = None,
     budgets: Annotated[
         str, typer.Option(help="Shares in (0, 1] or tokens, separated by commas.")
     ] = "0.5,0.2,0.1,0.05",
     count: Annotated[
-        int | None, typer.Option(help="Samples a task. [default: 100 of the lab's, all of a folder's]")
+        int | None, typer.Option(help="Samples a task.", show_default="100 of the lab's, all of a folder's")
     ] = None,
-    images: Annotated[int | None, typer.Option(help="Images an album, of the lab's. [default: 8]")] = None,
+    images: Annotated[int | None, typer.Option(help="Images an album, of the lab's.", show_default="8")] = None,
     seeds: Annotated[
         str, typer.Option("--seeds", "--seed", help="Of samples and random draws, separated by commas.")
     ] = "0",
@@ -54,17 +55,19 @@ def evaluate(
     max_context_len: Annotated[int, typer.Option(help="Tokens left by the official truncation.")] = 4096,
     tokens_per_image: Annotated[int, typer.Option(help="As the official truncation counts an image.")] = 576,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Where an answer is cut off. [default: what the task says, 512 in MileBench]")
+        int | None,
+        typer.Option(help="Where an answer is cut off.", show_default="what the task says, 512 in MileBench"),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Method that others are tested against; default snapkv if it is evaluated.")
+        str | None,
+        typer.Option(help="Method that others are tested against.", show_default="snapkv, if it is evaluated"),
     ] = None,
     fidelity: Annotated[
         bool, typer.Option("--fidelity/--no-fidelity", help="Compare with the full cache token by token.")
     ] = True,
     batch: Annotated[
         int | None,
-        typer.Option("--batch-size", "--batch", help="Prompts answered together. [default: 50 for lab, else 1]"),
+        typer.Option("--batch-size", "--batch", help="Prompts answered together.", show_default="50 for lab, else 1"),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
     ray: Annotated[
@@ -73,10 +76,12 @@ def evaluate(
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[Path, typer.Option(help="Folder of the results; resumes if it holds some.")] = Path("out/eval"),
     json: options.Json = False,
     pictures: Annotated[
-        int, typer.Option(min=0, help="Samples that the page shows kept tokens, speed and flow of; 0: none.")
+        int,
+        typer.Option(**options.NUMBER, help="Samples that the page shows kept tokens, speed and flow of; 0: none."),
     ] = 2,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")] = False,
 ) -> None:
@@ -90,14 +95,14 @@ def evaluate(
     from kvweave.evals.run.plan import parse_budgets, parse_methods
     from kvweave.evals.tables.outputs import write_outputs
     from kvweave.evals.tables.page import write_page
-    from kvweave.evals.tables.tables import rendered
+    from kvweave.evals.tables.tables import notes, tables
     from kvweave.models import LABS
 
     check_out(out)
     quiet_libraries()
     start = time.perf_counter()
     names = _pieces(*tasks or [])
-    with bad_input():
+    with bad_input(), options.model_errors():
         if data is None:
             given = {
                 "combined": combined,
@@ -128,6 +133,7 @@ def evaluate(
             seeds=_seeds(seeds),
             protocols=tuple(dict.fromkeys(_pieces(protocol))),
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             fidelity=fidelity,
         )
         baseline = _baseline(baseline, evaluation.labels)
@@ -146,12 +152,17 @@ def evaluate(
     seconds = round(time.perf_counter() - start, 1)
     summary = summarise(evaluation, results, baseline=baseline, command=command_line(), seconds=seconds)
     write_tables(summary, out)
-    page = write_page(evaluation, summary, out, samples=pictures, device=device)
     layout = write_outputs(evaluation, results, out)
+    page = write_page(evaluation, summary, out, samples=pictures, device=device)
     if json:
         print_json(summary)
     elif not quiet:
-        stdout().print(rendered(summary))
+        screen = stdout()
+        for title, head, rows in tables(summary):
+            for table in fitted(title, head, rows):
+                screen.print(table)
+        for note, items in notes(summary):
+            screen.print("\n  ".join([note, *items]), markup=False)
         stdout().print(f"written: [bold]{page}[/bold], table.md, table.csv, table.json")
         if layout is not None:
             stdout().print(f"written: [bold]{layout}[/bold], as MileBench's scorer reads it")

@@ -27,6 +27,7 @@ def flow(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = Path("out/flow"),
     json: options.Json = False,
 ) -> None:
@@ -35,17 +36,19 @@ def flow(
     Writes flow.png and flow.json.
     """
     from kvweave.methods.flowmm import FlowMM
+    from kvweave.ops.budget import LEAST
 
     with console.bad_input(option="--theta"):
         # one entry is the least: every layer is cut, and so measured
-        method = FlowMM(budget=1, theta=theta, flow_rows=0)
+        method = FlowMM(budget=LEAST, theta=theta, flow_rows=0)
     if math.isinf(theta):
         raise console.BadInput(f"--theta {theta} is not finite: allowed is a number")
     options.check_model(model)
     console.check_out(out)
     console.quiet_libraries()
     ask = options.read_ask(image, prompt, images, task, seed)
-    loaded, processor = options.load(model, dtype, device, attention)
+    options.say_own_world(model, ask)
+    loaded, processor = options.load(model, dtype, device, attention, trust_remote_code)
     measured = _measure(model, loaded, processor, ask, method)
 
     from kvweave.report.flow import figure
@@ -61,11 +64,11 @@ def flow(
 
 def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "FlowMM") -> dict[str, Any]:
     """The three ratios of each layer, as FlowMM computes them; nothing is decoded."""
-    from kvweave import models
     from kvweave.evals.one import collect, generating
+    from kvweave.evals.run import store
 
     inputs = options.encode(processor, ask)
-    with console.err().status("measuring"), console.bad_input(models.ModelError, option=f"--model {name!r}"):
+    with console.err().status("measuring"), options.model_errors():
         generating.check_compressible(model, method)
         made = generating.generate(model, processor, inputs, method, max_new_tokens=1)
     tokens = collect.tokens_of(processor, model.config, inputs)
@@ -85,7 +88,7 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "F
         ],
         "command": console.command_line(),
         "machine": collect.machine(str(model.device)),
-        "versions": collect.versions(),
+        "versions": store.versions(),
     }
 
 

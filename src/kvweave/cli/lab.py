@@ -13,12 +13,12 @@ lab = typer.Typer(help="The embedded model: train it, examine it, see what it is
 @lab.command()
 def train(
     out: options.Out = Path("out/lab"),
-    seed: Annotated[int, typer.Option(min=0, help="Of weights and albums.")] = 0,
+    seed: Annotated[int, typer.Option(**options.NUMBER, help="Of weights and albums.")] = 0,
     world: Annotated[
         str, typer.Option(help="small: from a seed; large: go on from --start, with larger pictures.")
     ] = "small",
     start: Annotated[
-        Path | None, typer.Option(help="Folder of a lab model to go on from. [default: with large, lab's own]")
+        Path | None, typer.Option(help="Folder of a lab model to go on from.", show_default="with large, lab's own")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     device: options.Device = "auto",
@@ -79,14 +79,15 @@ def train(
 @lab.command("eval")
 def evaluate(
     model: options.ModelName = "lab",
-    task: Annotated[list[str] | None, typer.Option(help="Repeatable. [default: all]")] = None,
-    images: Annotated[list[int] | None, typer.Option(help="In an album; repeatable. [default: 8, 12]")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Albums for each task and number of images.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of the albums.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    task: Annotated[list[str] | None, typer.Option(help="Repeatable.", show_default="all")] = None,
+    images: Annotated[list[int] | None, typer.Option(help="In an album; repeatable.", show_default="8, 12")] = None,
+    count: Annotated[int, typer.Option(**options.COUNT, help="Albums for each task and number of images.")] = 200,
+    seed: Annotated[int, typer.Option(**options.NUMBER, help="Of the albums.")] = 0,
+    batch: Annotated[int, typer.Option(**options.COUNT, help="Questions answered together.")] = 16,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = Path("out/lab-eval"),
     json: options.Json = False,
 ) -> None:
@@ -100,7 +101,7 @@ def evaluate(
     for number in numbers:
         for name in tasks:
             options.read_example(number, name, seed)  # refuses what has no room before the model is loaded
-    loaded, processor = options.load(model, dtype, device, attention)
+    loaded, processor = options.load(model, dtype, device, attention, trust_remote_code)
     from kvweave.evals.tasks import lab_score
 
     columns = (TextColumn("examining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -180,10 +181,10 @@ def example(
 @lab.command("export")
 def export(
     folder: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.")],
-    task: Annotated[list[str] | None, typer.Option(help="Repeatable. [default: all]")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Repeatable.", show_default="all")] = None,
     images: Annotated[int, typer.Option(help="In an album.")] = 8,
-    count: Annotated[int, typer.Option(help="Questions a task.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of the albums.")] = 0,
+    count: Annotated[int, typer.Option(**options.COUNT, help="Questions a task.")] = 100,
+    seed: Annotated[int, typer.Option(**options.NUMBER, help="Of the albums.")] = 0,
     json: options.Json = False,
 ) -> None:
     """Write the lab's hold-out questions in MileBench's format, for `kvweave eval --data` and other tools."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvweave.cli import options
-from kvweave.cli.console import bad_input, out, print_json
+from kvweave.cli.console import bad_input, check_out, dump_json, out, print_json, writing
 
 if TYPE_CHECKING:
     from kvweave.methods import Method
@@ -19,32 +19,41 @@ def methods(
     draw: Annotated[
         bool, typer.Option("--draw", help="Draw what the method keeps of the lab's example; NAME may be a spelling.")
     ] = False,
-    out_folder: options.Out = Path("out"),
+    out_folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the picture, or for methods.json.", show_default="out, with --draw"),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """List the methods, or show one with its options."""
+    if out_folder is not None:
+        check_out(out_folder)
     if draw:
-        _draw(name, out_folder)
+        _draw(name, out_folder or Path("out"), json)
         return
     from kvweave.methods import list_methods
-    from kvweave.methods.registry import method_class
+    from kvweave.methods.registry import list_wrappers, method_class
 
-    if name is None:
-        described = [_described(method_class(known)) for known in list_methods()]
-        if json:
-            print_json({"methods": described})
-        else:
-            _print_all(described)
-        return
     with bad_input(option="methods"):
-        told = _described(method_class(name))
+        if name is None:
+            listed = {"methods": list_methods(), "wrappers": list_wrappers()}
+            told: dict[str, Any] = {
+                kind: [_described(method_class(n)) for n in names] for kind, names in listed.items()
+            }
+        else:
+            told = _described(method_class(name))
+    if out_folder is not None:
+        with writing(out_folder) as partial:
+            (partial / "methods.json").write_text(dump_json(told) + "\n", encoding="utf-8")
     if json:
         print_json(told)
+    elif name is None:
+        _print_all(told)
     else:
         _print_one(told)
 
 
-def _draw(spelling: str | None, folder: Path) -> None:
+def _draw(spelling: str | None, folder: Path, json: bool) -> None:
     from kvweave.evals.one.draw import draw
     from kvweave.methods import parse_method
 
@@ -54,6 +63,10 @@ def _draw(spelling: str | None, folder: Path) -> None:
         method = parse_method(spelling)
     run, path = draw(method, folder)
     answer = run.answers[0]
+    if json:
+        said = {"method": answer.method, "question": run.question, "right": run.right, "full": run.full.text}
+        print_json({**said, "text": answer.text, "picture": str(path)})
+        return
     out().print(
         f"{run.question} full cache: {run.full.text}; {answer.method}: {answer.text}; right: {run.right}; see {path}"
     )
@@ -61,7 +74,10 @@ def _draw(spelling: str | None, folder: Path) -> None:
 
 def _described(kind: "type[Method]") -> dict[str, Any]:
     doc = inspect.getdoc(kind) or ""
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    defaults = {
+        field.name: field.default if isinstance(field.default, (int, float, str, type(None))) else "full"
+        for field in dataclasses.fields(kind)
+    }
     budget = {
         "name": "budget",
         "default": defaults["budget"],
@@ -81,7 +97,7 @@ def _described(kind: "type[Method]") -> dict[str, Any]:
     }
 
 
-def _print_all(described: list[dict[str, Any]]) -> None:
+def _print_all(described: dict[str, list[dict[str, Any]]]) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -92,14 +108,15 @@ def _print_all(described: list[dict[str, Any]]) -> None:
     table.add_column("method", style="bold")
     table.add_column("what it does", ratio=3)
     table.add_column("options, with defaults", ratio=2)
-    for told in described:
+    for told in described["methods"] + described["wrappers"]:
         listed = ", ".join(f"{option['name']}={option['default']}" for option in told["options"])
         table.add_row(told["name"], Text(told["summary"]), Text(listed, style="dim"))
     out().print(table)
     common = ", ".join(COMMON)
+    around = ", ".join(told["name"] for told in described["wrappers"])
     out().print(
-        f"[dim]All take {common}. kvweave methods NAME says what each option allows; "
-        "kvweave run --method NAME:option=value[/dim]"
+        f"[dim]{around} stands around any other: quantized:method=snapkv,bits=4. All take {common}. "
+        "kvweave methods NAME says what each option allows; kvweave run --method NAME:option=value[/dim]"
     )
 
 

@@ -1,6 +1,8 @@
 """Options that several commands take, and what they come to."""
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvweave.cli.console import BadInput, bad_input, err
+from kvweave.ops.brief import brief
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,16 +25,24 @@ Images = Annotated[
 ]
 PromptText = Annotated[str | None, typer.Option("--prompt", help="What to ask about the images.")]
 Number = Annotated[
-    int | None, typer.Option("--images", help="Pictures in the generated example (1 to 12). [default: 12]")
+    int | None, typer.Option("--images", help="Pictures in the generated example (1 to 12).", show_default="12")
 ]
-Task = Annotated[str | None, typer.Option("--task", help="What the generated example asks. [default: image_needle]")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of the generated example. [default: 0]")]
+Task = Annotated[
+    str | None, typer.Option("--task", help="What the generated example asks.", show_default="image_needle")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of the generated example.", show_default="0")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
-Attention = Annotated[str, typer.Option("--attention", help="auto, sdpa or eager.")]
+Attention = Annotated[str, typer.Option("--attention", help="auto, sdpa, eager or flash_attention_2.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along; read it first.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
+#: What may be counted, and what may be zero besides.
+COUNT: dict[str, Any] = {"min": 1, "max": 2**31 - 1}
+NUMBER: dict[str, Any] = {"min": 0, "max": 2**31 - 1}
 DEFAULT_IMAGES, DEFAULT_TASK = 12, "image_needle"
 
 
@@ -60,19 +71,30 @@ def parse_methods(spellings: list[str], budget: str) -> "list[Method]":
 
 
 def check_model(model: str) -> None:
-    """Refuse a folder that holds no checkpoint, before any work is done."""
-    from kvweave.models import ModelError, check
+    """Refuse what holds no checkpoint, here or on the hub, before any work is done."""
+    from kvweave.models.source import found
 
-    with bad_input(ModelError, option="--model"):
-        check(model)
+    with model_errors():
+        found(model)
 
 
-def load(model: str, dtype: str, device: str, attention: str) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def model_errors() -> Iterator[None]:
+    """What is wrong with a model is said of the option that is at fault."""
+    from kvweave.models import ModelError
+
+    try:
+        yield
+    except ModelError as error:
+        raise BadInput(f"--{error.option}: {error}") from error
+
+
+def load(model: str, dtype: str, device: str, attention: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """The model and its processor."""
     from kvweave import models
 
-    with err().status(f"loading {model}"), bad_input(models.ModelError, option="--model"):
-        loaded = models.load(model, dtype, device, attention)
+    with err().status(f"loading {model}"), model_errors():
+        loaded = models.load(model, dtype, device, attention, trust_remote_code)
     if not models.reads_images(loaded[1]):
         err().print(f"{model} reads text only: loaded by AutoModelForCausalLM, with its tokenizer")
     return loaded
@@ -82,7 +104,7 @@ def pick_device(device: str) -> str:
     """The device by this name; with "auto" CUDA where there is one."""
     from kvweave import models
 
-    with bad_input(models.ModelError, option="--device"):
+    with model_errors():
         return models.pick_device(device)
 
 
@@ -113,6 +135,15 @@ def read_ask(
     )
 
 
+def say_own_world(model: str, ask: Ask) -> None:
+    """Say what the embedded model cannot know."""
+    from kvweave.evals.one.collect import OWN_WORLD
+    from kvweave.models import LABS
+
+    if model in LABS and ask.right is None:
+        err().print(OWN_WORLD)
+
+
 def check_tasks(names: list[str]) -> list[str]:
     """The lab's tasks by these names; all of the small world if there are none."""
     from kvweave.lab import ALL_TASKS, TASKS
@@ -130,9 +161,9 @@ def read_example(number: int, task: str, seed: int) -> Ask:
     from kvweave.lab import example
 
     check_tasks([task])
-    if seed < 0:
-        raise BadInput(f"--seed {seed} is negative: allowed is an int >= 0")
-    with bad_input(option=f"--images {number}"):
+    if not 0 <= seed <= NUMBER["max"]:
+        raise BadInput(f"--seed {brief(seed)}: allowed is an int >= 0, below 2**31")
+    with bad_input(option=f"--images {brief(number)}"):
         sample = example(images=number, seed=seed, task=task)
     question = sample.question.removeprefix("question: ")
     return Ask(sample.messages(), sample.images, question, sample.answer)
@@ -149,19 +180,12 @@ def _own(paths: list[Path], prompt: str | None) -> Ask:
 
 
 def _open(path: Path) -> "Image":
-    from PIL import Image, ImageOps
+    from kvweave.models import PictureError, open_picture
 
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise BadInput(f"--image {str(path)!r} {what}: allowed is an image file")
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(
-            f"--image {str(path)!r} cannot be read as an image ({type(error).__name__}): "
-            "allowed is what Pillow opens, such as PNG, JPEG or WebP"
-        ) from error
+        return open_picture(path)
+    except PictureError as error:
+        raise BadInput(f"--image {error}") from error
 
 
 def lab_tasks_of(model: str) -> tuple[str, ...]:

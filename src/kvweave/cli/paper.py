@@ -10,6 +10,7 @@ from kvweave.cli import options
 from kvweave.cli.console import BadInput, bad_input, check_out, command_line, err, print_json, quiet_libraries
 from kvweave.cli.console import out as stdout
 from kvweave.cli.eval import CellProgress
+from kvweave.cli.tables import fitted
 
 if TYPE_CHECKING:
     from kvweave.evals.paper import Sheet
@@ -26,20 +27,25 @@ def paper(
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     model: options.ModelName = "lab",
     data: Annotated[
-        Path | None, typer.Option(help="Folder in MileBench's layout. [default: the lab's questions]")
+        Path | None, typer.Option(help="Folder in MileBench's layout.", show_default="the lab's questions")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Separated by commas. [default: the lab's, or the paper's of a folder]")
+        str | None, typer.Option(help="Separated by commas.", show_default="the lab's, or the paper's of a folder")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples a task. [default: 100 of the lab's, all of a folder's]")
+        int | None,
+        typer.Option(**options.COUNT, help="Samples a task.", show_default="100 of the lab's, all of a folder's"),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option("--batch", min=1, help="Prompts answered together. [default: 50 with lab, else 1]")
+        int | None,
+        typer.Option(
+            "--batch", **options.COUNT, help="Prompts answered together.", show_default="50 with lab, else 1"
+        ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 1,
+    workers: Annotated[int, typer.Option(**options.COUNT, help="Processes, of one thread each.")] = 1,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[Path, typer.Option(help="Folder that all tables share; resumes.")] = Path("out/paper"),
     json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")] = False,
@@ -60,7 +66,7 @@ def paper(
             f"NAME {names or ''} with --all {everything}: allowed is one of the two; --list shows the names"
         )
     quiet_libraries()
-    with bad_input():
+    with bad_input(), options.model_errors():
         recipes = list(RECIPES.values()) if everything else [find(name) for name in names or ()]
         check_out(out)
         chosen = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -76,6 +82,7 @@ def paper(
             by_length=by_length,
             out=out,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             device=device,
             batch=batch or (50 if model in LABS else 1),
             workers=workers,
@@ -133,20 +140,14 @@ def _list(json: bool) -> None:
 
 
 def _print(sheets: "Sequence[Sheet]", written: Sequence[Path]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     screen = stdout()
     for sheet in sheets:
         screen.print(Text(sheet.title, style="bold"))
         for each in sheet.tables:
-            table = Table(title=each.title, title_justify="left", title_style="")
-            for n, name in enumerate(each.head):
-                table.add_column(name, justify="right" if n else "left")
-            wide = len(each.head) > 5  # no room for intervals: the file has them
-            for row in each.rows:
-                table.add_row(*(Text(cell.partition(" [")[0] if wide else cell) for cell in row))
-            screen.print(table)
+            for table in fitted(each.title, each.head, each.rows):
+                screen.print(table)
         for note in sheet.notes:
             screen.print(f"[dim]{note}[/dim]", highlight=False)
     err().print("written: " + ", ".join(str(path) for path in written), markup=False)

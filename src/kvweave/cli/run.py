@@ -21,14 +21,16 @@ def run(
     prompt: options.PromptText = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help=f"NAME or NAME:option=value,...; repeatable, to compare. [default: {', '.join(_SHOWN)}]"),
+        typer.Option(
+            help="NAME or NAME:option=value,...; repeatable, to compare.", show_default=f"{', '.join(_SHOWN)}"
+        ),
     ] = None,
     budget: Annotated[
         str, typer.Option(help="What stays: a share such as 0.2, tokens such as 512, or bytes such as 256MiB.")
     ] = "0.2",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(**options.COUNT, help="Longest answer.")] = 64,
     repeats: Annotated[
-        int | None, typer.Option(min=1, help="Generations to time. [default: 10 with lab, else 1]")
+        int | None, typer.Option(**options.COUNT, help="Generations to time.", show_default="10 with lab, else 1")
     ] = None,
     images: options.Number = None,
     task: options.Task = None,
@@ -36,6 +38,7 @@ def run(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = Path("out/run"),
     json: options.Json = False,
 ) -> None:
@@ -52,7 +55,7 @@ def run(
         from kvweave.models import LABS
 
         repeats = 10 if model in LABS else 1
-    loaded, processor = options.load(model, dtype, device, attention)
+    loaded, processor = options.load(model, dtype, device, attention, trust_remote_code)
     result = _measure(model, loaded, processor, ask, methods, max_new_tokens, repeats)
 
     from kvweave.report.page import html
@@ -75,7 +78,6 @@ def _measure(
     from rich.progress import Progress
 
     from kvweave.evals.one.collect import Subject, compare
-    from kvweave.models import ModelError
 
     subject = Subject(name, model, processor, options.encode(processor, ask), ask.images, ask.question, ask.right)
     with Progress(console=console.err(), transient=True) as progress:
@@ -84,7 +86,7 @@ def _measure(
         def step(what: str) -> None:
             progress.update(bar, advance=1, description=f"answered, {what}")
 
-        with console.bad_input(ModelError, option=f"--model {name!r}"):
+        with options.model_errors():
             return compare(subject, methods, longest, repeats, console.command_line(), step)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.options import Option, flag, integer, real
-from kvweave.ops.budget import Budget, check_budget
+from kvweave.ops.budget import Budget, check_budget, warn_of_one
 from kvweave.ops.quantize import Quantization
 from kvweave.plan import Plan
 from kvweave.view import LayerView
@@ -59,11 +59,12 @@ class Method:
     uses_modality: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_budget(self.budget)
+        object.__setattr__(self, "budget", check_budget(self.budget))
+        warn_of_one(self.budget)
         for field, option in self.options():
             value = getattr(self, field)
             if not option.check(value):
-                raise ValueError(f"{field}={value!r} is not allowed for {self.name}: allowed is {option.allowed}")
+                raise ValueError(option.refusal(field, value, self.name))
         if self.redecode and not self.defer:
             raise ValueError("redecode=True is not allowed with defer=0: nothing is drafted; allowed is defer >= 1")
 

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kvweave.ops.brief import brief
+
+_LARGEST = 2**63 - 1  # of an int that tensors can count
+
 
 @dataclass(frozen=True)
 class Option:
@@ -23,18 +27,34 @@ class Option:
     check: Callable[[Any], bool]
     parse: Callable[[str], Any]
 
+    def refusal(self, name: str, value: Any, method: str) -> str:
+        """Why `value` is not this option of a method."""
+        limit = ", below 2**63" if isinstance(value, int) and abs(value) > _LARGEST else ""
+        return f"{name}={brief(value)} is not allowed for {method}: allowed is {self.allowed}{limit}"
+
 
 def _field(default: Any, option: Option) -> Any:
     return dataclasses.field(default=default, metadata={"option": option})
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return whole or (isinstance(value, float) and not math.isnan(value))
+
+
+def finite(text: str) -> float:
+    """A number as typed; one that no float holds is none, so that errors show what was typed."""
+    number = float(text)
+    if math.isinf(number) and "inf" not in text.lower():
+        raise ValueError(text)
+    return number
 
 
 def choice(default: str, *names: str, help: str) -> Any:
     """One of some words."""
-    return _field(default, Option("one of " + ", ".join(names), help, lambda v: v in names, str))
+    return _field(
+        default, Option("one of " + ", ".join(names), help, lambda v: isinstance(v, str) and v in names, str)
+    )
 
 
 def flag(default: bool, *, help: str) -> Any:
@@ -56,7 +76,7 @@ def integer(default: int | None, *, minimum: int, odd: bool = False, optional: b
         if value is None:
             return optional
         whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole and value >= minimum and (not odd or value % 2 == 1)
+        return whole and minimum <= value <= _LARGEST and (not odd or value % 2 == 1)
 
     def parse(text: str) -> int | None:
         return None if optional and text.lower() == "none" else int(text)
@@ -68,7 +88,7 @@ def integer(default: int | None, *, minimum: int, odd: bool = False, optional: b
 def one_of(default: int, *numbers: int, help: str) -> Any:
     """One of some ints."""
     allowed = "one of " + ", ".join(map(str, numbers))
-    return _field(default, Option(allowed, help, lambda v: not isinstance(v, bool) and v in numbers, int))
+    return _field(default, Option(allowed, help, lambda v: type(v) is int and v in numbers, int))
 
 
 def wrapped(default: Callable[[], Any], *, allowed: str, help: str, check: Callable[[Any], bool]) -> Any:
@@ -95,7 +115,7 @@ def real(
         return _is_number(value) and lo <= value <= hi and not ends
 
     def parse(text: str) -> float | None:
-        return None if optional and text.lower() == "none" else float(text)
+        return None if optional and text.lower() == "none" else finite(text)
 
     unbounded = math.isinf(lo) and math.isinf(hi)
     interval = f"{'(' if open_lo else '['}{lo:g}, {hi:g}{')' if open_hi else ']'}"

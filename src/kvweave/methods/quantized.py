@@ -57,12 +57,15 @@ class Quantized(Method):
     @classmethod
     def takes(cls, given: dict[str, Any]) -> dict[str, Option]:
         inner = given.get("method", "full")
-        return dict(cls.options()) | (method_class(inner).takes(given) if isinstance(inner, str) else {})
+        decides = method_class(inner) if isinstance(inner, str) else cls
+        return dict(cls.options()) | ({} if issubclass(decides, Quantized) else decides.takes(given))
 
     @classmethod
     def build(cls, **options: Any) -> "Quantized":
         own = {name: options.pop(name) for name, _ in cls.options() if name in options}
         inner = own.pop("method", "full")
+        if cls.name in (inner, inner.get("name") if isinstance(inner, dict) else None):
+            raise ValueError(dict(cls.options())["method"].refusal("method", cls.name, cls.name))
         if isinstance(inner, str):
             inner = get_method(inner, **options)
         elif options:

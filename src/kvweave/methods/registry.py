@@ -4,11 +4,15 @@ import difflib
 import functools
 import importlib
 import pkgutil
+import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvweave.methods.base import Method
+from kvweave.methods.options import finite
+from kvweave.ops.brief import brief
 from kvweave.ops.budget import Budget, check_budget
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -41,32 +45,64 @@ def list_methods() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def list_wrappers() -> list[str]:
+    """Names of the library's own methods that stand around another one, sorted."""
+    _read_own()
+    package = __name__.rpartition(".")[0]
+    return sorted(name for name, cls in _WRAPPERS.items() if cls.__module__.startswith(f"{package}."))
+
+
+def load_plugin(module: str) -> None:
+    """Import a module that registers methods, so that they are found by name: code of the user's choice runs.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever the module does
+        raise ValueError(f"plugin={brief(module)} cannot be imported ({type(error).__name__}): {error}") from error
+
+
 def method_class(name: str) -> type[Method]:
     """The class registered under `name`; a ValueError names the nearest one.
 
-    A method of another package is named with its module, which is then imported: `my_package.my_module.my_method`.
+    A method of another package may be named with its module, `my_package.my_module.my_method`. Names come from
+    command lines and from files: none of them imports anything, so the module has to be imported already.
     """
     _read_own()
-    module, _, short = name.rpartition(".")
-    if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f"method={name!r} cannot be imported: {error}") from None
     known = _REGISTRY | _WRAPPERS
-    if short not in known:
-        raise ValueError(f"method={name!r} is unknown{_nearest(short, known)}: allowed is one of {_names(known)}")
-    return known[short]
+    module, _, short = name.rpartition(".") if isinstance(name, str) else ("", "", name)
+    if module and module not in sys.modules:
+        raise ValueError(
+            f"method={brief(name)} is of a module that is not imported: allowed is one of {_names(known)}, or a "
+            "method whose module was imported before, as --plugin MODULE does"
+        )
+    if not isinstance(short, str) or short not in known:
+        raise ValueError(
+            f"method={brief(name)} is unknown{_nearest(short, known)}: allowed is one of {_names(known)}"
+        )
+    found = known[short]
+    if module and getattr(sys.modules[module], found.__name__, None) is not found:
+        raise ValueError(
+            f"method={brief(name)} is none of that module's: {short!r} is {found.__module__}.{short}; allowed is "
+            f"one of {_names(known)}"
+        )
+    return found
 
 
 def get_method(name: str, **options: Any) -> Method:
     """A method by its name, with options; an unknown option's error names the nearest one."""
+    return _built(name, options)
+
+
+def _built(name: Any, options: dict[Any, Any]) -> Method:
     cls = method_class(name)
     known = ["budget", *cls.takes(options)]
     for option, value in options.items():
         if option not in known:
             raise ValueError(
-                f"{option}={value!r} is no option of {name}{_nearest(option, known)}: "
+                f"{option}={brief(value)} is no option of {name}{_nearest(option, known)}: "
                 f"allowed is one of {_names(known)}"
             )
     return cls.build(**options)
@@ -74,10 +110,10 @@ def get_method(name: str, **options: Any) -> Method:
 
 def method_from_dict(data: dict[str, Any]) -> Method:
     """The method that `Method.to_dict` wrote."""
+    if not isinstance(data, dict) or "name" not in data:
+        raise ValueError(f"name is missing from the method {brief(data)}: allowed is one of {_names(_REGISTRY)}")
     options = dict(data)
-    if "name" not in options:
-        raise ValueError(f"name is missing from the method {data!r}: allowed is one of {_names(_REGISTRY)}")
-    return get_method(options.pop("name"), **options)
+    return _built(options.pop("name"), options)
 
 
 def parse_method(text: str, **defaults: Any) -> Method:
@@ -91,7 +127,7 @@ def parse_method(text: str, **defaults: Any) -> Method:
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
-            raise ValueError(f"{item!r} in method {text!r} is not an option: allowed is name=value")
+            raise ValueError(f"{brief(item)} in method {brief(text)} is not an option: allowed is name=value")
         words[key] = value
     takes = method_class(name).takes(words)
     options = dict(defaults)
@@ -102,29 +138,25 @@ def parse_method(text: str, **defaults: Any) -> Method:
             try:
                 options[key] = takes[key].parse(value)
             except ValueError:
-                raise ValueError(
-                    f"{key}={value!r} is not allowed for {name}: allowed is {takes[key].allowed}"
-                ) from None
+                raise ValueError(takes[key].refusal(key, value, name)) from None
         else:
-            options[key] = value  # get_method says what is wrong with it
-    return get_method(name, **options)
+            options[key] = value  # what builds the method says what is wrong with it
+    return _built(name, options)
 
 
 def parse_budget(text: str) -> Budget:
     """A budget as typed: "0.2" is a share, "512" tokens, "256MiB" bytes."""
+    whole = re.fullmatch(r"\s*[+-]?[0-9]{1,40}\s*", text)
     try:
-        return check_budget(int(text))
-    except ValueError as error:
-        if "budget=" in str(error):
-            raise
-    try:
-        share = float(text)
+        number = int(text) if whole else finite(text)
     except ValueError:
         return check_budget(text)
-    return check_budget(share)
+    return check_budget(number)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    if not isinstance(name, str):
+        return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f", did you mean {close[0]!r}?" if close else ""
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from kvweave.models.pictures import open_picture
+
 Message = dict[str, Any]
 
 
@@ -24,9 +26,10 @@ def encode(processor: Any, *conversations: Sequence[Message]) -> Any:
         conversations: turns whose content is a list of {"type": "text", "text": ...} and {"type": "image", "image":
             a picture or a file's name}.
     Raises:
+        PictureError: a file that is no picture, or one too large.
         PromptError: images for a model that reads text only, or a processor that has no chat template for them.
     """
-    given = [_turns(processor, messages) for messages in conversations]
+    given = [_opened(_turns(processor, messages)) for messages in conversations]
     padding = {"padding": True, "padding_side": "left"} if len(given) > 1 else {}
     if not getattr(processor, "chat_template", None):
         texts = ["\n".join(turn["content"] for turn in turns) for turns in given]
@@ -52,6 +55,19 @@ def _turns(processor: Any, messages: Sequence[Message]) -> list[Message]:
     if not getattr(processor, "chat_template", None):
         raise PromptError("the model's processor has no chat template: kvweave cannot tell where images go")
     return list(messages)
+
+
+def _opened(turns: list[Message]) -> list[Message]:
+    """Turns whose pictures are read here, where their size is looked at first, and not by the processor."""
+
+    def opened(piece: dict[str, Any]) -> dict[str, Any]:
+        image = piece.get("image")
+        return {**piece, "image": open_picture(image)} if isinstance(image, str) else piece
+
+    return [
+        {**turn, "content": [*map(opened, turn["content"])]} if isinstance(turn["content"], list) else turn
+        for turn in turns
+    ]
 
 
 def _text_only(pieces: Sequence[dict[str, Any]]) -> str:

@@ -1,46 +1,15 @@
-"""From a name to a model and its processor: a hub's id, a folder, or `lab`, all by transformers' auto classes."""
+"""From a name to a model and its processor, both by transformers' auto classes."""
 
-import os
-from pathlib import Path
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-LAB = "lab"
-LABS = {LAB: "weights", "lab-large": "weights_large"}  # folders of the embedded models
+from kvweave.models.source import LAB, LABS, ModelError, first_line, found
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTIONS = ("auto", "sdpa", "eager")
-
-_ALLOWED = "lab, lab-large, a folder with a checkpoint, or an id of the Hugging Face hub"
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-
-
-class ModelError(ValueError):
-    """A model that cannot be had; the message says which, and what is allowed."""
-
-
-def check(model: str) -> str:
-    """What `from_pretrained` is to be given for `model`; needs neither torch nor transformers.
-
-    Raises:
-        ModelError: a folder that does not exist, or that holds no checkpoint.
-    """
-    if model in LABS:
-        return str(Path(__file__).parent.parent / "lab" / LABS[model])
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model={model!r} is a folder without config.json: allowed is {_ALLOWED}")
-        if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
-            raise ModelError(
-                f"model={model!r} is a folder without weights (*.safetensors, pytorch_model*.bin): "
-                f"allowed is {_ALLOWED}"
-            )
-        return str(folder)
-    parts = model.split("/")
-    named = len(parts) <= 2 and all(part and part.strip(".~ ") for part in parts) and os.sep != "\\"
-    if not named or folder.exists():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ModelError(f"model={model!r} {what}: allowed is {_ALLOWED}")
-    return model
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 
 def pick_device(device: str) -> str:
@@ -56,14 +25,20 @@ def pick_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        found = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+        there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
         raise ModelError(
-            f"device={device!r} is not available: allowed is auto or one of {', '.join(found)}"
+            f"device={device[:200]!r} is not available: allowed is auto or one of {', '.join(there)}", "device"
         ) from None
     return device
 
 
-def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> tuple[Any, Any]:
+def load(
+    model: str = LAB,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
     """A model, ready to generate, and its processor.
 
     A checkpoint that reads text only comes with its tokenizer in the processor's place (see `reads_images`).
@@ -72,17 +47,46 @@ def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention:
         model: a hub's id, a folder, "lab" or "lab-large".
         dtype: of the weights; "auto": as the checkpoint has them.
         device: "auto": CUDA where there is one.
-        attention: "sdpa" or "eager"; "auto": what transformers picks, sdpa where the model has it.
+        attention: "sdpa", "eager" or a flash attention; "auto": what transformers picks, sdpa where the model has it.
+        trust_remote_code: run the code that a checkpoint brings along, if it needs it; it can do anything.
     Raises:
         ModelError: it cannot be had; one line says why.
     """
-    path = check(model)
     for name, value, allowed in (("dtype", dtype, DTYPES), ("attention", attention, ATTENTIONS)):
         if value not in allowed:
-            raise ModelError(f"{name}={value!r} is not allowed: allowed is one of {', '.join(allowed)}")
+            raise ModelError(f"{name}={value!r} is not allowed: allowed is one of {', '.join(allowed)}", name)
     device = pick_device(device)
+    path, where = found(model)
+    keywords = {**where, "trust_remote_code": trust_remote_code}
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    if model in LABS:
+        import kvweave.lab  # noqa: F401  AutoProcessor finds the lab's processor once this is imported
 
+    with _refusals(model, attention):
+        kind, reader = _kinds(model, path, keywords)
+        processor = reader.from_pretrained(path, **keywords)
+        loaded, report = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **chosen, **keywords)
+        _check_missing(model, loaded, report)
+        loaded = loaded.to(device).eval()
+        _check_numbers(model, loaded)
+        return loaded, processor
+
+
+def load_tokenizer(model: str) -> Any:
+    """A model's tokenizer alone.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    path, where = found(model)
+    with _refusals(model):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where)
+
+
+def _kinds(model: str, path: str, keywords: dict[str, Any]) -> tuple[Any, Any]:
+    """The auto classes of the model and of what reads its prompts."""
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -95,36 +99,78 @@ def load(model: str = LAB, dtype: str = "auto", device: str = "auto", attention:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    if model in LABS:
-        import kvweave.lab  # noqa: F401  AutoProcessor finds the lab's processor once this is imported
+    config = AutoConfig.from_pretrained(path, **keywords)
+    remote = getattr(config, "auto_map", None) or {} if keywords["trust_remote_code"] else {}
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote:
+        return AutoModelForImageTextToText, AutoProcessor
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
+        return AutoModelForCausalLM, AutoTokenizer
+    raise ModelError(
+        f"model={model!r} is a {config.model_type} checkpoint, which generates no text from images or text: "
+        "allowed is what AutoModelForImageTextToText or AutoModelForCausalLM loads"
+    )
 
+
+def _check_missing(model: str, loaded: Any, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint without some of its weights, which transformers draws at random."""
+    missing = sorted(set(report["missing_keys"]) & {name for name, _ in loaded.named_parameters()})
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"model={model!r} lacks the weight {missing[0]}{more}: allowed is a whole checkpoint")
+
+
+def _check_numbers(model: str, loaded: Any) -> None:
+    """Refuse weights that are no numbers."""
+    for name, weight in loaded.named_parameters():
+        if weight.numel() and weight.is_floating_point() and weight.element_size() > 1:
+            ends = weight.detach().aminmax()  # one pass, and NaN comes through
+            if not all(math.isfinite(end.item()) for end in ends):
+                raise ModelError(
+                    f"model={model!r}: its weight {name} holds NaN or infinity: allowed is finite numbers"
+                )
+
+
+@contextmanager
+def _refusals(model: str, attention: str = "auto") -> Iterator[None]:
+    """What transformers raises, as one line that says what is at fault."""
     try:
-        config = AutoConfig.from_pretrained(path)
-        kinds: tuple[Any, Any] | None = None
-        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            kinds = AutoModelForImageTextToText, AutoProcessor
-        elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            kinds = AutoModelForCausalLM, AutoTokenizer
-        if kinds is None:
-            raise ModelError(
-                f"model={model!r} is a {config.model_type} checkpoint, which generates no text from images or text: "
-                "allowed is what AutoModelForImageTextToText or AutoModelForCausalLM loads"
-            )
-        processor = kinds[1].from_pretrained(path)
-        loaded = kinds[0].from_pretrained(path, dtype=dtype, **chosen)
+        yield
     except ModelError:
         raise
-    except ImportError as error:
-        if "torchvision" in str(error).lower():
+    except Exception as error:  # whatever a checkpoint holds, transformers may raise
+        said, why = str(error), first_line(error)
+        if "trust_remote_code" in said:
+            raise ModelError(
+                f"model={model!r} needs code that it brings along, which would run on this machine: allowed, once "
+                "you have read it, is --trust-remote-code (trust_remote_code=True)"
+            ) from error
+        if isinstance(error, ImportError) and "torchvision" in said.lower():
             raise ModelError(
                 f"model={model!r} has a processor that needs torchvision: pip install 'kvweave[vision]'"
             ) from error
-        raise ModelError(f"model={model!r} cannot be loaded: {_first_line(error)}") from error
-    except Exception as error:  # whatever a checkpoint holds, transformers may raise
-        raise ModelError(f"model={model!r} cannot be loaded: {_first_line(error)}") from error
-    return loaded.to(device).eval(), processor
+        if attention != "auto" and ("flash" in said.lower() or attention in said):
+            raise ModelError(f"attention={attention!r} is not available: {why}", "attention") from error
+        raise ModelError(f"model={model!r} cannot be loaded: {why}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+@functools.cache
+def quiet() -> None:
+    """Keep transformers' bars and hints off the terminal; errors come as exceptions."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' bars, which would be drawn through a caller's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

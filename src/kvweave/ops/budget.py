@@ -2,12 +2,19 @@
 
 import math
 import re
+import sys
+import warnings
 from collections.abc import Sequence
+from numbers import Integral, Real
+
+from kvweave.ops.brief import brief
 
 Budget = float | int | str
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ALLOWED = "a share in (0, 1], tokens as an int >= 1, or bytes such as '256MiB'"
+LEAST = 1e-9  # a share that comes to one entry, however long the prompt
+_MOST = 2**63 - 1  # no cache holds more tokens or bytes
 _GUARD = 1e-9  # repairs binary rounding such as 0.29 * 100 = 28.999...96 before a floor
 
 
@@ -17,34 +24,46 @@ def floor(x: float) -> int:
 
 
 def check_budget(budget: Budget) -> Budget:
-    """Return `budget` if it is one, else raise.
+    """Return `budget` as an int, a float or a string if it is a budget, numpy's numbers included; else raise.
 
     Raises:
         TypeError: it is neither a number nor a string.
         ValueError: it is not a share in (0, 1], a positive int or a positive number of bytes.
     """
-    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
-        raise TypeError(f"budget={budget!r} is not a budget: allowed is {_ALLOWED}")
     if isinstance(budget, str):
         parse_bytes(budget)
-    elif isinstance(budget, int):
-        if budget < 1:
-            raise ValueError(f"budget={budget!r} is not a budget: allowed is {_ALLOWED}")
-    elif not 0.0 < budget <= 1.0:  # NaN fails both comparisons
-        raise ValueError(f"budget={budget!r} is not a budget: allowed is {_ALLOWED}")
-    return budget
+        return budget
+    if isinstance(budget, bool) or not isinstance(budget, Real):
+        raise TypeError(f"budget={brief(budget)} is not a budget: allowed is {_ALLOWED}")
+    number = int(budget) if isinstance(budget, Integral) else float(budget)
+    allowed = 1 <= number <= _MOST if isinstance(number, int) else 0.0 < number <= 1.0  # NaN fails both comparisons
+    if not allowed:
+        raise ValueError(f"budget={brief(number)} is not a budget: allowed is {_ALLOWED}")
+    return number
+
+
+def warn_of_one(budget: Budget) -> None:
+    """Warn whoever says that one token is to stay, where all of them may have been meant."""
+    if isinstance(budget, int) and budget == 1:
+        frame, level, ours = sys._getframe(1), 2, ("kvweave.", "dataclasses")
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(ours):
+            frame, level = frame.f_back, level + 1
+        said = "budget=1 keeps one token of each prompt: the whole prompt is budget=1.0, a share"
+        warnings.warn(said, UserWarning, stacklevel=level)
 
 
 def parse_bytes(text: str) -> int:
     """Number of bytes in a string such as `"256MiB"`; units B, KiB, MiB, GiB, KB, MB, GB."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     if match is None or match[2].lower() not in units:
-        raise ValueError(f"budget={text!r} is not a budget: allowed is {_ALLOWED} (units {', '.join(_UNITS)})")
-    size = floor(float(match[1]) * units[match[2].lower()])
-    if size < 1:
-        raise ValueError(f"budget={text!r} is no byte at all: allowed is {_ALLOWED}")
-    return size
+        raise ValueError(f"budget={brief(text)} is not a budget: allowed is {_ALLOWED} (units {', '.join(_UNITS)})")
+    size = float(match[1]) * units[match[2].lower()]
+    if size > _MOST:
+        raise ValueError(f"budget={brief(text)} is more than any cache holds: allowed is {_ALLOWED}")
+    if floor(size) < 1:
+        raise ValueError(f"budget={brief(text)} is no byte at all: allowed is {_ALLOWED}")
+    return floor(size)
 
 
 def entries(budget: Budget, length: int, bytes_per_entry: int) -> int:

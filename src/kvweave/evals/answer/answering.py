@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from kvweave.evals.answer.fidelity import TOKENS, Fidelity, Reference, compared
 from kvweave.evals.answer.oracle import Oracle, paid_attention
@@ -163,7 +162,7 @@ def _without(inputs: dict[str, Tensor], counts: list[int], pad: int) -> dict[str
 # -------------------------------------------------------------------- answers
 
 
-def prefill(model: PreTrainedModel, batch: Batch, max_new_tokens: int, turn: int = 0) -> Prefill:
+def prefill(model: Any, batch: Batch, max_new_tokens: int, turn: int = 0) -> Prefill:
     """The batch's prefill with the full cache, and the answers that follow it, to be shared by many methods.
 
     Args:
@@ -184,7 +183,7 @@ def prefill(model: PreTrainedModel, batch: Batch, max_new_tokens: int, turn: int
 
 
 def answer(
-    model: PreTrainedModel,
+    model: Any,
     processor: Any,
     method: Method,
     batch: Batch,
@@ -236,14 +235,14 @@ def answer(
     return [found[n] for n in range(len(batch.examples))]
 
 
-def _foreseen(model: PreTrainedModel, batch: Batch, max_new_tokens: int, first: Prefill) -> list[Tensor]:
+def _foreseen(model: Any, batch: Batch, max_new_tokens: int, first: Prefill) -> list[Tensor]:
     """What the answers of all rounds will pay most to each slot, by layer."""
     rounds = [first, *(prefill(model, batch, max_new_tokens, turn) for turn in range(1, len(batch.rounds)))]
     paid = [paid_attention(recorded, _ends(model)) for recorded in rounds]
     return [torch.stack(layers).amax(0) for layers in zip(*paid, strict=True)]
 
 
-def _ends(model: PreTrainedModel) -> Tensor:
+def _ends(model: Any) -> Tensor:
     """Tokens that end generation."""
     settings: Any = model.generation_config
     ends = settings.eos_token_id
@@ -259,7 +258,7 @@ class _Talk:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         batch: Batch,
         *,
         session: Session | None = None,
@@ -327,7 +326,7 @@ class _Talk:
         whole = torch.tensor([tail[:shared] for tail in tails], device=self.model.device)
         rest = [tail[shared:] + [-1] * (longest - len(tail)) for tail in tails]
         following = torch.tensor(rest, device=self.model.device, dtype=torch.long).reshape(self.batch, -1)
-        ended = StoppingCriteriaList([_Ended(self.ends, self.ends_of(tails))])
+        ended = [_Ended(self.ends, self.ends_of(tails))]
         return self.model.generate(
             input_ids=torch.cat([self.inputs["input_ids"], whole], 1),
             attention_mask=torch.cat([self.inputs["attention_mask"], torch.ones_like(whole)], 1),
@@ -336,7 +335,7 @@ class _Talk:
             max_new_tokens=longest - shared + free,
             eos_token_id=_NEVER,
             pad_token_id=0,
-            logits_processor=LogitsProcessorList([_Following(following, start)]),
+            logits_processor=[_Following(following, start)],
             stopping_criteria=ended if free else None,
             output_logits=not free,
             return_dict_in_generate=True,
@@ -383,7 +382,7 @@ def _rewound(cache: Any, length: int) -> bool:
     return True
 
 
-class _Following(LogitsProcessor):
+class _Following:
     """Lets the given tokens, [batch, steps], -1 where there is none, come first, then the model choose."""
 
     def __init__(self, tokens: Tensor, start: int) -> None:
@@ -398,7 +397,7 @@ class _Following(LogitsProcessor):
         return torch.where(token < 0, scores, only)
 
 
-class _Ended(StoppingCriteria):
+class _Ended:
     """A row is done when it has said an end of its own."""
 
     def __init__(self, ends: Tensor, free_from: Tensor) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from kvweave.methods.full import Full
 from kvweave.ops.statistics import AttentionRule
@@ -82,7 +81,7 @@ class Prefill:
     known: dict[Any, dict[Any, Any]] = field(default_factory=dict)
 
     @classmethod
-    def recorded(cls, model: PreTrainedModel, answer: Callable[..., Tensor]) -> "Prefill":
+    def recorded(cls, model: Any, answer: Callable[..., Tensor]) -> "Prefill":
         """Let the model answer with the full cache, and keep what it did.
 
         Args:
@@ -127,7 +126,7 @@ class Prefill:
         return sum(x.nbytes for x in held)
 
     @contextmanager
-    def replayed(self, model: PreTrainedModel, memory: Sequence[Tensor] = ()) -> Iterator[None]:
+    def replayed(self, model: Any, memory: Sequence[Tensor] = ()) -> Iterator[None]:
         """The model's next prefill is this one; inside a session, with the inputs that it was recorded with.
 
         Args:

@@ -1,21 +1,26 @@
 """From a model and a prompt to what a page shows."""
 
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from kvweave import __version__
 from kvweave.evals.one.generating import Generation, check_compressible, generate
+from kvweave.evals.run import store
 from kvweave.methods import Method
+from kvweave.models import LABS
 from kvweave.prompt import visual_mask
 from kvweave.report.data import Answer, Run, Speed, Token, layers_of
 from kvweave.report.grids import Grid, grids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+#: Said where the embedded model is asked about something of the user's own.
+OWN_WORLD = (
+    "The embedded model knows only the world it was trained in, drawn shapes and a few words: what it says of other "
+    "pictures and words means nothing. Any other --model reads them."
+)
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,16 @@ def compare(
         ],
         command=command,
         machine=machine(str(subject.model.device)),
-        versions=versions(),
-        notes=_notes(unknown_words(subject.processor, subject.inputs), grids, methods),
+        versions=store.versions(),
+        notes=_notes(subject, unknown_words(subject.processor, subject.inputs), grids, methods),
     )
 
 
-def _notes(unknown: int, grids: Sequence[Grid], methods: Sequence[Method]) -> list[str]:
+def _notes(subject: Subject, unknown: int, grids: Sequence[Grid], methods: Sequence[Method]) -> list[str]:
     """What a reader should know."""
     notes = [_deferred(method) for method in methods if method.defer]
+    if subject.name in LABS and subject.right is None:
+        notes.insert(0, OWN_WORLD)
     if unknown:
         notes.append(
             f"{unknown} token{'s' if unknown > 1 else ''} of the prompt are not in the model's vocabulary: "
@@ -162,16 +169,6 @@ def unknown_words(processor: Any, inputs: Any) -> int:
     return int((inputs["input_ids"] == tokenizer.unk_token_id).sum())
 
 
-def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    return {
-        "kvweave": __version__,
-        "torch": metadata.version("torch"),
-        "transformers": metadata.version("transformers"),
-        "python": platform.python_version(),
-    }
-
-
 def machine(device: str) -> str:
     """The processor that the model ran on, by name."""
     import torch
@@ -179,15 +176,4 @@ def machine(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:  # no Linux
-        pass
-    return platform.processor() or platform.machine()
+    return f"{store.cpu()}, {threads} thread{'s' if threads > 1 else ''}"

@@ -3,13 +3,12 @@
 import itertools
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from kvweave.methods.base import Method
 from kvweave.models.loading import ModelError
@@ -38,17 +37,17 @@ class Generation:
     fates: list[Tensor | None] = field(default_factory=list)
 
 
-class _Clock(BaseStreamer):
-    """Notes when tokens arrive; `generate` hands the prompt over first."""
+class Arrivals:
+    """A streamer that notes when tokens arrive; `generate` hands the prompt over first."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock, self.times = clock, list[float]()
 
     def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(self.clock())
 
     def end(self) -> None:
-        pass
+        """Nothing is left to do."""
 
 
 def generate(model: Any, processor: Any, inputs: Any, method: Method | None, max_new_tokens: int) -> Generation:
@@ -59,7 +58,7 @@ def generate(model: Any, processor: Any, inputs: Any, method: Method | None, max
     Raises:
         ModelError: kvweave cannot compress this model; the message says why.
     """
-    clock = _Clock()
+    clock = Arrivals()
     inputs = inputs.to(model.device)
     arguments = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False, "streamer": clock}
     report: dict[str, Any] = {}

@@ -10,11 +10,14 @@ from torch import Tensor
 from kvweave.evals.answer.answering import Batch, prefill, prepare
 from kvweave.evals.answer.prefill import Prefill, RecordedLayer
 from kvweave.evals.paper import scores
+from kvweave.evals.paper.recipe import Recipe
 from kvweave.evals.paper.sheet import Sheet, Table
+from kvweave.evals.paper.subject import Subject
 from kvweave.evals.tasks.tasks import Task
 from kvweave.methods import Method
 from kvweave.methods.flashcache import FlashCache
 from kvweave.methods.flowmm import FlowMM
+from kvweave.ops.budget import LEAST
 from kvweave.prompt import visual_mask
 from kvweave.report import charts
 from kvweave.seam.session import compress
@@ -25,14 +28,14 @@ _KEPT = 0.2  # share that the picture of outliers marks
 _RATIOS = {"flow": "literal", "flow_balanced": "balanced", "flow_nosink": "without sinks"}
 
 
-def flow(subject: Any, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
+def flow(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
     """FlowMM's three flow ratios of each layer, means over prompts."""
     model, processor = subject.load()
     examples = [example for task in tasks for example in task.examples(0)[:_PROMPTS]]
     sums: dict[int, dict[str, float]] = {}
     for example in examples:
         batch = prepare(processor, [example], "seen")
-        report = _cut(model, batch, prefill(model, batch, 1), FlowMM(budget=1, flow_rows=0))  # every layer is cut
+        report = _cut(model, batch, prefill(model, batch, 1), FlowMM(budget=LEAST, flow_rows=0))  # every layer is cut
         for layer in report["layers"]:
             if layer["compressed"]:
                 told = sums.setdefault(layer["layer"], dict.fromkeys(_RATIOS, 0.0))
@@ -49,7 +52,7 @@ def _cut(model: Any, batch: Batch, shared: Prefill, method: Method) -> dict[str,
     return session.report
 
 
-def flow_sheet(recipe: Any, subject: Any, measured: dict[str, Any], summary: dict[str, Any]) -> Sheet:
+def flow_sheet(recipe: Recipe, subject: Subject, measured: dict[str, Any], summary: dict[str, Any]) -> Sheet:
     """Flow by layer, and the scores of merging with it, against it, and without it."""
     layers = measured["layers"]
     theta = FlowMM().theta
@@ -100,7 +103,7 @@ def flow_sheet(recipe: Any, subject: Any, measured: dict[str, Any], summary: dic
 # -------------------------------------------------------------------- outliers
 
 
-def outliers(subject: Any, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
+def outliers(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
     """FlashCache's deviation of each token in each layer of one prompt, and which tokens it keeps."""
     model, processor = subject.load()
     example = tasks[-1].examples(0)[0]
@@ -144,7 +147,7 @@ def _with_mean(view: LayerView, budget: int) -> LayerView:
     return view
 
 
-def outlier_sheet(recipe: Any, subject: Any, measured: dict[str, Any]) -> Sheet:
+def outlier_sheet(recipe: Recipe, subject: Subject, measured: dict[str, Any]) -> Sheet:
     """How large outliers are, how many are visual, and what each layer keeps."""
     visual = measured["visual"]
     rows = []

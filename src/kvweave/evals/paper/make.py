@@ -2,53 +2,19 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from kvweave import models
-from kvweave.evals.paper.recipes import Recipe
+from kvweave.evals.paper.recipe import Recipe
 from kvweave.evals.paper.sheet import Sheet
 from kvweave.evals.paper.study import Study
+from kvweave.evals.paper.subject import Subject
 from kvweave.evals.run import store
 from kvweave.evals.run.plan import Evaluation
-from kvweave.evals.run.worker import Progress, Result, run
+from kvweave.evals.run.results import Result
+from kvweave.evals.run.worker import Progress, run
 from kvweave.evals.tables.tables import summarise
-from kvweave.evals.tasks.tasks import Task
-
-
-@dataclass
-class Subject:
-    """What is measured.
-
-    Attributes:
-        model: "lab", a local folder or a hub id.
-        data: name of the data, for a reader: "" for the lab's own questions.
-        tasks: by what paper's tasks are asked for; those of the lab whatever is asked for.
-        out: the folder that all tables share.
-        by_length: tasks whose prompts differ in length, for measurements of time.
-        command: what a reader may type.
-    """
-
-    model: str
-    data: str
-    tasks: Callable[[Sequence[str]], tuple[Task, ...]]
-    by_length: Callable[[], tuple[Task, ...]]
-    out: Path
-    seeds: tuple[int, ...] = (0,)
-    dtype: str = "auto"
-    device: str = "auto"
-    batch: int = 50
-    workers: int = 1
-    command: str = ""
-    _loaded: tuple[Any, Any] | None = field(default=None, repr=False)
-
-    def load(self) -> tuple[Any, Any]:
-        """The model and its processor, once."""
-        if self._loaded is None:
-            self._loaded = models.load(self.model, self.dtype, models.pick_device(self.device))
-        return self._loaded
 
 
 def evaluations(recipe: Recipe, subject: Subject) -> list[Evaluation]:
@@ -62,6 +28,7 @@ def evaluations(recipe: Recipe, subject: Subject) -> list[Evaluation]:
             seeds=subject.seeds,
             protocols=(protocol,),
             dtype=subject.dtype,
+            trust_remote_code=subject.trust_remote_code,
             fidelity=False,  # no table of a paper has it
         )
         for protocol in recipe.protocols
@@ -106,8 +73,7 @@ def _sheet(
         given["summary"] = _together(given["summary"], told) if "summary" in given else told
     if recipe.measure is not None:
         given["measured"] = _measured(recipe, subject)
-    sheet: Sheet = recipe.lay_out(recipe, subject, **given)
-    return sheet
+    return recipe.lay_out(recipe, subject, **given)
 
 
 def _together(summary: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -125,12 +91,12 @@ def _measured(recipe: Recipe, subject: Subject) -> dict[str, Any]:
         "dtype": subject.dtype,
         "device": models.pick_device(subject.device),
         "tasks": [task.to_dict() for task in tasks],
-        "code": store.code_mark(),
+        "code": store.code_mark("evals/paper", "evals/one"),  # which measure
         "versions": store.versions(),
     }
     conditions = json.loads(json.dumps(conditions))
     if path.exists():
-        there = store.read_json(path)
+        there = store.read_object(path, conditions=dict, measured=dict)
         if there["conditions"] == conditions:
             return dict(there["measured"])
     measured = recipe.measure(subject, tasks, [method.name for method in recipe.parsed().values()])

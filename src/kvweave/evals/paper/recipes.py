@@ -1,75 +1,12 @@
-"""What each table and figure needs: methods, budgets and tasks, and how it is laid out."""
+"""Every table and figure that is made: the papers', and our own."""
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 from kvweave.evals.paper import analysis, scores, timing
-from kvweave.evals.run.plan import label
-from kvweave.methods import Method, list_methods, method_from_dict, parse_method
+from kvweave.evals.paper.recipe import Recipe
 
 _BOTH = ("seen", "unseen")
 BUDGETS = (0.6, 0.5, 0.35, 0.2, 0.1, 0.05)
-MILEBENCH = (
-    "ALFRED",
-    "IEdit",
-    "Spot-the-Diff",
-    "MMCoQA",
-    "CLEVR-Change",
-    "TextNeedleInAHaystack",
-    "ImageNeedleInAHaystack",
-)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One table or figure of a paper.
-
-    Attributes:
-        name: as typed.
-        title, shows: a heading, and a sentence on what the paper shows there.
-        lay_out: from what was measured to a `Sheet`.
-        measure: what is measured beside scores, JSON-able; None: nothing.
-        methods: the command line's spelling of each, with the name that a reader sees; empty: every registered method
-            and the oracle under their own names.
-        budgets: shares at which they are scored; none: nothing is scored.
-        protocols: of `evals.PROTOCOLS`.
-        tasks: the paper's, where the data is MileBench.
-        marked: methods that a picture with many lines tells apart.
-        printed: where `printed.json` has the paper's numbers.
-    """
-
-    name: str
-    title: str
-    shows: str
-    lay_out: Callable[..., Any]
-    measure: Callable[..., dict[str, Any]] | None = None
-    methods: Mapping[str, str] = field(default_factory=dict)
-    budgets: tuple[float, ...] = ()
-    protocols: tuple[str, ...] = ("seen",)
-    tasks: tuple[str, ...] = MILEBENCH
-    marked: tuple[str, ...] = ()
-    printed: str = ""
-
-    def parsed(self, protocol: str = "seen") -> dict[str, Method]:
-        """The methods by the names that a reader sees; with the question unseen nothing can wait for its answer."""
-        named = self.methods or {name: name for name in (*list_methods(), "oracle")}
-        methods = {shown: parse_method(spelling) for spelling, shown in named.items()}
-        if protocol == "seen":
-            return methods
-        return dict(_undeferred(shown, method) for shown, method in methods.items())
-
-    def shown(self, protocol: str = "seen") -> dict[str, str]:
-        """A method's row in the tables, by its label."""
-        return {label(method): name for name, method in self.parsed(protocol).items()}
-
-
-def _undeferred(shown: str, method: Method) -> tuple[str, Method]:
-    options = method.to_dict()
-    if not options.get("defer"):
-        return shown, method
-    return f"{shown}, not deferred", method_from_dict(options | {"defer": 0})
 
 
 def _variants(name: str, *options: str) -> dict[str, str]:

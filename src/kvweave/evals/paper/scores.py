@@ -1,13 +1,16 @@
 """Score tables: methods by task, methods by budget, variants by task; with intervals and paired tests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from kvweave.evals.paper.printed import printed, remark
+from kvweave.evals.paper.recipe import Recipe
 from kvweave.evals.paper.sheet import Sheet, Table
+from kvweave.evals.paper.subject import Subject
 from kvweave.evals.run.plan import FULL, PROTOCOLS
-from kvweave.evals.tables.tables import about
+from kvweave.evals.tables.tables import about, interval, percent
 from kvweave.report import charts
 
 Summary = dict[str, Any]
@@ -18,7 +21,7 @@ _ORACLE = (
 _TESTS = "p: paired tests on the same samples, not corrected for their number."
 
 
-def by_task(recipe: Any, subject: Any, summary: Summary) -> Sheet:
+def by_task(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
     """Methods down, tasks across, at one budget."""
     (budget,) = recipe.budgets
     own = printed(recipe.printed, subject.model, subject.data)
@@ -30,7 +33,7 @@ def by_task(recipe: Any, subject: Any, summary: Summary) -> Sheet:
         at = {method: 1.0 if method == FULL else budget for method in names}
         order = sorted(names, key=lambda method: (method != FULL, -(means[method, at[method]]["score"] or 0)))
         rows = [
-            [names[m], _interval(means[m, at[m]]), *(_interval(scores[m, at[m], task]) for task in tasks)]
+            [names[m], interval(means[m, at[m]]), *(interval(scores[m, at[m], task]) for task in tasks)]
             for m in order
         ]
         beside = [task for task in tasks if any(key.endswith(f", {task}") for key in own)]
@@ -39,22 +42,22 @@ def by_task(recipe: Any, subject: Any, summary: Summary) -> Sheet:
         else:
             beside = []
         head = ["method", "mean", *tasks, *(f"{task}, paper" for task in beside)]
-        tables.append(Table(f"At {_percent(budget)}, 95 % interval ({PROTOCOLS[protocol]})", head, rows))
+        tables.append(Table(f"At {percent(budget)}, 95 % interval ({PROTOCOLS[protocol]})", head, rows))
         cells = [[means[m, at[m]]["score"], *(scores[m, at[m], task]["score"] for task in tasks)] for m in order]
         panels.append(charts.Grid(PROTOCOLS[protocol], [names[m] for m in order], ["mean", *tasks], cells))
     return _sheet(recipe, subject, summary, tables, partial(charts.grids, panels), [_ORACLE])
 
 
-def by_budget(recipe: Any, subject: Any, summary: Summary) -> Sheet:
+def by_budget(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
     """Methods down, budgets across, the mean over tasks."""
     budgets = recipe.budgets
     tables, panels = [], []
     for protocol in recipe.protocols:
         names = _names(recipe, protocol)
         means = _means(summary, protocol)
-        rows = [[names[m], *(_interval(means.get((m, b)) or means[m, 1.0]) for b in budgets)] for m in names]
+        rows = [[names[m], *(interval(means.get((m, b)) or means[m, 1.0]) for b in budgets)] for m in names]
         title = f"Mean over tasks by budget, 95 % interval ({PROTOCOLS[protocol]})"
-        tables.append(Table(title, ["method", *map(_percent, budgets)], rows))
+        tables.append(Table(title, ["method", *map(percent, budgets)], rows))
         curves = [
             charts.Curve(
                 names[m],
@@ -72,7 +75,7 @@ def by_budget(recipe: Any, subject: Any, summary: Summary) -> Sheet:
     return _sheet(recipe, subject, summary, tables, partial(charts.curves, panels), [_ORACLE])
 
 
-def by_variant(recipe: Any, subject: Any, summary: Summary) -> Sheet:
+def by_variant(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
     """Variants down, tasks across, and whether they differ from the first."""
     (budget,) = recipe.budgets
     own = printed(recipe.printed, subject.model, subject.data)
@@ -91,7 +94,7 @@ def by_variant(recipe: Any, subject: Any, summary: Summary) -> Sheet:
             rows.append(
                 [
                     names[m],
-                    _interval(means[m, at]),
+                    interval(means[m, at]),
                     *(_share(scores[m, at, t]["score"]) for t in tasks),
                     *beside,
                     told,
@@ -99,7 +102,7 @@ def by_variant(recipe: Any, subject: Any, summary: Summary) -> Sheet:
             )
         first = next(iter(m for m in names if m != FULL))
         head = ["", "mean", *tasks, *(f"{task}, paper" for task in tasks if own), f"against {names[first]}"]
-        tables.append(Table(f"At {_percent(budget)}, 95 % interval ({PROTOCOLS[protocol]})", head, rows))
+        tables.append(Table(f"At {percent(budget)}, 95 % interval ({PROTOCOLS[protocol]})", head, rows))
         dots = [(names[m], means[m, budget]) for m in names if m != FULL and means[m, budget]["score"] is not None]
         panels.append(
             charts.Dots(
@@ -114,11 +117,16 @@ def by_variant(recipe: Any, subject: Any, summary: Summary) -> Sheet:
 
 
 def _sheet(
-    recipe: Any, subject: Any, summary: Summary, tables: Sequence[Table], draw: Any, notes: Sequence[str]
+    recipe: Recipe,
+    subject: Subject,
+    summary: Summary,
+    tables: Sequence[Table],
+    draw: Callable[[Path], None],
+    notes: Sequence[str],
 ) -> Sheet:
     notes = [*notes, remark(recipe.printed, subject.model, subject.data)]
     if summary["unequal"]:
-        uneven = dict.fromkeys(f"{cell['method']} at {_percent(cell['budget'])}" for cell in summary["unequal"])
+        uneven = dict.fromkeys(f"{cell['method']} at {percent(cell['budget'])}" for cell in summary["unequal"])
         notes.append(f"These do not keep floor(budget x length) slots: {', '.join(uneven)}.")
     else:
         notes.append("Kept slots, measured in the cache, equal floor(budget x length) in every sample.")
@@ -129,7 +137,7 @@ def _sheet(
     return Sheet(recipe.name, recipe.title, recipe.shows, tables, notes, own, draw, told[:3])
 
 
-def _names(recipe: Any, protocol: str) -> dict[str, str]:
+def _names(recipe: Recipe, protocol: str) -> dict[str, str]:
     """What each row is called, by label, the full cache first."""
     return {FULL: FULL} | recipe.shown(protocol)
 
@@ -144,19 +152,9 @@ def _scores(summary: Summary, protocol: str) -> dict[tuple[str, float, str], dic
     }
 
 
-def _interval(row: dict[str, Any]) -> str:
-    if row["score"] is None:
-        return "–"
-    return f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-
-
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
 def _p(value: float) -> str:
     return f"p={value:.3f}" if value >= 0.001 else "p<0.001"
-
-
-def _percent(budget: float) -> str:
-    return f"{100 * budget:g} %"

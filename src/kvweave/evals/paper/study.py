@@ -42,7 +42,7 @@ class Study(Evaluation):
         """
         path, mine = out / "study.json", self.conditions()
         if path.exists():
-            there = store.read_json(path)
+            there = store.read_object(path, tasks=dict)
             known = {name: there["tasks"].get(name, task) for name, task in mine["tasks"].items()}
             different = [name for name in mine if name != "tasks" and there.get(name) != mine[name]]
             named = [f"{name} {difference(there.get(name), mine[name])}" for name in different]

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from kvweave.evals.answer.answering import prefill, prepare
 from kvweave.evals.answer.prefill import Prefill
 from kvweave.evals.one.collect import machine
+from kvweave.evals.one.generating import Arrivals
 from kvweave.evals.paper.printed import read
+from kvweave.evals.paper.recipe import Recipe
 from kvweave.evals.paper.sheet import Sheet, Table
+from kvweave.evals.paper.subject import Subject
 from kvweave.evals.tasks.tasks import Example, Task
 from kvweave.methods import Method, get_method, list_methods
 from kvweave.methods.full import Full
@@ -43,19 +45,6 @@ def clock(device: torch.device) -> float:
     return time.process_time()
 
 
-class _Steps(BaseStreamer):
-    """Notes when tokens come; the first call brings the prompt."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.times = device, list[float]()
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(clock(self.device))
-
-    def end(self) -> None:
-        pass
-
-
 def rounds(runs: Mapping[str, Callable[[], float]], count: int = ROUNDS) -> dict[str, float]:
     """Median over rounds of the seconds that each run says it took; a first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -70,7 +59,7 @@ def rounds(runs: Mapping[str, Callable[[], float]], count: int = ROUNDS) -> dict
 # -------------------------------------------------------------------- decoding
 
 
-def decoding(subject: Any, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
+def decoding(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
     """Milliseconds a token and bytes of the cache at each budget, on the longest prompts."""
     model, processor = subject.load()
     examples = [example for task in tasks for example in task.examples(0)[:ROWS]]
@@ -117,7 +106,7 @@ def _decode(
     model: Any, inputs: dict[str, Tensor], shared: Prefill, method: Method, held: dict[str, Any], name: str
 ) -> float:
     """Median seconds from one token to the next."""
-    steps = _Steps(model.device)
+    steps = Arrivals(partial(clock, model.device))
     lengths = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
     with torch.inference_mode(), compress(model, method) as session, shared.replayed(model):
         model.generate(**inputs, do_sample=False, streamer=steps, **lengths)
@@ -126,7 +115,7 @@ def _decode(
     return statistics.median(after - before for before, after in itertools.pairwise(times))
 
 
-def decode_sheet(recipe: Any, subject: Any, measured: dict[str, Any]) -> Sheet:
+def decode_sheet(recipe: Recipe, subject: Subject, measured: dict[str, Any]) -> Sheet:
     """Budgets down; time, memory, and their shares of the full cache's."""
     rows = measured["rows"]
     full = {row["method"]: row for row in rows if row["budget"] == 1}
@@ -172,7 +161,7 @@ def decode_sheet(recipe: Any, subject: Any, measured: dict[str, Any]) -> Sheet:
 # -------------------------------------------------------------------- what compressing adds
 
 
-def added(subject: Any, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
+def added(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
     """Seconds that each method's cut takes after a prefill, and the prefill's own, by length."""
     model, processor = subject.load()
     rows: list[dict[str, Any]] = []
@@ -223,7 +212,7 @@ def _without_pixels(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return {name: x.to(model.device) for name, x in inputs.items() if not name.startswith("pixel_values")}
 
 
-def added_sheet(recipe: Any, subject: Any, measured: dict[str, Any]) -> Sheet:
+def added_sheet(recipe: Recipe, subject: Subject, measured: dict[str, Any]) -> Sheet:
     """Methods down, lengths across: milliseconds added, and the share of the longest prefill."""
     rows = measured["rows"]
     names = sorted(rows[-1]["added"], key=lambda name: rows[-1]["added"][name])
@@ -254,5 +243,5 @@ def added_sheet(recipe: Any, subject: Any, measured: dict[str, Any]) -> Sheet:
     return Sheet(recipe.name, recipe.title, recipe.shows, [table], notes, measured, draw, _about(subject))
 
 
-def _about(subject: Any) -> list[str]:
+def _about(subject: Subject) -> list[str]:
     return [f"Command: `{subject.command}`", f"Model `{subject.model}`."]

@@ -14,7 +14,9 @@ from kvweave.evals.tasks.tasks import Task
 from kvweave.methods import Method, list_methods, method_from_dict, parse_method
 from kvweave.methods.full import Full
 from kvweave.methods.registry import parse_budget
+from kvweave.models import ModelError
 from kvweave.models.loading import DTYPES
+from kvweave.ops.brief import brief
 
 #: When the question comes.
 PROTOCOLS = {
@@ -80,6 +82,7 @@ class Evaluation:
         seeds: of the samples, and of methods that draw at random.
         protocols: of `PROTOCOLS`.
         dtype: of the weights; "auto": as the checkpoint has them.
+        trust_remote_code: run code that the checkpoint brings along.
         fidelity: hold every compressed cache against the full one along the full one's answers.
     """
 
@@ -91,11 +94,12 @@ class Evaluation:
     protocols: tuple[str, ...] = ("seen",)
     dtype: str = "auto"
     fidelity: bool = True
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         models.check(self.model)
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is not allowed: allowed is one of {', '.join(DTYPES)}")
+            raise ModelError(f"dtype={self.dtype!r} is not allowed: allowed is one of {', '.join(DTYPES)}", "dtype")
         for name in ("tasks", "methods", "budgets", "seeds", "protocols"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: allowed is at least one")
@@ -103,8 +107,8 @@ class Evaluation:
             if protocol not in PROTOCOLS:
                 raise ValueError(f"protocol={protocol!r} is unknown: allowed is one of {', '.join(PROTOCOLS)}")
         for seed in self.seeds:
-            if seed < 0:
-                raise ValueError(f"seeds={seed} is not allowed: allowed is an int >= 0")
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"seeds={brief(seed)} is not allowed: allowed is an int >= 0, below 2**63")
 
     def cells(self) -> list[Cell]:
         """All cells: the full cache first, then task by task, so that a prompt is read once for all methods."""
@@ -130,13 +134,14 @@ class Evaluation:
             "format": _FORMAT,
             "model": self.model,
             "dtype": self.dtype,
-            "weights": store.weights_mark(models.check(self.model)),
+            "weights": models.checkpoint_mark(self.model),
             "protocols": list(self.protocols),
             "tasks": [task.to_dict() for task in self.tasks],
             "methods": {label(method): _options(method) for method in self.methods},
             "budgets": list(self.budgets),
             "seeds": list(self.seeds),
             "fidelity": self.fidelity,
+            "trust_remote_code": self.trust_remote_code,
             "code": store.code_mark(),
             "versions": store.versions(),
         }
@@ -151,7 +156,7 @@ class Evaluation:
         if not path.exists():
             store.write_json(path, mine)
             return
-        there = store.read_json(path)
+        there = store.read_object(path)
         different = [name for name in {**there, **mine} if there.get(name) != mine.get(name)]
         if different:
             named = "; ".join(f"{name} {difference(there.get(name), mine.get(name))}" for name in different)

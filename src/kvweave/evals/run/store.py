@@ -8,12 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 import kvweave
+from kvweave.ops.brief import brief
 
-_HEAD = 2**24  # bytes of a weights file that tell it apart
-_NO_PART_IN_RESULTS = {"cli", "evals", "report", "serve"}
+#: Folders of the package without a part in answers and scores; whatever else there is counts, whatever it is called.
+_NO_PART_IN_RESULTS = ("cli", "report", "serve", "evals/one", "evals/paper", "evals/tables")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,17 +26,34 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, data: Any, *, indent: int = 1) -> None:
-    """`write_text` of JSON."""
-    write_text(path, json.dumps(data, indent=indent, ensure_ascii=False) + "\n")
+def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
+    """`write_text` of JSON; without an indent in as few characters as can be."""
+    separators = (",", ":") if indent is None else None
+    write_text(path, json.dumps(data, indent=indent, separators=separators, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
     """JSON from a file; a ValueError names the file that holds none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it, and it is made again") from None
+
+
+def read_object(path: Path, **needed: type | tuple[type, ...]) -> dict[str, Any]:
+    """A JSON object from a file, with entries of these types.
+
+    Raises:
+        ValueError: it is damaged, or an entry is missing or of another type; the message names both.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no object; delete it, and it is made again")
+    for name, kind in needed.items():
+        if not isinstance(found.get(name), kind):
+            lost = "is missing" if name not in found else f"is {brief(found[name])}"
+            raise ValueError(f"{path} is damaged: {name!r} {lost}; delete it, and it is made again")
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -60,33 +76,17 @@ def cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def code_mark() -> str:
-    """Changes with the source of all that decides an answer: results of different code are not mixed."""
-    home = Path(kvweave.__file__).parent
-    files = sorted(path.relative_to(home) for path in home.rglob("*.py"))
-    digest = hashlib.sha256()
-    for path in files:
-        if path.parts[0] not in _NO_PART_IN_RESULTS:
-            digest.update(str(path).encode() + (home / path).read_bytes())
-    return digest.hexdigest()[:12]
+def code_mark(*also: str, home: Path | None = None) -> str:
+    """Changes with the source of all that decides answers and scores: results of different code are not mixed.
 
-
-def weights_mark(checkpoint: str) -> str:
-    """Changes with a checkpoint's weights: a mark of a local folder's files, or a hub id's commit.
-
-    Raises:
-        ValueError: a hub id that cannot be found.
+    Args:
+        also: folders that otherwise have no part in them, such as "evals/paper" in what it measures itself.
+        home: of the package.
     """
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        try:
-            return str(AutoConfig.from_pretrained(checkpoint)._commit_hash)
-        except (OSError, ValueError) as error:
-            why = str(error).strip().splitlines()[0]
-            raise ValueError(f"model={checkpoint!r} is not found on the hub: {why}") from None
+    home = home or Path(kvweave.__file__).parent
+    aside = [folder for folder in _NO_PART_IN_RESULTS if folder not in also]
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_HEAD))
+    for path in sorted(path.relative_to(home) for path in home.rglob("*.py")):
+        if not any(path.is_relative_to(folder) for folder in aside):
+            digest.update(f"{path.as_posix()}\0".encode() + (home / path).read_bytes() + b"\0")
     return digest.hexdigest()[:12]

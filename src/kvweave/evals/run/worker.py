@@ -2,12 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import logging
 
 from kvweave import models
 from kvweave.evals.answer.answering import Answer, Batch, answer, prefill, prepare
@@ -15,12 +12,14 @@ from kvweave.evals.answer.fidelity import Reference
 from kvweave.evals.answer.prefill import Prefill
 from kvweave.evals.run import processes, store
 from kvweave.evals.run.plan import FULL, Cell, Evaluation
+from kvweave.evals.run.results import Result, begun, finished
 from kvweave.evals.scores.metrics import METRICS
 from kvweave.evals.tasks.tasks import Example
 from kvweave.methods import Method
+from kvweave.models.loading import no_bars
+from kvweave.ops.brief import brief
 from kvweave.ops.budget import entries
 
-Result = dict[str, Any]
 #: Hears of a cell that is finished: its result, how many are, how many there are, and whether it was read from disk.
 Progress = Callable[[Result, int, int, bool], None]
 #: Hears what a cell at work in this process has come to: how many of its samples are done, of how many.
@@ -59,8 +58,8 @@ def run(
         ValueError: an option that is not allowed, or a folder that holds results of other options.
     """
     for name, value in (("batch", batch), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is not allowed: allowed is an int >= 1")
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{name}={brief(value)} is not allowed: allowed is an int >= 1, below 2**31")
     device = models.pick_device(device)
     evaluation.claim(out)
     cells = evaluation.cells()
@@ -81,22 +80,6 @@ def run(
     return [results[n] for n in range(len(cells))]
 
 
-def finished(cell: Cell, out: Path) -> Result | None:
-    """The result of a cell that was computed before, with no sample left to ask or to try again."""
-    result = _begun(cell, out)
-    return None if result is None or result["failed"] or result["missing"] else result
-
-
-def _begun(cell: Cell, out: Path) -> Result | None:
-    path = cell.path(out)
-    if not path.exists():
-        return None
-    result: Result = store.read_json(path)
-    if not isinstance(result, dict) or result.get("cell") != cell.key:
-        raise ValueError(f"{path} holds another cell's result; delete it, and it is made again")
-    return result
-
-
 def _computed(
     worker: "Worker", phases: Sequence[dict[int, Cell]], workers: int, ray: str | None, tick: Tick | None
 ) -> Iterator[tuple[int, Result]]:
@@ -110,24 +93,12 @@ def _computed(
             yield n, worker(cell, tick)
 
 
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """transformers' bars would be drawn through ours."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 class Worker:
     """Computes cells one after the other; loads the model, reads a task's prompts, and prefills them, once."""
 
     def __init__(self, evaluation: Evaluation, out: Path, batch: int, device: str, about: dict[str, Any]) -> None:
         self.model, self.dtype, self.device = evaluation.model, evaluation.dtype, device
-        self.fidelity = evaluation.fidelity
+        self.fidelity, self.trusted = evaluation.fidelity, evaluation.trust_remote_code
         self.out, self.batch, self.about = out, batch, about
         self._loaded: tuple[Any, Any] | None = None
         self._read: tuple[Any, Sequence[Example], dict[tuple[str, ...], Batch]] | None = None
@@ -137,18 +108,18 @@ class Worker:
         """The cell's result, written to its file batch by batch."""
         start = time.perf_counter()
         examples, prepared = self._examples(cell)
-        begun = _begun(cell, self.out) or {"samples": [], "seconds": 0.0}
-        samples = {sample["id"]: sample for sample in begun["samples"]}
+        before = begun(cell, self.out) or {"samples": [], "seconds": 0.0}
+        samples = {sample["id"]: sample for sample in before["samples"]}
         asked = [example for example in examples if example.id not in samples]
         failed: list[dict[str, Any]] = []
-        result = self._result(cell, examples, samples, failed, begun["seconds"])
+        result = self._result(cell, examples, samples, failed, before["seconds"])
         for batch in batches(asked, cell.protocol, self.batch):
             for example, said in zip(batch, self._answers(cell, batch, prepared), strict=True):
                 if isinstance(said, str):
                     failed.append({"id": example.id, "error": said})
                 else:
                     samples[example.id] = said
-            seconds = begun["seconds"] + time.perf_counter() - start
+            seconds = before["seconds"] + time.perf_counter() - start
             result = self._result(cell, examples, samples, failed, seconds)
             store.write_json(cell.path(self.out), result)
             if tick:
@@ -178,8 +149,8 @@ class Worker:
 
     def _model(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            with _no_loading_bars():
-                self._loaded = models.load(self.model, self.dtype, self.device)
+            with no_bars():
+                self._loaded = models.load(self.model, self.dtype, self.device, trust_remote_code=self.trusted)
             if not models.reads_images(self._loaded[1]):
                 raise ValueError(f"model={self.model!r} reads text only: allowed is a model that reads images")
         return self._loaded

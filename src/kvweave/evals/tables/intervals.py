@@ -22,20 +22,32 @@ class Estimate:
     high: float
 
 
-def estimate(tasks: Sequence[Sequence[float]]) -> Estimate | None:
+def estimate(tasks: Sequence[Sequence[float]], *, shares: bool = True) -> Estimate | None:
     """The mean of the tasks' means; None where a task has no score.
 
     Scores of 0 and 1, equally many a task, get Wilson's interval, which holds near 0 and 1 and does not count on
-    tasks being alike; others a bootstrap over the samples of each task.
+    tasks being alike; others a bootstrap over the samples of each task. Equal samples leave a bootstrap nothing to
+    draw from: they get Wilson's, too.
+
+    Args:
+        shares: scores lie between 0 and 1.
     """
     if not tasks or not all(tasks):
         return None
     mean = float(np.mean([np.mean(scores) for scores in tasks]))
     if {score for scores in tasks for score in scores} <= {0.0, 1.0} and len({len(x) for x in tasks}) == 1:
-        low, high = wilson(round(sum(map(sum, tasks))), sum(map(len, tasks)))
-    else:
+        return Estimate(mean, *wilson(round(sum(map(sum, tasks))), sum(map(len, tasks))))
+    return Estimate(mean, *_interval(tasks, mean, (0, 1) if shares else None))
+
+
+def _interval(tasks: Sequence[Sequence[float]], mean: float, ends: tuple[float, float] | None) -> tuple[float, float]:
+    """A bootstrap's 95 %, or where all samples of each task are equal Wilson's on the scale between `ends`."""
+    if ends is None or any(max(scores) > min(scores) for scores in tasks):
         low, high = np.percentile(_resampled(tasks), [2.5, 97.5]).tolist()
-    return Estimate(mean, low, high)
+        return low, high
+    count, scale = sum(map(len, tasks)), ends[1] - ends[0]
+    low, high = wilson(count * (mean - ends[0]) / scale, count)
+    return ends[0] + scale * low, ends[0] + scale * high
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,8 @@ class Comparison:
     """A method's mean minus the baseline's on the same samples.
 
     Attributes:
-        low, high: 95 % interval, by a paired bootstrap within each task.
+        low, high: 95 % interval, by a paired bootstrap within each task; where all differences of each are equal,
+            Wilson's on the scale from -1 to 1.
         better, worse: samples on which the method scores higher, and lower.
         p: two-sided, of the exact sign test on those (McNemar's test where scores are 0 and 1).
     """
@@ -70,9 +83,9 @@ def compare(
     ]
     if not pairs or not all(pairs):
         return None
-    low, high = np.percentile(_resampled(pairs), [2.5, 97.5]).tolist()
     better, worse = (sum(sign * pair > 0 for scores in pairs for pair in scores) for sign in (1, -1))
     difference = float(np.mean([np.mean(scores) for scores in pairs]))
+    low, high = _interval(pairs, difference, (-1, 1))
     return Comparison(difference, low, high, better, worse, sign_test(better, worse))
 
 
@@ -102,9 +115,9 @@ def _resampled(tasks: Sequence[Sequence[float]]) -> Floats:
     return means / len(tasks)
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a share, 95 % by default."""
-    share = right / count
+    share = min(1.0, max(0.0, right / count))
     middle = share + z * z / (2 * count)
     spread = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count

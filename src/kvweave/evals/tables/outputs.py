@@ -4,7 +4,7 @@
     outputs/result.json, result.csv
 
 A folder for each method at each budget stands where MileBench has one for each model. `eval.json` and the rest are
-what its scorer writes, computed by `milebench_scores`; a task with failed samples has `pred.json` only, as its scorer
+what its scorer writes, computed by `scores.milebench`; a task with failed samples has `pred.json` only, as its scorer
 refuses it.
 """
 

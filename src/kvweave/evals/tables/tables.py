@@ -1,4 +1,4 @@
-"""From cells to tables: seeds pooled, tasks averaged, methods compared in pairs; JSON, CSV, Markdown, terminal."""
+"""From cells to tables: seeds pooled, tasks averaged, methods compared in pairs; JSON, CSV, Markdown."""
 
 import csv
 import io
@@ -6,10 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from kvweave.evals.run import store
 from kvweave.evals.run.plan import FULL, PROTOCOLS, Evaluation
@@ -114,7 +110,7 @@ def _fidelity(tasks: Sequence[Sequence[dict[str, Any]]]) -> Row:
         for results in tasks
     ]
     row: Row = {
-        name: _numbers(estimate([[float(one[name]) for one in task] for task in known]))
+        name: _numbers(estimate([[float(one[name]) for one in task] for task in known], shares=name != "kl"))
         for name in ("kl", "top1", "same")
     }
     return {**row, "samples": sum(map(len, known))}
@@ -184,22 +180,6 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def rendered(summary: dict[str, Any]) -> RenderableType:
-    """The tables for a terminal."""
-    parts: list[RenderableType] = []
-    for title, head, rows in tables(summary):
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for n, name in enumerate(head):
-            table.add_column(name, justify="right" if n else "left")
-        wide = len(head) > 6  # no room for intervals: table.md has them
-        for row in rows:
-            table.add_row(*(Text(cell.partition(" [")[0] if wide else cell) for cell in row))
-        parts.append(table)
-    for note, items in notes(summary):
-        parts += [Text("\n  ".join([note, *items]))]
-    return Group(*parts)
-
-
 # -------------------------------------------------------------------- what they say
 
 
@@ -227,38 +207,46 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     for protocol in dict.fromkeys(row["protocol"] for row in summary["means"]):
         where = PROTOCOLS[protocol]
         means = [row for row in summary["means"] if row["protocol"] == protocol]
-        methods = list(dict.fromkeys(row["method"] for row in means))
+        methods = _by_score(means)
         budgets = list(dict.fromkeys(row["budget"] for row in means if row["method"] != FULL)) or [1.0]
         at = {(row["method"], row["budget"]): row for row in means}
-        rows = [[m, *(_interval(at.get((m, b)) or at.get((m, 1.0))) for b in budgets)] for m in methods]
+        rows = [[m, *(interval(at.get((m, b)) or at.get((m, 1.0))) for b in budgets)] for m in methods]
         title = f"Mean over tasks by budget, 95 % interval ({where})"
-        found.append((title, ["method", *map(_percent, budgets)], rows))
+        found.append((title, ["method", *map(percent, budgets)], rows))
 
         tests = {(r["method"], r["budget"]): r for r in summary["tests"] if r["protocol"] == protocol}
         if tests:
-            compared = list(dict.fromkeys(method for method, _ in tests))
+            compared = [method for method in methods if any((method, b) in tests for b in budgets)]
             rows = [[m, *(_difference(tests.get((m, b))) for b in budgets)] for m in compared]
             base = next(iter(tests.values()))["baseline"]
             title = f"Difference to {base} on the same samples, 95 % interval, p ({where})"
-            found.append((title, ["method", *map(_percent, budgets)], rows))
+            found.append((title, ["method", *map(percent, budgets)], rows))
 
         held = {(r["method"], r["budget"]): r for r in summary["fidelity"] if r["protocol"] == protocol}
         for name, title in _FIDELITY.items() if held else ():
             compared = [method for method in methods if method != FULL]
-            rows = [[m, *(_interval(held.get((m, b), {}).get(name)) for b in budgets)] for m in compared]
-            found.append((f"{title}, 95 % interval ({where})", ["method", *map(_percent, budgets)], rows))
+            rows = [[m, *(interval(held.get((m, b), {}).get(name)) for b in budgets)] for m in compared]
+            found.append((f"{title}, 95 % interval ({where})", ["method", *map(percent, budgets)], rows))
 
         budget = _DETAIL if _DETAIL in budgets else budgets[0]
         scores = [row for row in summary["scores"] if row["protocol"] == protocol]
         tasks = list(dict.fromkeys(row["task"] for row in scores))
         by_task = {(row["method"], row["task"]): row for row in scores if row["budget"] in (budget, 1.0)}
         by_task |= {(row["method"], row["task"]): row for row in scores if row["budget"] == budget}
-        rows = [[m, *(_interval(by_task.get((m, task))) for task in tasks)] for m in methods]
+        rows = [[m, *(interval(by_task.get((m, task))) for task in tasks)] for m in methods]
         besides = list(dict.fromkeys((row["task"], name) for row in scores for name in row["besides"]))
         rows = [[*row, *(_besides(by_task.get((row[0], task)), name) for task, name in besides)] for row in rows]
         head = ["method", *tasks, *(f"{task}, {name}" for task, name in besides)]
-        found.append((f"By task at {_percent(budget)} ({where})", head, rows))
+        found.append((f"By task at {percent(budget)} ({where})", head, rows))
     return found
+
+
+def _by_score(means: Sequence[Row]) -> list[str]:
+    """Methods, the full cache first, then the best of all budgets; what has no score comes last."""
+    scores: dict[str, list[float]] = {}
+    for row in means:
+        scores.setdefault(row["method"], []).append(-1.0 if row["score"] is None else row["score"])
+    return sorted(scores, key=lambda method: (method != FULL, -sum(scores[method]) / len(scores[method])))
 
 
 def notes(summary: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -280,7 +268,7 @@ def notes(summary: dict[str, Any]) -> list[tuple[str, list[str]]]:
     if summary["failed"]:
         alike: dict[str, list[str]] = {}
         for failure in summary["failed"]:
-            where = f"{failure['protocol']} {failure['method']} at {_percent(failure['budget'])}"
+            where = f"{failure['protocol']} {failure['method']} at {percent(failure['budget'])}"
             alike.setdefault(f"{failure['id']}: {failure['error']}", []).append(where)
         each = [f"{what} ({'; '.join(where)})" for what, where in alike.items()]
         found.append((f"{len(summary['failed'])} answers are missing, and have no score:", each))
@@ -294,11 +282,13 @@ def _range(values: Iterable[float]) -> str:
     return "–".join(ends)
 
 
-def _percent(budget: float | int) -> str:
+def percent(budget: float | int) -> str:
+    """A budget as a table's head has it."""
     return f"{budget} tokens" if isinstance(budget, int) else f"{100 * budget:g} %"
 
 
-def _interval(row: Row | None) -> str:
+def interval(row: Row | None) -> str:
+    """A mean with its interval, and how many samples are missing from it."""
     if row is None or row["score"] is None:
         return "–"
     lost = f" ({row['failed']} missing)" if row.get("failed") else ""

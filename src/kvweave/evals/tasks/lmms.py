@@ -18,7 +18,9 @@ from kvweave import models
 from kvweave.evals.answer.answering import answer, prepare
 from kvweave.evals.tasks.tasks import Example
 from kvweave.methods import parse_method
+from kvweave.methods.registry import load_plugin
 
+_ARGUMENTS = ("pretrained", "method", "budget", "batch_size", "device", "dtype", "trust_remote_code", "plugin")
 _LONGEST = 512  # tokens of an answer where the task says nothing
 
 
@@ -34,6 +36,8 @@ class KVWeave(lmms):
         pretrained: "lab", a folder or a hub id.
         method: its spelling, options separated by semicolons: "flowmm:theta=0.3;proxies=16".
         budget: a share, or tokens as an int.
+        trust_remote_code: run code that the checkpoint brings along.
+        plugin: module that is imported first, for the methods that it registers.
     """
 
     is_simple = False
@@ -46,14 +50,20 @@ class KVWeave(lmms):
         batch_size: int | str = 1,
         device: str = "auto",
         dtype: str = "auto",
+        trust_remote_code: bool = False,
+        plugin: str = "",
         **unknown: Any,
     ) -> None:
         super().__init__()
         if unknown:
-            raise ValueError(f"model_args {', '.join(unknown)}: allowed is pretrained, method, budget, device, dtype")
+            raise ValueError(f"model_args {', '.join(unknown)}: allowed is {', '.join(_ARGUMENTS)}")
+        if plugin:
+            load_plugin(plugin)
         self.method = parse_method(method.replace(";", ","), budget=budget)
         self.batch_size = int(batch_size)
-        self.model, self.processor = models.load(pretrained, dtype, device or "auto")
+        self.model, self.processor = models.load(
+            pretrained, dtype, device or "auto", trust_remote_code=trust_remote_code
+        )
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests."""

@@ -12,6 +12,7 @@ from typing import Any
 from kvweave.evals.run import store
 from kvweave.evals.scores.metrics import METRICS
 from kvweave.evals.tasks.milebench import MileBenchTask, Options, milebench_tasks
+from kvweave.models import open_picture
 
 GROUP = "milebench"
 _FUNCTIONS = "from kvweave.evals.tasks.lmms_tasks import doc_to_messages, process_results\n"
@@ -75,15 +76,12 @@ def _row(task: MileBenchTask, example: Any) -> dict[str, Any]:
 
 def doc_to_messages(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> list[dict[str, Any]]:
     """One user turn, texts and images interleaved."""
-    from PIL import Image
-
     content = []
     for piece in doc["pieces"]:
         if piece["type"] == "text":
             content.append({"type": "text", "text": piece["content"]})
         else:
-            with Image.open(piece["content"]) as image:
-                content.append({"type": "image", "url": image.convert("RGB")})
+            content.append({"type": "image", "url": open_picture(piece["content"])})
     return [{"role": "user", "content": content}]
 
 

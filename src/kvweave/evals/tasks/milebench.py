@@ -11,23 +11,22 @@ the "question"; elsewhere the question is what stands behind the last image.
 
 import functools
 import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvweave import models
 from kvweave.evals.scores.metrics import check_metrics
+from kvweave.evals.tasks.questions import LONGEST_ANSWER, MOST, instruction, read, texts
 from kvweave.evals.tasks.tasks import Example
+from kvweave.ops.brief import brief
 
 IMAGE = "<ImageHere>"  # where an image goes, in its prompts and its output
-LONGEST_ANSWER = 512
 SCORINGS = ("official", "strict")
 TRUNCATIONS = ("ours", "official")
 _BY_TYPE = {"open-ended": "rouge", "multi-choice": "choice"}
-_NEEDED = ("sample_id", "task_instruction_id", "task_instance", "response")
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class Options:
                 raise ValueError(f"{name}={value!r} is unknown: allowed is one of {', '.join(allowed)}")
         for name in ("count", "combined", "max_context_len", "tokens_per_image", "max_new_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is not allowed: allowed is an int >= 1")
+            if value is not None and not 1 <= value <= MOST:
+                raise ValueError(f"{name}={brief(value)} is not allowed: allowed is an int >= 1, below 2**31")
         if self.combined and self.adversarial:
             raise ValueError("adversarial=True is not allowed with combined: there are no such files")
 
@@ -114,8 +113,10 @@ class MileBenchTask:
         if "MMCoQA" in self.name:
             return "contains"
         kind = self._meta.get("question_type")
-        if kind not in _BY_TYPE:
-            raise ValueError(f"{self.path}: question_type={kind!r} has no metric: allowed is {', '.join(_BY_TYPE)}")
+        if not isinstance(kind, str) or kind not in _BY_TYPE:
+            raise ValueError(
+                f"{self.path}: question_type={brief(kind)} has no metric: allowed is {', '.join(_BY_TYPE)}"
+            )
         return _BY_TYPE[kind]
 
     @property
@@ -152,36 +153,48 @@ class MileBenchTask:
         return [self._example(sample, seed) for sample in self.samples()]
 
     def _sample(self, raw: dict[str, Any], instructions: Any, tokenizer: Any) -> Sample:
-        instruction = _instruction(instructions, raw["task_instruction_id"])
+        told = instruction(instructions, raw["task_instruction_id"])
         asked = raw["task_instance"]
         choices = tuple(map(str, asked.get("choice_list", ())))
         combined = self.options.combined
         named = asked[f"combined_{combined}_images"] if combined else asked["images_path"]
         folder = self.path.parent / (f"combined_{combined}_images" if combined else "images")
-        images = [os.path.abspath(folder / name) for name in named]
+        images = [str(self._inside(folder, name)) for name in named]
         context = asked["context"] + _listed(choices, lettered=self.name != "GPR1200")
         for n in range(1, len(asked["images_path"]) + 1):
             for kind in ("image", "table"):
                 context = context.replace(f"{{{kind}#{n}}}", f"<Image {n}> " if combined else IMAGE)
         if combined:
-            instruction = IMAGE * len(images) + "\n" + instruction
+            told = IMAGE * len(images) + "\n" + told
         elif len(images) > context.count(IMAGE):
             context = IMAGE * (len(images) - context.count(IMAGE)) + context
         if tokenizer is not None:
-            context, kept = shortened(instruction, context, len(images), tokenizer, self.options)
+            context, kept = shortened(told, context, len(images), tokenizer, self.options)
             images = images[len(images) - kept :]
         question = str(asked.get("question", ""))
         if question and not context.endswith(question):
             question += _listed(choices, lettered=self.name != "GPR1200")
         return Sample(
             id=int(raw["sample_id"]),
-            prompt=f"{instruction}\n{context}",
+            prompt=f"{told}\n{context}",
             images=tuple(images),
             response=str(raw["response"]),
             choices=choices,
             question=question if context.endswith(question) else "",
             quantity=_quantity(len(asked["images_path"])),
         )
+
+    def _inside(self, folder: Path, name: str) -> Path:
+        """An image's file, which may not lie outside of the data: names may say anything, links lead anywhere."""
+        path = Path(os.path.abspath(folder / name))
+        away = os.path.isabs(name) or ".." in Path(name).parts
+        try:
+            away = away or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.data))
+        except ValueError:  # characters that no path has
+            away = True
+        if away:
+            raise ValueError(f"{self.path}: image {brief(name)} leaves the folder: allowed is a file in {self.data}")
+        return path
 
     def _example(self, sample: Sample, seed: int) -> Example:
         texts, images = sample.prompt.split(IMAGE), iter(sample.images)
@@ -249,64 +262,6 @@ def find(data: Path, options: Options) -> list[str]:
     return tasks
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A file of questions, checked.
-
-    Raises:
-        ValueError: it is no JSON (the line is named) or not MileBench's (what is missing, and where).
-    """
-    return _read(path, path.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=32)
-def _read(path: Path, changed: int) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: damaged JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: no UTF-8: {error.reason}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("data"), list) or not found["data"]:
-        raise ValueError(f"{path}: no samples: looked for an object with a list 'data'")
-    meta = found.get("meta_data")
-    if not isinstance(meta, dict) or not isinstance(meta.get("task_instruction"), (list, dict)):
-        raise ValueError(f"{path}: looked for 'meta_data' with 'task_instruction', a list or an object")
-    seen: set[int] = set()
-    for n, sample in enumerate(found["data"]):
-        _check_sample(sample, f"{path}: sample {n + 1} of the file", meta["task_instruction"])
-        if int(sample["sample_id"]) in seen:
-            raise ValueError(f"{path}: sample_id={sample['sample_id']} is there twice")
-        seen.add(int(sample["sample_id"]))
-    return found
-
-
-def _check_sample(sample: Any, where: str, instructions: Any) -> None:
-    missing = [name for name in _NEEDED if not isinstance(sample, dict) or name not in sample]
-    if missing:
-        raise ValueError(f"{where}: looked for {', '.join(missing)}")
-    where = f"{where} (sample_id {sample['sample_id']})"
-    if not str(sample["sample_id"]).isdecimal():
-        raise ValueError(f"{where}: allowed as sample_id is an int >= 0")
-    asked = sample["task_instance"]
-    if not isinstance(asked, dict) or not isinstance(asked.get("context"), str):
-        raise ValueError(f"{where}: looked for task_instance with a string 'context'")
-    for name, kind in (("images_path", list), ("choice_list", list)):
-        if not isinstance(asked.get(name, []), kind) or (name == "images_path" and name not in asked):
-            raise ValueError(f"{where}: looked for a list {name!r} in its task_instance")
-    _instruction(instructions, sample["task_instruction_id"], where)
-
-
-def _instruction(instructions: list[str] | Mapping[Any, str], number: Any, where: str = "") -> str:
-    """One of the task's instructions: a list's by place, an object's by name."""
-    try:
-        if isinstance(instructions, list):
-            return str(instructions[int(number)])
-        return str(instructions[number] if number in instructions else instructions[str(number)])
-    except (LookupError, ValueError, TypeError):
-        raise ValueError(f"{where}: task_instruction has no entry {number!r}") from None
-
-
 def _file(data: Path, name: str, options: Options) -> Path:
     suffix = "-adv" if options.adversarial else ""
     if options.combined and options.combined != 1:  # one image takes the names from the plain file
@@ -319,8 +274,10 @@ def _check_images(task: MileBenchTask) -> None:
     if combined:
         key = f"combined_{combined}_images"
         for raw in read(task.path)["data"][: task.options.count]:
-            if not isinstance(raw["task_instance"].get(key), list):
-                raise ValueError(f"{task.path}: sample_id {raw['sample_id']}: looked for a list {key!r}")
+            if not texts(raw["task_instance"].get(key)):
+                raise ValueError(
+                    f"{task.path}: sample_id {raw['sample_id']}: looked for a list {key!r} of file names"
+                )
     lost = [(sample.id, image) for sample in task.samples() for image in sample.images if not os.path.isfile(image)]
     if lost:
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
@@ -341,9 +298,7 @@ def _quantity(images: int) -> str:
 
 @functools.cache
 def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(models.check(model))
+    return models.load_tokenizer(model)
 
 
 def shortened(instruction: str, context: str, images: int, tokenizer: Any, options: Options) -> tuple[str, int]:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from kvweave import lab
 from kvweave.evals.tasks.lab_score import longest_answer
+from kvweave.ops.brief import brief
 
 _NAMES = (*lab.ALL_TASKS, *lab.AUXILIARY)
 
@@ -93,8 +94,8 @@ def lab_tasks(names: Sequence[str] = lab.TASKS, count: int = 100, images: int = 
     for name in names:
         if name not in _NAMES:
             raise ValueError(f"tasks={name!r} is unknown: allowed is one of {', '.join(_NAMES)}")
-    if count < 1:
-        raise ValueError(f"count={count} is not allowed: allowed is an int >= 1")
+    if not 1 <= count < 2**31:
+        raise ValueError(f"count={brief(count)} is not allowed: allowed is an int >= 1, below 2**31")
     tasks = tuple(LabTask(name, count, images) for name in dict.fromkeys(names))
     if not tasks:
         raise ValueError(f"tasks is empty: allowed is at least one of {', '.join(_NAMES)}")
@@ -102,5 +103,5 @@ def lab_tasks(names: Sequence[str] = lab.TASKS, count: int = 100, images: int = 
         try:
             lab.samples(name, 1, images)
         except ValueError as error:
-            raise ValueError(f"images={images} is not allowed for {name}: {error}") from None
+            raise ValueError(f"images={brief(images)} is not allowed for {name}: {error}") from None
     return tasks
