@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test test-kernels lint format bench bench-decode bench-peers bench-flow guard results research docs gpu clean
+.PHONY: run test test-kernels test-all test-versions lint format bench bench-decode bench-peers bench-flow guard results research docs models gpu clean
 
 run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
 	$(BIN)/kvweave run
@@ -19,6 +19,12 @@ test: $(READY) lint test-kernels  ## style, types, import directions, tests
 
 test-kernels: $(KERNELS)  ## the Triton kernels, by Triton's interpreter where there is no GPU
 	OMP_NUM_THREADS=1 .venv-kernels/bin/python -m pytest tests/kernels
+
+test-all: $(READY)  ## every model type of transformers that can be built tiny: untouched to the bit (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/all
+
+test-versions: $(READY)  ## the seam's tests on the oldest and the newest transformers (a venv each, sharing torch)
+	$(BIN)/python tests/versions.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -60,6 +66,9 @@ research: $(READY)  ## what weave's parts are worth, and when a deferred cut has
 docs: $(READY)  ## docs/METHODS.md from the registry
 	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md
 
+models: $(READY)  ## docs/MODELS.md: every model type of transformers, tiny (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models > docs/MODELS.md
+
 gpu:  ## everything that needs a GPU, in one call of five minutes, with the Python at hand
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
@@ -79,4 +88,5 @@ $(KERNELS): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-kernels out dist build .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-peers .venv-kernels .venv-versions out dist build
+	rm -rf .mypy_cache .ruff_cache .hypothesis .import_linter_cache

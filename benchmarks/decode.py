@@ -1,7 +1,7 @@
 """What decoding costs over a compressed cache: `make bench-decode`.
 
-One token through the cache and the attention of a model, nothing else: kvweave's layers (`update`) and kvweave's twin
-of transformers' SDPA, as a model calls them, at the attention shape of Qwen2.5-VL-7B with random queries, keys and
+One token through the cache and the attention of a model, nothing else: kvweave's layers (`update`) and its reader of
+transformers' SDPA, as a model calls them, at the attention shape of Qwen2.5-VL-7B with random queries, keys and
 values. Projections and MLPs are left out: they cost the same at any budget, and their weights (28 GiB in float32)
 would hide what is measured. The full cache goes through the same layer and the same kernel.
 
@@ -40,8 +40,8 @@ from benchmarks.shapes import QWEN, Layer, Shape, layer_of
 from kvweave.memory.packed import PackedSlots, packed
 from kvweave.memory.slots import Slots, stored
 from kvweave.ops.quantize import Quantization
-from kvweave.seam.attention import twin
 from kvweave.seam.layer import CompressedLayer
+from kvweave.seam.reader import Reader
 from kvweave.seam.turn import Conversation
 
 Blocks = Sequence[Slots | PackedSlots]
@@ -59,7 +59,7 @@ ROOM = 64  # tokens that a compiled run may decode
 
 Step = Callable[[], object]
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
-SDPA: Attend = ALL_ATTENTION_FUNCTIONS[twin("sdpa")]
+SDPA: Attend = Reader("sdpa").function
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from kvweave.prompt import Prompt
     from kvweave.seam.cache import CompressedCache
     from kvweave.seam.layer import CompressedLayer
-    from kvweave.seam.session import Session, attach, compress
+    from kvweave.seam.session import Session, attach, compress, detach
     from kvweave.tensors import compress_tensors
     from kvweave.view import LayerView
 
@@ -79,6 +79,7 @@ __all__ = [
     "attach",
     "compress",
     "compress_tensors",
+    "detach",
     "get_method",
     "list_methods",
     "method_from_dict",
@@ -120,6 +121,7 @@ _HOMES = {
     "attach": "seam.session",
     "compress": "seam.session",
     "compress_tensors": "tensors",
+    "detach": "seam.session",
     "get_method": "methods.registry",
     "list_methods": "methods.registry",
     "method_from_dict": "methods.registry",

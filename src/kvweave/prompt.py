@@ -9,6 +9,7 @@ from torch import Tensor
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _FEW = 16  # least room for decoded tokens
+_PICTURES = ("pixel_values", "image_embeds", "image_features", "video_embeds", "flattened_patches")
 _IMAGE, _VIDEO = 1, 2  # values of a processor's mm_token_type_ids
 
 
@@ -37,6 +38,10 @@ class Prompt:
                 f"visual {list(self.visual.shape)} and valid {list(self.valid.shape)} must have one shape"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, saved and sent: the masks, and not the room behind them."""
+        return {"visual": self.visual.clone(), "valid": self.valid.clone(), "room": None}
+
     @property
     def length(self) -> int:
         return self.valid.shape[1]
@@ -53,7 +58,8 @@ class Prompt:
             return Prompt(torch.cat([self.visual, visual], 1), torch.cat([self.valid, valid], 1))
         old, total, room = self.length, self.length + new, self.room
         if room is None or room.shape[2] < total:
-            room = self.visual.new_zeros(2, self.visual.shape[0], total + max(_FEW, total // 4))
+            with torch.inference_mode(False):  # it is written to in inference mode or outside
+                room = self.visual.new_zeros(2, self.visual.shape[0], total + max(_FEW, total // 4))
             room[0, :, :old] = self.visual
             room[1, :, :old] = self.valid
         room[0, :, old:total] = visual
@@ -84,6 +90,12 @@ def visual_token_ids(config: Any) -> list[int]:
     return sorted({value for value in found if isinstance(value, int)})
 
 
+def given_images(inputs: dict[str, Any]) -> list[str]:
+    """Names of the keyword arguments of a forward pass that bring images or video."""
+    known = [name for name in inputs if name in _PICTURES or name.startswith("pixel_values_")]
+    return [name for name in known if inputs[name] is not None]
+
+
 def visual_mask(config: Any, input_ids: Tensor | None, inputs: dict[str, Any]) -> Tensor | None:
     """Visual tokens of one forward pass, from what the model was given; None if nothing tells.
 
@@ -97,6 +109,9 @@ def visual_mask(config: Any, input_ids: Tensor | None, inputs: dict[str, Any]) -
     kinds = inputs.get("mm_token_type_ids")
     if kinds is not None:
         return (kinds == _IMAGE) | (kinds == _VIDEO)
+    places = inputs.get("image_embeds_position_mask")  # Kosmos-2's own
+    if places is not None:
+        return places != 0
     if input_ids is not None:
         ids = visual_token_ids(config)
         if ids:

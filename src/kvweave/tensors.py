@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -84,7 +85,9 @@ def compress_tensors(
         )
         for group in groups:
             if decoded is not None and wanted:
-                _tell(group.view, decoded[0][layer][group.index], decoded[1][layer][group.index], rule)
+                softened = 1.0 if probed else method.decoded_temperature
+                hot = replace(rule, scaling=rule.scaling / softened)
+                _tell(group.view, decoded[0][layer][group.index], decoded[1][layer][group.index], hot)
                 group.view.probed = probed
                 tokens = decoded[0][layer].new_full((1, 1, 1), decoded[0][layer].shape[2], dtype=torch.float64)
                 group.view.decoded_weight = method.weight_of(tokens)
@@ -92,7 +95,7 @@ def compress_tensors(
 
     if method.layer_adaptive:
         views = [view(layer) for layer in range(layers)]
-        weights = [observe(method, groups, budgets) for groups in views]
+        weights = [observe(method, groups, budgets, lengths) for groups in views]
         shares = _adaptive(method, views[0], weights, budgets, lengths)
     else:
         views = []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvweave.ops import spread, statistics
 from kvweave.ops.draw import stratified_rows
+from kvweave.ops.heads import HERE, Heads
 from kvweave.ops.statistics import AttentionRule, Flow
 
 #: Rows of column sums that the decoded tokens' attention counts as, before it is weighted (SPEC 13.1).
@@ -42,6 +43,7 @@ class LayerView:
             them (SPEC 13.1, `D`), where the cut was deferred or probes were answered; else None.
         decoded_weight: its weight against the prompt's own rows, in [0, 1); one, or [batch, 1, 1].
         probed: the decoded tokens are answers to probes, not the reply's beginning.
+        heads: where the layer's other KV heads are, if not here (tensor parallelism).
         known: statistics that were computed, by name.
     """
 
@@ -64,6 +66,7 @@ class LayerView:
     decoded: Tensor | None = None
     decoded_weight: float | Tensor = 0.0
     probed: bool = False
+    heads: Heads = HERE
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -77,6 +80,15 @@ class LayerView:
     @property
     def length(self) -> int:
         return self.keys.shape[2]
+
+    def over_heads(self, x: Tensor) -> Tensor:
+        """`x` [batch, heads here, ...] of all the layer's heads: what is decided by several heads goes by this."""
+        return self.heads.gather(x)
+
+    @property
+    def first_head(self) -> int:
+        """Number of the first KV head here among the layer's."""
+        return self.heads.rank * self.kv_heads
 
     def window_attention(self, window: int, adjust: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Attention received from the last `window` rows: [batch, kv_heads, length] (SPEC 2.1, `I`).
@@ -127,10 +139,8 @@ class LayerView:
         Args:
             rows: estimate them from that many rows, drawn from text and visual ones in proportion; 0: from all.
         """
-        if not 0 < rows < self._queries().shape[2]:
-            return self.once(
-                "flow", lambda: statistics.flow_ratio(self.column_sums(), self.visual, self.row_visual())
-            )
+        if not 0 < rows < self.rows:
+            return self.once("flow", lambda: self._flow(self.column_sums()))
         return self.once(("flow", rows, seed), lambda: self._sampled_flow(rows, seed))
 
     def _sampled_flow(self, rows: int, seed: int) -> Flow:
@@ -153,25 +163,27 @@ class LayerView:
             return block.gather(2, at)
 
         sums = statistics.column_sums(drawn, self.keys, replace(self.rule, mask=mask), weight)
-        return statistics.flow_ratio(sums, self.visual, row_visual)
+        return self._flow(sums)
+
+    def _flow(self, sums: Tensor) -> Flow:
+        return statistics.flow_ratio(sums, self.visual, self.row_visual(), self.over_heads)
 
     def cross_entropy(self, *, causal: bool) -> Tensor:
         """Entropy of attention restricted to the other modality, nats: [batch] (SPEC 7)."""
         return self.once(
             ("entropy", causal),
             lambda: spread.cross_entropy(
-                self._queries(), self.keys, self.rule, self.visual, self.row_visual(), causal=causal
+                self._queries(), self.keys, self.rule, self.visual, self.row_visual(), self.over_heads, causal=causal
             ),
         )
 
     def density(self, rows: int, share: float) -> Tensor:
         """Fraction of what the last `rows` see that reaches `share` of their maximum: [batch] (SPEC 10.6)."""
-        first = self._queries().shape[2] - rows
-        mask = self.rule.mask
+        first, mask = self.rows - rows, self.rule.mask
         rule = self.rule if mask is None else replace(self.rule, mask=lambda i, j: mask(first + i, first + j))
         return self.once(
             ("density", rows, share),
-            lambda: spread.row_density(self._queries()[:, :, first:], self.keys, rule, share),
+            lambda: spread.row_density(self._queries()[:, :, first:], self.keys, rule, share, self.over_heads),
         )
 
     @property

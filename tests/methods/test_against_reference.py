@@ -1,6 +1,7 @@
 """Every method against its plain reference: the same positions, the same entries, the same mass and flow."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -51,6 +52,16 @@ SCENARIOS = {
 }
 
 
+@cache
+def tensors_of(scenario, rotary):
+    """A scenario, and its layers as lists: they compute attention once, however many methods read it."""
+    pattern, length, _, shape = SCENARIOS[scenario]
+    case = random_case(PATTERNS[pattern](length), **shape)
+    if rotary:
+        case = replace(case, rotary=rotary_tables(length, case.keys[0].shape[-1]))
+    return case, reference_layers(case)
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -61,14 +72,12 @@ SCENARIOS = {
     ],
 )
 def test_method_equals_its_reference(name, options, scenario):
-    pattern, length, budget, shape = SCENARIOS[scenario]
-    case = random_case(PATTERNS[pattern](length), **shape)
-    if options.get("rope_aware"):
-        case = replace(case, rotary=rotary_tables(length, case.keys[0].shape[-1]))
+    budget = SCENARIOS[scenario][2]
+    case, plain = tensors_of(scenario, bool(options.get("rope_aware")))
     if (name, scenario) == ("flashcache", "two tokens"):
         budget = 1.0  # both are as far from their mean: which one stays is rounding
     layers = compress(name, case, budget, **options)
-    expected = reference.compress(name, reference_layers(case), budget, **for_reference(name, options))
+    expected = reference.compress(name, plain, budget, **for_reference(name, options))
     assert_matches(layers, expected)
     for layer, want in zip(layers, expected, strict=True):
         assert layer.keys.dtype == case.keys[0].dtype

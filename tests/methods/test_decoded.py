@@ -185,3 +185,20 @@ def test_the_wrapper_defers_as_what_it_wraps():
     assert (spelled.defer, spelled.defer_weight, spelled.bits) == (4, 0.5, 8)
     assert kvweave.method_from_dict(spelled.to_dict()) == spelled
     assert kvweave.parse_method(spelled.spelling()) == spelled
+
+
+def test_a_temperature_softens_what_decoded_tokens_attend_to():
+    """13.3: their logits are divided by it, in tensors as in the cache; probes' are not."""
+    case = random_case(PATTERNS["interleaved"](40), seed=6, layers=1)
+    queries, keys = decoded_of(case, 2)
+    cooler = [q / 4 for q in queries], keys
+    hot = compress("weave", case, 0.3, (queries, keys), temperature=4.0, recent=2)
+    same = compress("weave", case, 0.3, cooler, temperature=1.0, recent=2)
+    sharp = compress("weave", case, 0.3, (queries, keys), temperature=1.0, recent=2)
+    assert torch.equal(hot[0].positions, same[0].positions)
+    assert not torch.equal(hot[0].positions, sharp[0].positions)
+    probed = [
+        compress("weave", case, 0.3, (queries, keys), probed=True, temperature=t, recent=2)[0].positions
+        for t in (1.0, 4.0)
+    ]
+    assert torch.equal(*probed)

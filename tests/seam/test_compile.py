@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from compiling import TWELVE, Graphs
 from tiny import assert_close, picture_inputs, text_inputs, text_model, vision_model, words
 from torch._dynamo.testing import CompileCounter
-from transformers import CompileConfig
 
 import kvweave
 
@@ -36,25 +36,6 @@ def test_a_decode_step_is_one_graph_whatever_the_number_of_slots(lengths, mass_b
     assert counter.frame_count <= 2  # the first step's cache has no decoded token yet: one more graph, not one a step
 
 
-class Graphs(list):
-    """What the compiler made; as a backend it runs the graphs as they are."""
-
-    def __init__(self):
-        torch._dynamo.reset()
-
-    def compiling(self):
-        """The option of `generate` that makes transformers compile decode steps on a CPU too."""
-
-        def backend(graph, _):
-            self.append(graph)
-            return graph
-
-        config = CompileConfig(fullgraph=True, backend=backend, mode=None)
-        config._compile_all_devices = True
-        return {"compile_config": config}
-
-
-TWELVE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 CASES = {
     "flowmm": (kvweave.FlowMM(budget=0.3, proxies=4), (30,)),
     "mass bias": (kvweave.FlowMM(budget=0.3, proxies=4, mass_bias=True), (30, 21)),

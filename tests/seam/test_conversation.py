@@ -20,6 +20,7 @@ from tiny import (
 )
 
 import kvweave
+from kvweave.seam.names import CACHE
 
 SNAP = kvweave.SnapKV(budget=0.3, window=4)
 METHODS = {
@@ -375,7 +376,7 @@ def test_guidance_by_a_negative_prompt_cuts_each_prompt_at_its_own_end():
     """`generate` runs a second conversation beside its own, with a cache and a length of its own."""
     model, caches = text_model(), []
     hook = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+        lambda module, args, kwargs: caches.append(kwargs[CACHE]), with_kwargs=True
     )
     with kvweave.compress(model, SNAP):
         model.generate(words(1, 30), max_new_tokens=40, guidance_scale=1.5, negative_prompt_ids=words(1, 11, seed=8))
@@ -402,7 +403,7 @@ def test_drafts_are_really_verified_several_at_a_time():
     with kvweave.compress(model, SNAP):
         model.generate(ids, max_new_tokens=12, prompt_lookup_num_tokens=4)
     hook.remove()
-    assert widths[0] > 36
+    assert widths[0] == 36  # drafts wait for the cut
     assert max(widths[1:]) > 1
 
 
@@ -518,6 +519,64 @@ def test_crop_into_the_prompt_leaves_what_was_kept_before_it(attached, mass_bias
     assert_close(mine, expected[:, 24:])
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["open", "frozen"])
+@pytest.mark.parametrize("pieces", [(1,) * 12, (12,)], ids=["token by token", "at once"])
+def test_what_a_crop_leaves_of_a_prompt_is_not_cut_again(attached, frozen, pieces):
+    ids, more = words(1, 30), words(1, 12, seed=5)
+    cache = kvweave.CompressedCache(attached.config, SNAP)
+    with torch.no_grad():
+        attached(input_ids=ids, past_key_values=cache)
+        if frozen:
+            cache.freeze()
+        cache.crop(-6)
+        cut, left = cut_of(cache, 24), cache.layers[0].positions.shape[-1]
+        logits = [attached(input_ids=x, past_key_values=cache).logits for x in more.split(pieces, 1)]
+    cuts = [cut] if frozen or len(pieces) > 1 else [cut, cut_of(cache, 36)]  # another prompt: the whole is cut again
+    assert cache.layers[0].positions.shape[-1] == (left + 12 if len(cuts) == 1 else int(0.3 * 36))
+    with torch.no_grad(), masked(plain(attached), *cuts) as model:
+        assert_close(torch.cat(logits, 1), model(input_ids=torch.cat([ids[:, :24], more], 1)).logits[:, 24:])
+
+
+@every_method
+@pytest.mark.parametrize("tokens", [-35, -100])
+def test_a_crop_of_all_there_is_and_more_leaves_an_empty_cache(attached, method, tokens):
+    cache, _inputs, _ = filled(attached, method)
+    cache.crop(tokens)
+    assert cache.get_seq_length() == 0
+    assert cache.prompt is None
+    fresh = kvweave.CompressedCache(attached.config, method)
+    other = text_inputs((26, 20), seed=3)
+    for each in (cache, fresh):
+        say(attached, each, other["input_ids"], other["attention_mask"])
+    assert_same(cache, fresh)
+
+
+def test_a_crop_of_more_than_there_is_from_layers_that_slide():
+    model = text_model(
+        "gemma2", attention="eager", layer_types=["sliding_attention", "full_attention"], sliding_window=6
+    )
+    handle, cache = kvweave.attach(model), kvweave.CompressedCache(model.config, SNAP)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(input_ids=words(1, 20), past_key_values=cache)
+        cache.crop(-100)
+        lengths = [layer.get_seq_length() for layer in cache.layers]
+        again = model(input_ids=words(1, 20), past_key_values=cache).logits
+    handle.detach()
+    assert lengths == [0, 0]
+    with torch.no_grad():
+        assert_close(again, model(input_ids=words(1, 20)).logits)
+
+
+def test_a_held_prompt_that_was_cropped_is_no_whole_one(attached):
+    cache = kvweave.CompressedCache(attached.config, SNAP, hold=True)
+    with torch.no_grad():
+        attached(input_ids=words(1, 30), past_key_values=cache)
+    cache.crop(-6)
+    with pytest.raises(ValueError, match="no whole prompt"):
+        cache.compress()
+
+
 def test_crop_of_nothing_is_nothing(attached):
     cache, _, _ = filled(attached, SNAP)
     before = snapshot(cache)
@@ -605,6 +664,40 @@ def test_reset_forgets_everything(attached, method):
     assert torch.equal(mine, same)
     assert torch.equal(logits, expected)
     assert_same(cache, fresh)
+
+
+@pytest.mark.parametrize("method", [SNAP, kvweave.Weave(budget=0.4, proxies=4, recent=4)], ids=["snapkv", "weave"])
+@pytest.mark.parametrize("hold", [False, True], ids=["open", "held"])
+def test_a_reset_cache_is_a_new_one(attached, method, hold):
+    """Whatever it went through: probes, a freeze, room, rotary tables."""
+    cache, fresh = (kvweave.CompressedCache(attached.config, method, hold=hold) for _ in range(2))
+    with torch.no_grad():
+        attached(input_ids=words(2, 30), past_key_values=cache)
+        if hold:
+            cache.compress(probes=[[7, 8, 9]], probe_tokens=2)
+        cache.freeze()
+        cache.reserve(4)
+        cache.reset()
+    assert vars(cache.conversation) == vars(fresh.conversation)
+    for each in (cache, fresh):
+        with torch.no_grad():
+            attached(input_ids=words(1, 26), past_key_values=each)
+            for n in range(3):
+                attached(input_ids=words(1, 1, seed=n), past_key_values=each)
+            if hold:
+                each.compress()
+    assert cache.report == fresh.report
+    assert_same(cache, fresh)
+
+
+def test_a_session_that_asked_probes_cuts_after_a_reset():
+    model = text_model()
+    with torch.no_grad(), kvweave.compress(model, SNAP, probes=[[7, 8, 9]], probe_tokens=2) as session:
+        cache = model(input_ids=words(1, 30)).past_key_values
+        cache.reset()
+        model(input_ids=words(1, 40), past_key_values=cache)
+        assert session.report["totals"]["kept"] == 2 * 12
+        assert session.report["probes"]["count"] == 1
 
 
 def test_reset_in_the_middle_of_a_declared_prompt(attached):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from methods_for_tests import Heavier
 from tiny import (
     Cut,
     assert_close,
@@ -345,3 +346,66 @@ def test_a_mask_of_ones_own_is_refused_by_a_draft_and_says_so():
         model(input_ids=ids)
         with pytest.raises(ValueError, match="redecode=True"):
             model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=session.cache)
+
+
+LONG = words(1, 1100, images=((40, 700),))  # over 1,024 tokens FlowMM estimates the ratio from some of the rows
+
+
+@pytest.mark.parametrize("options", [{}, {"flow_rows": 100}], ids=["default", "100 rows"])
+@pytest.mark.parametrize("how", ["deferred", "probed"])
+def test_a_ratio_from_drawn_rows_is_known_when_the_cut_comes(how, options):
+    model = text_model("llava")
+    method = kvweave.FlowMM(budget=0.1, proxies=4, **options)
+    with torch.no_grad(), kvweave.compress(model, method) as session:
+        model(input_ids=LONG)
+        at_once = session.report
+    if how == "deferred":
+        method, probes = replace(method, defer=2), None
+    else:
+        probes = [[7, 8, 9]]
+    with kvweave.compress(model, method, probes=probes, probe_tokens=2) as session:
+        model.generate(LONG, max_new_tokens=4)
+    assert session.report["totals"]["kept"] == at_once["totals"]["kept"]
+    for mine, theirs in zip(session.report["layers"], at_once["layers"], strict=True):
+        assert mine["flow_rows"] == options.get("flow_rows", 256)
+        assert mine["flow"] == pytest.approx(theirs["flow"])
+
+
+def conversation(model, method, pieces):
+    """Turns by hand, of as many tokens each, and three decoded tokens after the first and the last."""
+    cache = kvweave.CompressedCache(model.config, method)
+    for n, piece in enumerate(pieces):
+        model(input_ids=words(1, piece, seed=n), past_key_values=cache)
+        for step in range(3 if n in (0, len(pieces) - 1) else 0):
+            model(input_ids=words(1, 1, seed=50 + step), past_key_values=cache)
+    return cache
+
+
+def test_a_layer_whose_own_budget_is_below_what_it_holds_is_observed():
+    """On a later turn the upper layer holds less than the mean budget, and more than its own."""
+    model = text_model("llava")
+    method = kvweave.get_method("pyramidkv", budget=0.3, window=4, defer=2)
+    handle = kvweave.attach(model)
+    with torch.no_grad():
+        cache = conversation(model, method, (30, 2))
+    handle.detach()
+    lower, upper = (int((layer.positions[0, 0] < 35).sum()) for layer in cache.layers)
+    assert (lower, upper) == tuple(method.layer_budgets(int(0.3 * 35), 35, 2))
+
+
+@pytest.mark.parametrize("defer", [0, 2])
+def test_every_layer_is_weighed_on_a_later_turn(defer):
+    """Also one that holds less than the mean budget already."""
+    told = []
+
+    class Told(Heavier):
+        def allocate(self, weights, budget, length):
+            told.append(weights)
+            return super().allocate(weights, budget, length)
+
+    model = text_model("llava")
+    handle = kvweave.attach(model)
+    with torch.no_grad():
+        conversation(model, Told(budget=0.3, defer=defer), (30, 2))
+    handle.detach()
+    assert told == [[1.0, 2.0]] * 2

@@ -4,15 +4,18 @@ Flash attention knows no mask but padding, aligns causality at the bottom right,
 implementation.
 """
 
+import copy
+import gc
 import sys
 import types
+import weakref
 
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
 from methods_for_tests import Heavier
 from tiny import assert_close, cut_of, decode, masked, text_inputs, text_model, words
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import kvweave
 
@@ -105,6 +108,16 @@ def test_budget_one_is_bit_identical(model):
         assert torch.equal(decode(model, inputs)[1], plain)
 
 
+def test_a_deleted_model_leaves_memory(model):
+    other = copy.deepcopy(model)
+    with kvweave.compress(other, METHODS["snapkv"]):
+        decode(other, text_inputs((26,)))
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
+
+
 def test_a_bias_on_the_logits_is_refused_by_name(model):
     method = kvweave.FlowMM(budget=0.3, mass_bias=True)
     with pytest.raises(ValueError, match="mass_bias"), kvweave.compress(model, method):
@@ -114,3 +127,56 @@ def test_a_bias_on_the_logits_is_refused_by_name(model):
     with pytest.raises(ValueError, match="mass_bias"):
         decode(model, text_inputs((26,)), past_key_values=cache)
     handle.detach()
+
+
+@pytest.mark.parametrize(
+    "method", [METHODS["streaming_llm"], METHODS["layer-adaptive"]], ids=["even", "uneven layers"]
+)
+def test_padding_behind_the_cut_is_hidden(model, method):
+    """Questions of unequal length on one context."""
+    context, questions = words(1, 30), words(2, 10, seed=5)
+    questions[1, :4] = 0
+    ids = torch.cat([context.expand(2, -1), questions], 1)
+    mask = torch.ones_like(ids)
+    mask[1, 30:34] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+
+    def read(cache):
+        with torch.no_grad():
+            model(input_ids=context, past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        return cache
+
+    handle = kvweave.attach(model)
+    cache = read(kvweave.CompressedCache(model.config, method))
+    cache.freeze()
+    cut = cut_of(cache, 30)
+    logits = decode(model, inputs, past_key_values=cache)[1]
+    handle.detach()
+    with masked(model, cut):
+        expected = decode(model, inputs, past_key_values=read(DynamicCache(config=model.config)))[1]
+    assert_close(logits, expected)
+
+
+def test_heads_that_hold_different_columns_are_each_shown_their_own(model):
+    """A later mask hides columns that one head holds and another does not."""
+    inputs = text_inputs((26, 26))
+    handle = kvweave.attach(model)
+    cache = kvweave.CompressedCache(model.config, METHODS["snapkv"])
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    cache.freeze()
+    cut = cut_of(cache, 26)
+    ids = torch.cat([inputs["input_ids"], words(2, 7, seed=3)], 1)
+    mask = torch.ones_like(ids)
+    mask[:, :26:2] = 0
+    hidden = (cache.layers[0].positions % 2 == 0) & (cache.layers[0].positions >= 0)
+    assert not torch.equal(hidden[:, 0], hidden[:, 1])
+    logits = decode(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)[1]
+    handle.detach()
+    with masked(model, cut):
+        plain = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(**inputs, past_key_values=plain)
+        again = {"input_ids": ids, "attention_mask": mask}
+        assert_close(logits, decode(model, again, past_key_values=plain)[1])

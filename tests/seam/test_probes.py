@@ -192,8 +192,51 @@ def test_probes_on_a_cache_that_was_cut_already():
         other.compress(probes=PROBES)
 
 
-def test_probes_and_drafts_of_an_assistant_do_not_go_together():
+def test_probes_and_drafts_of_an_assistant_go_together():
+    """Drafts wait for the cut, and so for the probes."""
     model = text_model()
     ids = words(1, 9, seed=4).repeat(1, 3)
-    with kvweave.compress(model, WEAVE, probes=PROBES), pytest.raises(ValueError, match="probes"):
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, prompt_lookup_num_tokens=2)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with kvweave.compress(model, WEAVE, probes=PROBES) as session:
+        expected = decode(model, inputs, 6)[1]
+        assert_close(decode(model, inputs, 6, prompt_lookup_num_tokens=2)[1], expected)
+    assert session.report["probes"]["count"] == len(PROBES)
+
+
+def test_probes_are_refused_where_the_prompt_comes_with_tokens_behind_it():
+    model, ids = text_model(), words(1, 27)
+    cache = kvweave.CompressedCache(model.config, WEAVE)
+    cache.declare_prompt(24)
+    with kvweave.compress(model, WEAVE, probes=PROBES), pytest.raises(ValueError, match="tokens behind it"):
+        model(input_ids=ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("probe", [[11, 2, 13], [11, 12, 2]], ids=["inside", "last"])
+def test_an_end_of_turn_in_a_probe_is_no_end_of_its_answer(probe):
+    """Chat templates end a user's turn by the token that ends a reply."""
+    model, inputs = text_model(), text_inputs((26,))
+    told = []
+    for stop in (None, 2):
+        model.generation_config.eos_token_id = stop
+        cache = kvweave.CompressedCache(model.config, METHODS["snapkv"], hold=True)
+        handle = kvweave.attach(model)
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            cache.compress(probes=[probe], probe_tokens=3)
+        handle.detach()
+        told.append(cache)
+    assert [cache.report["probes"]["tokens"] for cache in told] == [5, 5]
+    assert kept(told[0]) == kept(told[1])
+
+
+def test_the_end_of_an_answer_ends_it():
+    model, inputs = text_model(), text_inputs((26,))
+    cache = kvweave.CompressedCache(model.config, METHODS["snapkv"], hold=True)
+    handle = kvweave.attach(model)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[11, 12, 13]])], 1)
+        model.generation_config.eos_token_id = int(model(input_ids=ids).logits[0, -1].argmax())
+        cache.compress(probes=[[11, 12, 13]], probe_tokens=9)
+    handle.detach()
+    assert cache.report["probes"]["tokens"] == 3 + 1

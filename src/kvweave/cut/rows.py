@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kvweave.memory.slots import Slots, side_by_side
 from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.ops.device import exact
+from kvweave.ops.heads import HERE, Heads
 from kvweave.ops.select import last, places
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted, Plan
@@ -41,6 +43,7 @@ def group_rows(
     memory: Tensor | None = None,
     wanted: int = ALL_ROWS,
     apart: Sequence[int] | None = None,
+    heads: Heads = HERE,
 ) -> list[Group]:
     """Views of a layer without its padding.
 
@@ -52,6 +55,7 @@ def group_rows(
         rotary: (cos, sin), [batch, columns, rotary_dim] each.
         memory: [batch, ...], what the turn before left.
         wanted: queries of how many of the last tokens a view gets; `ALL_ROWS`: of all that are at hand.
+        heads: where the layer's other heads are; `slots` are as many everywhere.
         apart: by row of the batch; rows of different numbers are not planned together.
     """
     assert slots.positions is not None
@@ -61,7 +65,8 @@ def group_rows(
     empty = slots.positions < 0
     full = prompt.valid.gather(1, column).view_as(empty).logical_and(~empty)
     visual = prompt.visual.gather(1, column).view_as(empty) & full
-    real = full.any(1)  # padding is that of the whole row; a slot may be empty in some heads only
+    everywhere = heads.gather(full)
+    real = everywhere.any(1)  # padding is that of the whole row; a slot may be empty in some heads only
     rows = queries.shape[2] if queries is not None else 0
     sizes = torch.stack([real.sum(1), real[:, count - rows :].sum(1)], 1).tolist()
     most = rows if wanted == ALL_ROWS else wanted
@@ -90,8 +95,9 @@ def group_rows(
             memory=memory[at] if memory is not None else None,
             layer=layer,
             layers=layers,
+            heads=heads,
         )
-        if slots.has_empty and not bool(pick(full).all()):
+        if (slots.has_empty or heads.size > 1) and not bool(pick(everywhere).all()):
             view.empty = ~pick(full)
         if queries is not None:
             asks = held[:, length - asked :] - (count - rows)  # rows of `queries` that hold a token
@@ -99,7 +105,7 @@ def group_rows(
             if mask is not None:
                 view.rule = replace(rule, mask=_blocks(mask, at, asks, held))
         if rotary is not None:
-            cos, sin = (_at_positions(table[at], view.positions) for table in rotary)
+            cos, sin = (_at_positions(table.to(at.device)[at], view.positions) for table in rotary)
             view.rotary = cos, sin
         groups.append(Group(index, view))
     return groups
@@ -144,19 +150,28 @@ def fits(groups: list[Group], budgets: Sequence[int]) -> bool:
     return all(budgets[row] >= group.view.length for group in groups for row in group.index)
 
 
+@exact
 def observe(
-    method: Method, groups: list[Group], budgets: Sequence[int], *, probed: Sequence[bool] = (False,)
+    method: Method,
+    groups: list[Group],
+    budgets: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    probed: Sequence[bool] = (False,),
 ) -> list[float]:
     """Each group's layer weight, all statistics computed and queries released; 0 where nothing has to go.
 
     Args:
-        budgets: mean entries of a layer, by row of the batch.
+        budgets: entries that stay in this layer, by row of the batch; of a layer-adaptive method, their mean over
+            layers, this one's not being known yet.
+        lengths: real tokens of each row; on a later turn a layer holds fewer.
         probed: whether the plan will know of probes; both where that is still open.
     """
     weights = []
     for group in groups:
         view, weight = group.view, 0.0
-        if budgets[group.index[0]] < view.length:
+        row = group.index[0]
+        if budgets[row] < (lengths[row] if method.layer_adaptive else view.length):
             if method.layer_adaptive:  # a group of one row
                 weight = float(method.observe(view))
             elif method.query_rows:
@@ -167,6 +182,7 @@ def observe(
     return weights
 
 
+@exact
 def compact(
     method: Method, groups: list[Group], budgets: Sequence[int], means: Sequence[int], *, trace: bool = False
 ) -> Outcome:

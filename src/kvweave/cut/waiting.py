@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvweave.cut.rows import Group
+from kvweave.ops.device import exact, writable
 from kvweave.ops.statistics import AttentionRule, column_sums
 from kvweave.prompt import Prompt
 from kvweave.view import LayerView
@@ -42,8 +43,13 @@ class Waiting:
     sums: list[Tensor | None]
     counts: Tensor
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, saved and sent: memory that another process may share is not written to."""
+        return vars(self) | {"queries": self.queries.clone(), "counts": self.counts.clone()}
+
     def note(self, queries: Tensor, start: int) -> None:
         """Keep the queries [batch, heads, new, dim] of decoded tokens from number `start` on."""
+        self.queries = writable(self.queries)
         room = self.queries.shape[2] - start
         if room > 0:
             new = queries[:, :, :room]
@@ -84,6 +90,7 @@ class Waiting:
         for n, row in enumerate(at):
             before = self.sums[row]
             self.sums[row] = given[n : n + 1] if before is None else before + given[n : n + 1]
+        self.counts = writable(self.counts)
         self.counts[at] += counted.sum(-1)
 
     def tell(self, view: LayerView, at: Sequence[int]) -> None:
@@ -130,7 +137,7 @@ def _together(values: list[Any]) -> Any:
     return first
 
 
-@torch.no_grad()
+@exact
 def decoded_attention(view: LayerView, queries: Tensor, keys: Tensor, counted: Tensor, rule: AttentionRule) -> Tensor:
     """Attention that decoded tokens pay to the prompt's slots, among all that they see, summed (SPEC 13.1, `D`).
 

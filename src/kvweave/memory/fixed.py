@@ -1,6 +1,7 @@
 """Slots in buffers whose shape and address never change, for decode steps that are compiled or captured."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ class FixedSlots:
 
     Attributes:
         keys, values: [batch, kv_heads, capacity, dim].
-        bias: [batch, kv_heads, capacity] in the keys' dtype, added to logits: least where there is no token.
+        bias: [batch, kv_heads, capacity] in the keys' dtype, added to logits: least where there is no token, or one
+            that the prompt's mask hides.
+        positions: int64 [batch, kv_heads, capacity], logical columns of the slots and of those to come.
         cursor: int64 [], slot of the next token.
         start: the slots that lay there first, views of the buffers.
         column: logical column of the first token that comes.
@@ -25,13 +28,19 @@ class FixedSlots:
     keys: Tensor
     values: Tensor
     bias: Tensor
+    positions: Tensor
     cursor: Tensor
     start: Slots
     column: int
 
     @classmethod
-    def of(cls, slots: Slots, tokens: int, column: int) -> "FixedSlots":
-        """`slots`, positions written out, with room for `tokens` more, of columns from `column` on."""
+    @torch.inference_mode(False)
+    def of(cls, slots: Slots, tokens: int, column: int, valid: Tensor) -> "FixedSlots":
+        """`slots`, positions written out, with room for `tokens` more, of columns from `column` on.
+
+        Args:
+            valid: bool [batch, columns], those that a token to come sees.
+        """
         slots = slots.written()
         count = slots.count
         capacity = -(-(count + tokens) // _ROUND) * _ROUND
@@ -41,12 +50,21 @@ class FixedSlots:
         bias = room.bias
         if bias is None:
             bias = slots.keys.new_zeros(*slots.keys.shape[:2], capacity)
-        bias[:, :, count:] = torch.finfo(bias.dtype).min
+        least = torch.finfo(bias.dtype).min
+        bias[:, :, :count].masked_fill_(slots.stands_for_others_than(valid), least)
+        bias[:, :, count:] = least
+        columns = torch.arange(column, column + capacity - count, device=bias.device).clamp(max=column + tokens - 1)
+        known = slots.positions_of_all()
+        positions = torch.cat([known, columns.expand(*known.shape[:2], -1)], -1)
         cursor = torch.tensor(count, device=slots.keys.device)
-        for tensor in (room.keys, room.values, bias, cursor):
+        for tensor in (room.keys, room.values, bias, positions, cursor):
             torch._dynamo.mark_static_address(tensor)  # a captured step writes to them in place
         start = replace(slots, keys=room.keys[:, :, :count], values=room.values[:, :, :count], room=None)
-        return cls(room.keys, room.values, bias, cursor, start, column)
+        return cls(room.keys, room.values, bias, positions, cursor, start, column)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, saved and sent: memory that another process may share is not written to."""
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Put one token, [batch, kv_heads, 1, dim], behind the others."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class Room(NamedTuple):
     bias: Tensor | None
 
     @classmethod
+    @torch.inference_mode(False)  # decoding writes to the buffers, in inference mode or outside
     def of(cls, slots: "Slots", capacity: int) -> "Room":
         """Room for `capacity` slots that begins with `slots`."""
         bias = slots.added(slots.keys.dtype)
@@ -70,6 +71,11 @@ class Slots:
     tail: int = 0
     column: int = 0
     room: Room | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, saved and sent: the slots, and not the room behind them."""
+        keys, values = (x if self.room is None else x.clone() for x in (self.keys, self.values))
+        return vars(self) | {"keys": keys, "values": values, "room": None}
 
     @property
     def count(self) -> int:
@@ -149,6 +155,12 @@ class Slots:
         held = columns.masked_fill(~real, -1)
         return replace(self, positions=held, mass=real.to(torch.float32), has_empty=not bool(real.all()))
 
+    def stands_for_others_than(self, valid: Tensor) -> Tensor:
+        """Filled slots of columns that are not `valid` [batch, columns]: bool [batch, kv_heads, slots]."""
+        positions = self.positions_of_all()
+        real = valid.to(positions.device).gather(1, positions.clamp(min=0).flatten(1)).view_as(positions)
+        return (positions >= 0) & ~real
+
     def first(self, count: int) -> "Slots":
         """The first `count` slots; what lay behind them is room."""
         return self.written()._cut(slice(None, count), self.room)
@@ -169,6 +181,40 @@ class Slots:
             mass=of(self.mass),
             bias=of(self.bias),
             room=room,
+        )
+
+    def padded(self, count: int) -> "Slots":
+        """With empty slots in front, `count` together."""
+        missing = count - self.count
+        if not missing or self.positions is None or self.mass is None:
+            return self
+        whole = self.written()
+        assert whole.positions is not None
+        assert whole.mass is not None
+        return Slots(
+            F.pad(whole.keys, (0, 0, missing, 0)),
+            F.pad(whole.values, (0, 0, missing, 0)),
+            F.pad(whole.positions, (missing, 0), value=-1),
+            F.pad(whole.mass, (missing, 0)),
+            None if whole.bias is None else F.pad(whole.bias, (missing, 0)),
+            True,
+        )
+
+    def head(self, number: int) -> "Slots":
+        """The slots of one KV head."""
+        part = slice(number, number + 1)
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, part]
+
+        return replace(
+            self,
+            keys=self.keys[:, part],
+            values=self.values[:, part],
+            positions=of(self.positions),
+            mass=of(self.mass),
+            bias=of(self.bias),
+            room=None,
         )
 
     def before(self, column: int, seen: int) -> "Slots":

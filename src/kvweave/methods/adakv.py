@@ -30,19 +30,22 @@ class AdaKV(SnapKV):
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = self.recent(budget)
         score = self.score(view, recent)  # [batch, kv_heads, length - recent]
-        held = torch.full_like(score[..., 0], score.shape[-1])  # [batch, kv_heads]
+        held = torch.full_like(view.positions[..., 0], score.shape[-1])  # [batch, kv_heads]
         if view.empty is not None:
             empty = view.empty[..., : score.shape[-1]]
             score = score.masked_fill(empty, -torch.inf)
             held = (~empty).sum(-1)
         each = budget - recent
-        wins = best(score.flatten(1), view.kv_heads * each).view_as(score) & (score > -torch.inf)
+        held, every = view.over_heads(held), view.over_heads(score)  # of all the layer's heads
+        kv_heads = every.shape[1]
+        wins = best(every.flatten(1), kv_heads * each).view_as(every) & (every > -torch.inf)
         shares = (1 - self.safeguard) * wins.sum(-1).double() + self.safeguard * each
         counts = []
         for row, limits in zip(shares.tolist(), held.tolist(), strict=True):
-            total = min(view.kv_heads * each, int(sum(limits)))
+            total = min(kv_heads * each, int(sum(limits)))
             row = [min(share, limit) for share, limit in zip(row, limits, strict=True)]
             counts.append(largest_remainder(row, total, [int(limit) for limit in limits]))
-        own = ranks(score) < torch.tensor(counts, device=score.device)[..., None]
+        count = view.heads.own(torch.tensor(counts, device=score.device))
+        own = ranks(score) < count[..., None]
         kept = torch.cat([own, own.new_ones(*own.shape[:-1], recent)], -1)
         return Plan(chosen(kept), bias=None, uneven=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.options import Option, flag, integer, real
-from kvweave.ops.budget import Budget, check_budget, warn_of_one
+from kvweave.ops.budget import Budget, check_budget, entries, warn_of_one
 from kvweave.ops.quantize import Quantization
 from kvweave.plan import Plan
 from kvweave.view import LayerView
@@ -135,6 +135,13 @@ class Method:
     def layer_budgets(self, budget: int, length: int, layers: int) -> list[int]:
         """Entries of each layer where `budget` is their mean; known before any layer is seen."""
         return [budget] * layers
+
+    def keeps_all(self, length: int) -> bool:
+        """Nothing of a prompt of that many tokens is given up, whatever it holds; a budget in bytes may not tell."""
+        if self.layer_adaptive or isinstance(self.budget, str):
+            return False
+        budget = entries(self.budget, length, 0)
+        return all(share >= length for share in self.layer_budgets(budget, length, 1))
 
     def layer_weight(self, view: LayerView) -> Tensor:
         """Layer-adaptive methods: the statistic, [batch], that `allocate` goes by."""

@@ -49,7 +49,7 @@ class CaM(H2O):
         mean = (sums.gather(-1, stop) - sums.gather(-1, first)) / heads
         share = (mass.gather(-1, gone) / mean.clamp(min=1e-30)).clamp(0, 1)
         if self.mode == "sample":
-            share = (uniform(self.seed, view.layer, share) < share).to(share.dtype)
+            share = (uniform(self.seed, view.layer, share, view.first_head) < share).to(share.dtype)
         share = torch.where(stop > first, share / heads, 0)
         values = take(view.values, gone).to(share.dtype) * share[..., None]
         return replace(plan, added=spread(values, first, stop, budget).to(mass.dtype))

@@ -44,7 +44,7 @@ class D2O(MergingMethod):
 
     def layer_weight(self, view: LayerView) -> Tensor:
         """F, [batch]: mean over heads of the variance over positions of the column sums."""
-        variance = view.column_sums().sum(2).var(-1)  # [batch, heads]
+        variance = view.over_heads(view.column_sums().sum(2).var(-1))  # [batch, heads]
         if self.var_norm == "head_minmax":
             low, high = variance.amin(-1, keepdim=True), variance.amax(-1, keepdim=True)
             variance = (variance - low) / (high - low + 1e-6)

@@ -53,16 +53,17 @@ class FlashCache(Method):
 
     def _outliers(self, view: LayerView) -> tuple[Tensor, Tensor]:
         cutoff = counts.floor(self.gamma * view.length)
-        parts = [_above(x, cutoff) for x in (view.keys, view.values)]
+        parts = [_above(view, x, cutoff) for x in (view.keys, view.values)]
         deviation = parts[0][0] + parts[1][0]
         if not self.per_head:
-            deviation = deviation.mean(1, keepdim=True).expand(-1, view.kv_heads, -1)
+            deviation = view.over_heads(deviation).mean(1, keepdim=True).expand(-1, view.kv_heads, -1)
         return deviation, parts[0][1] + parts[1][1]
 
 
-def _above(x: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
+def _above(view: LayerView, x: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
     """What of `x` [batch, kv_heads, length, dim] lies above the cutoff: by token and head, and as a share by row."""
     base = low_pass(x, cutoff)
     x = x.to(base.dtype)
     squared = (x - base).square_()
-    return squared.mean(-1), squared.sum((1, 2, 3)) / x.square().sum((1, 2, 3)).clamp(min=1e-30)
+    above, whole = (view.over_heads(part.sum((2, 3))).sum(1) for part in (squared, x.square()))
+    return squared.mean(-1), above / whole.clamp(min=1e-30)

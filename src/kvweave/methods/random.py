@@ -26,5 +26,5 @@ class Random(Method):
     seed: int = integer(0, minimum=0, help="of the draw")
 
     def plan(self, view: LayerView, budget: int) -> Plan:
-        scores = uniform(self.seed, view.layer, view.positions)
+        scores = uniform(self.seed, view.layer, view.positions, view.first_head)
         return Plan(top_and_recent(scores, budget, min(self.recent, budget // 2)))

@@ -144,6 +144,22 @@ def parse_method(text: str, **defaults: Any) -> Method:
     return _built(name, options)
 
 
+def chosen_method(method: Any, budget: Budget | None) -> Method:
+    """A method as `compress` takes it: itself, its spelling, or a budget alone, which means `weave`."""
+    if method is None and budget is not None:
+        return get_method("weave", budget=budget)
+    if budget is not None:
+        raise ValueError(f"budget={budget!r} is not allowed beside method={method!r}: allowed is one of them")
+    if isinstance(method, str):
+        return parse_method(method)
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...), a spelling such "
+            'as "flowmm:budget=0.2", or a budget alone'
+        )
+    return method
+
+
 def parse_budget(text: str) -> Budget:
     """A budget as typed: "0.2" is a share, "512" tokens, "256MiB" bytes."""
     whole = re.fullmatch(r"\s*[+-]?[0-9]{1,40}\s*", text)

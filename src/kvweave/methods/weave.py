@@ -90,7 +90,7 @@ class Weave(MergingMethod):
         eligible = lowest(score.gather(-1, pivots), self.sensitivity_quantile)
         target, cosine = self.match(view, pivots, eligible, source)
         plan = self.merged(view, keep, source, target, cosine, score)
-        return replace(plan, log=_log(plan, eligible, view.length))
+        return replace(plan, log=_log(plan, eligible, view))
 
     def score(self, view: LayerView) -> Tensor:
         """What a token is worth: [batch, kv_heads, length]."""
@@ -112,9 +112,13 @@ class Weave(MergingMethod):
         return nearest_of_few(view.keys, source, pivots, allowed, labels, most)
 
 
-def _log(plan: Plan, eligible: Tensor, length: int) -> dict[str, Tensor]:
+def _log(plan: Plan, eligible: Tensor, view: LayerView) -> dict[str, Tensor]:
     """For the report, [batch] each: the heaviest entry, the share of tokens merged, protected pivots a head."""
     assert plan.merge is not None
-    merged = (plan.merge.target >= 0).sum(-1).double().mean(-1) / length
-    protected = (~eligible).sum(-1).double().mean(-1)
-    return {"heaviest_mass": plan.merge.mass.amax((1, 2)), "merged_share": merged, "protected_pivots": protected}
+    ours = (plan.merge.target >= 0).sum(-1), (~eligible).sum(-1), plan.merge.mass.amax(-1)
+    merged, protected, heaviest = view.over_heads(torch.stack([x.double() for x in ours], -1)).unbind(-1)
+    return {
+        "heaviest_mass": heaviest.amax(1),
+        "merged_share": merged.mean(1) / view.length,
+        "protected_pivots": protected.mean(1),
+    }

@@ -10,16 +10,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def uniform(seed: int, layer: int, like: Tensor) -> Tensor:
+def uniform(seed: int, layer: int, like: Tensor, first: int = 0) -> Tensor:
     """Uniform numbers in [0, 1), alike for every row of the batch, so that a row gives what it gives alone.
 
     Args:
         like: [batch, kv_heads, n], for shape and device.
+        first: number of the first of these heads.
     Returns:
         float64 [batch, kv_heads, n].
     """
     _, kv_heads, n = like.shape
-    numbers = np.stack([np.random.default_rng([seed, layer, head]).random(n) for head in range(kv_heads)])
+    numbers = np.stack(
+        [np.random.default_rng([seed, layer, head]).random(n) for head in range(first, first + kv_heads)]
+    )
     return torch.from_numpy(numbers).to(like.device).expand(like.shape)
 
 

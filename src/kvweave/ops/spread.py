@@ -1,11 +1,12 @@
 """How widely attention spreads: entropy across modalities, density of rows. Streamed over blocks of rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from kvweave.ops.statistics import AttentionRule
+from kvweave.ops.device import exact
+from kvweave.ops.statistics import AttentionRule, these
 
 _LOGITS = 1 << 18  # logits at a time: a core's cache
 _GPU_LOGITS = 1 << 24
@@ -39,14 +40,23 @@ def _logits(
         yield block, logits, hidden
 
 
+@exact
 def cross_entropy(
-    queries: Tensor, keys: Tensor, rule: AttentionRule, visual: Tensor, row_visual: Tensor, *, causal: bool
+    queries: Tensor,
+    keys: Tensor,
+    rule: AttentionRule,
+    visual: Tensor,
+    row_visual: Tensor,
+    over_heads: Callable[[Tensor], Tensor] = these,
+    *,
+    causal: bool,
 ) -> Tensor:
     """Entropy, in nats, of attention restricted to the other modality (MEDA; SPEC 7).
 
     Args:
         queries: [batch, heads, rows, dim]; keys: [batch, kv_heads, length, dim].
         visual: bool [batch, kv_heads, length]; row_visual: bool [batch, rows].
+        over_heads: gathers [batch, heads here, ...] of all heads.
         causal: only over tokens that a row can see; a row without any counts 0.
     Returns:
         [batch]: mean over heads of the mean over text rows plus the mean over visual rows; 0 where a modality is
@@ -67,24 +77,32 @@ def cross_entropy(
         sums[:, :, 0] += (entropy * ~kind).sum(-1)
         sums[:, :, 1] += (entropy * kind).sum(-1)
     counts = torch.stack([(~row_visual).sum(-1), row_visual.sum(-1)], -1)  # [batch, 2]
-    both = (counts > 0).all(-1) & visual.any(-1).all(-1) & (~visual).any(-1).all(-1)
-    return (sums / counts[:, None].clamp(min=1)).sum(-1).mean(1) * both
+    both = (counts > 0).all(-1) & over_heads(visual.any(-1) & (~visual).any(-1)).all(-1)
+    return over_heads((sums / counts[:, None].clamp(min=1)).sum(-1)).mean(1) * both
 
 
-def row_density(queries: Tensor, keys: Tensor, rule: AttentionRule, share: float) -> Tensor:
+@exact
+def row_density(
+    queries: Tensor,
+    keys: Tensor,
+    rule: AttentionRule,
+    share: float,
+    over_heads: Callable[[Tensor], Tensor] = these,
+) -> Tensor:
     """Fraction of the entries that rows can see whose probability is at least `share` of their row's largest.
 
     Args:
         queries: [batch, heads, rows, dim], the last rows; keys: [batch, kv_heads, length, dim].
+        over_heads: gathers [batch, heads here, ...] of all heads.
     Returns:
         [batch], over all heads and rows (VL-Cache; SPEC 10.6).
     """
-    dense = torch.zeros(queries.shape[0], dtype=torch.float64, device=keys.device)
+    dense = torch.zeros(queries.shape[:2], dtype=torch.float64, device=keys.device)
     seen = torch.zeros_like(dense)
     limit = torch.log(torch.tensor(share, dtype=torch.float64)).item() if share > 0 else -torch.inf
     for _, logits, hidden in _logits(queries, keys, rule, causal=True):
         scores = logits.masked_fill(hidden, -torch.inf)
         above = (scores >= scores.amax(-1, keepdim=True) + limit) & ~hidden
-        dense += above.sum((1, 2, 3))
-        seen += (~hidden).expand_as(above).sum((1, 2, 3))
-    return dense / seen
+        dense += above.sum((2, 3))
+        seen += (~hidden).expand_as(above).sum((2, 3))
+    return over_heads(dense).sum(1) / over_heads(seen).sum(1)

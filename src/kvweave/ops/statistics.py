@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvweave.ops.device import fused
+from kvweave.ops.device import exact, fused
 
 _BLOCK = 128  # query rows at a time: logits of a block stay in a core's cache
 _LOGITS = 1 << 18  # logits at a time where a head has few
@@ -137,7 +137,7 @@ def _grouped(queries: Tensor, kv_heads: int) -> Tensor:
     return queries.view(batch, kv_heads, heads // kv_heads, rows, dim)
 
 
-@torch.no_grad()
+@exact
 def window_attention(queries: Tensor, keys: Tensor, rule: AttentionRule, window: int) -> Tensor:
     """Attention that each token receives from the last `window` rows, summed over them (SPEC 2.1).
 
@@ -161,7 +161,7 @@ def window_attention(queries: Tensor, keys: Tensor, rule: AttentionRule, window:
     return out.div_(group)
 
 
-@torch.no_grad()
+@exact
 def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights: Tensor) -> Tensor:
     """Attention that each token receives from all rows, each row counted with its weight (SPEC 11).
 
@@ -188,7 +188,7 @@ def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights:
     return out.view(batch, heads, kinds, length)
 
 
-@torch.no_grad()
+@exact
 def column_peaks(queries: Tensor, keys: Tensor, rule: AttentionRule) -> Tensor:
     """Most attention that each token receives from any one row, the mean over the heads of a group (SPEC 13.2).
 
@@ -257,12 +257,20 @@ class Flow:
 SINK_COLUMNS = 4
 
 
-def flow_ratio(sums: Tensor, visual: Tensor, row_visual: Tensor) -> Flow:
+def these(x: Tensor) -> Tensor:
+    """All heads are here."""
+    return x
+
+
+def flow_ratio(
+    sums: Tensor, visual: Tensor, row_visual: Tensor, over_heads: Callable[[Tensor], Tensor] = these
+) -> Flow:
     """Flow ratios from column sums kept apart by the rows' modality (SPEC 3, step 1).
 
     Args:
         sums: [batch, heads, 2, length]: attention received from text rows and from visual rows.
         visual: bool [batch, kv_heads, length]; row_visual: bool [batch, rows].
+        over_heads: gathers [batch, heads here, ...] of all heads.
     """
     heads = sums.shape[1]
     to_visual = visual.repeat_interleave(heads // visual.shape[1], 1)  # [batch, heads, length]
@@ -273,12 +281,14 @@ def flow_ratio(sums: Tensor, visual: Tensor, row_visual: Tensor) -> Flow:
     everything = from_text + from_visual
     visual_rows = row_visual.sum(-1)
     text_rows = row_visual.shape[-1] - visual_rows
-    both = (visual.any(-1) & (~visual).any(-1)).all(-1).to(sums.dtype)  # else there is nothing to cross
-    literal = (crossing.sum(-1) / row_visual.shape[-1]).mean(1)
-    balanced = 0.5 * (
-        text_to_visual.sum(-1).mean(1) / text_rows.clamp(min=1)
-        + visual_to_text.sum(-1).mean(1) / visual_rows.clamp(min=1)
-    )
+    both = over_heads(visual.any(-1) & (~visual).any(-1)).all(-1).to(sums.dtype)  # else there is nothing to cross
     rest = everything[..., SINK_COLUMNS:].sum(-1)
-    nosink = (crossing[..., SINK_COLUMNS:].sum(-1) / rest.clamp(min=torch.finfo(sums.dtype).tiny)).mean(1)
+    ours = [
+        crossing.sum(-1) / row_visual.shape[-1],
+        text_to_visual.sum(-1),
+        visual_to_text.sum(-1),
+        crossing[..., SINK_COLUMNS:].sum(-1) / rest.clamp(min=torch.finfo(sums.dtype).tiny),
+    ]
+    literal, to_visual, to_text, nosink = over_heads(torch.stack(ours, -1)).mean(1).unbind(-1)
+    balanced = 0.5 * (to_visual / text_rows.clamp(min=1) + to_text / visual_rows.clamp(min=1))
     return Flow(literal * both, balanced * both, nosink * both)

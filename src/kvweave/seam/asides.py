@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvweave.seam.cache import CompressedCache
+from kvweave.seam.names import CACHE, show_window_alone
 
 #: What a chat model is asked with `probes="default"`; a processor's own `default_probes` go before.
 DEFAULT = ("Describe each image in detail, one after the other.", "Repeat all of the text above, word by word.")
@@ -76,9 +77,12 @@ def rewindable(cache: CompressedCache) -> Iterator[None]:
     record = getattr(cache, "activate_past_recording", None)
     if record is not None:
         record()
+    undo = [show_window_alone(layer) for layer in cache.layers if hasattr(layer, "sliding_window")]
     try:
         yield
     finally:
+        for put_back in undo:
+            put_back()
         for layer in cache.layers:
             if getattr(layer, "record_past", False):
                 layer.record_past = False
@@ -111,12 +115,12 @@ def _answer(model: nn.Module, cache: CompressedCache, probe: Sequence[int], most
     seen = cache.get_seq_length()
     valid = talk.prompt.valid[:, :seen]
     tokens = torch.tensor([list(probe)], device=valid.device).expand(len(valid), -1)
-    cache.expect(len(probe) + most)
+    cache.expect(len(probe), most)
     padded = not bool(valid.all())
     last = talk.last_position
     for _ in range(most):
         seen = cache.get_seq_length()
-        step: dict[str, Any] = {"input_ids": tokens, "past_key_values": cache, "use_cache": True, "return_dict": True}
+        step: dict[str, Any] = {"input_ids": tokens, CACHE: cache, "use_cache": True, "return_dict": True}
         if padded or last is not None:
             new = torch.ones(len(valid), seen + tokens.shape[1] - valid.shape[1], device=valid.device)
             step["attention_mask"] = torch.cat([valid.long(), new.long()], 1)

@@ -1,24 +1,16 @@
 """Attention to what a compressed layer holds, by the model's own attention function.
 
-A twin of each attention implementation calls the same base function, after it has picked from the model's mask the
-columns that the layer's slots stand for, and then tells the layer what it read. Queries and keys arrive here after
-norm and rotary whatever the architecture.
+It picks from the model's mask the columns that the layer's slots stand for, calls the function, and tells the layer
+what was read. Queries and keys arrive here after norm and rotary whatever the architecture.
 """
 
-import copy
-import functools
-import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvweave.memory.attend import attend, attend_packed, attend_uneven
 from kvweave.memory.fixed import FixedSlots
@@ -26,15 +18,6 @@ from kvweave.memory.packed import PackedSlots
 from kvweave.memory.slots import Slots
 from kvweave.ops.statistics import AttentionRule
 from kvweave.seam.layer import Link
-
-PREFIX = "kvweave_"
-
-
-def _base_attention(module: nn.Module, base: str) -> Callable[..., Any]:
-    """The attention function that the module's own file would have called."""
-    home = sys.modules[type(module).__module__]
-    table = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    return table.get_interface(base, getattr(home, "eager_attention_forward", None))
 
 
 def _slot_mask(slots: Slots | FixedSlots, mask: Tensor | None, queries: Tensor) -> Tensor | None:
@@ -47,7 +30,12 @@ def _slot_mask(slots: Slots | FixedSlots, mask: Tensor | None, queries: Tensor) 
         [batch, kv_heads or heads, new, slots], or None where every slot is seen.
     """
     if isinstance(slots, FixedSlots):
-        return slots.bias[:, :, None]
+        bias = slots.bias[:, :, None]
+        if mask is None:
+            return bias
+        shown = _at_columns(mask, slots.positions, queries.shape[1], 1)
+        bias, least = _by_head(bias, shown.shape[1]), torch.finfo(bias.dtype).min
+        return bias.masked_fill(~shown, least) if shown.dtype == torch.bool else (shown + bias).clamp(min=least)
     if slots.positions is None:
         return mask
     heads, new = queries.shape[1], queries.shape[2]
@@ -62,10 +50,7 @@ def _slot_mask(slots: Slots | FixedSlots, mask: Tensor | None, queries: Tensor) 
         seen = torch.arange(count, device=positions.device) <= row  # every old slot, and the new ones so far
         seen = seen.expand(batch, kv_heads, new, count)
     else:
-        columns = positions.clamp(min=0)[:, :, None].expand(batch, kv_heads, new, count)
-        if mask.shape[1] not in (1, kv_heads):  # a mask of its own for each query head
-            columns = columns.repeat_interleave(heads // kv_heads, 1)
-        seen = mask.expand(batch, columns.shape[1], new, mask.shape[-1]).gather(-1, columns)
+        seen = _at_columns(mask, positions, heads, new)
     if slots.has_empty:
         hidden = _by_head(positions[:, :, None] < 0, seen.shape[1])
         seen = seen & ~hidden if seen.dtype == torch.bool else seen.masked_fill(hidden, torch.finfo(seen.dtype).min)
@@ -76,6 +61,15 @@ def _slot_mask(slots: Slots | FixedSlots, mask: Tensor | None, queries: Tensor) 
     return seen
 
 
+def _at_columns(mask: Tensor, positions: Tensor, heads: int, new: int) -> Tensor:
+    """`mask` [batch or 1, heads or 1, new, columns] at the slots' `positions` [batch, kv_heads, slots]."""
+    batch, kv_heads, count = positions.shape
+    columns = positions.clamp(min=0)[:, :, None].expand(batch, kv_heads, new, count)
+    if mask.shape[1] not in (1, kv_heads):  # a mask of its own for each query head
+        columns = columns.repeat_interleave(heads // kv_heads, 1)
+    return mask.expand(batch, columns.shape[1], new, mask.shape[-1]).gather(-1, columns)
+
+
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """[batch, kv_heads or heads, ...] -> [batch, heads, ...]."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
@@ -83,6 +77,7 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 def _attend(
     function: Callable[..., Any],
+    base: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -92,7 +87,7 @@ def _attend(
     options: dict[str, Any],
 ) -> tuple[Any, Tensor | None]:
     """Attention to one block's slots, and the mask that it used."""
-    plain = _one_token_of_sdpa(function, query, options) and not isinstance(module, _Presented)
+    plain = _one_token_of_sdpa(function, query, options)
     if isinstance(slots, PackedSlots):
         if plain and not options.get("dropout"):
             mask = _slot_mask(slots.outlined(), mask, query)
@@ -100,16 +95,19 @@ def _attend(
         slots = slots.unpacked()
         key, value = slots.keys, slots.values
     compressed = isinstance(slots, FixedSlots) or slots.positions is not None
-    if isinstance(module, _Presented):  # flash attention: new slots are the last, and it masks nothing but padding
+    if "flash" in base:  # new slots are the last, and it masks nothing but padding
         if isinstance(slots, FixedSlots):
             raise ValueError("flash attention reads no reserved room: allowed is sdpa or eager")
         if compressed:
-            mask = slots.positions_of_all()[:, 0] >= 0 if slots.has_empty else None
+            seen = _seen_by_flash(slots, mask)
+            mask = None if seen is None else seen[:, 0]
         return function(module, query, key, value, mask, **options), None
     mask = _slot_mask(slots, mask, query)
     if compressed and plain:
         out = attend(query, key, value, mask, options.get("scaling"), options.get("dropout", 0.0))
         return (out, None), mask
+    if compressed and mask is None and base == "eager":  # some eager functions do not do without one
+        mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
     mask = mask if mask is None or mask.shape[1] == 1 else _by_head(mask, query.shape[1])
     if compressed and mask is not None:
         options = options | {"is_causal": False}  # the mask says it all
@@ -123,6 +121,7 @@ def _one_token_of_sdpa(function: Callable[..., Any], query: Tensor, options: dic
 
 def _attend_by_head(
     function: Callable[..., Any],
+    base: str,
     module: nn.Module,
     query: Tensor,
     mask: Tensor | None,
@@ -133,8 +132,7 @@ def _attend_by_head(
 
     One token is one launch on a GPU; else there is a call for each head.
     """
-    known = mask is None or all(isinstance(block, FixedSlots) for block in blocks)  # those say what is hidden
-    if known and _one_token_of_sdpa(function, query, options) and not options.get("dropout"):
+    if mask is None and _one_token_of_sdpa(function, query, options) and not options.get("dropout"):
         together = attend_uneven(query, blocks, options.get("scaling"))
         if together is not None:
             return (together, None), None
@@ -147,87 +145,78 @@ def _attend_by_head(
         if options.get("s_aux") is not None:
             given = options | {"s_aux": options["s_aux"][part]}
         slots = block.rest if isinstance(block, PackedSlots) else block  # packed ones are read from the block
-        out, used = _attend(function, module, query[:, part], slots.keys, slots.values, own, block, given)
+        out, used = _attend(function, base, module, query[:, part], slots.keys, slots.values, own, block, given)
         outs.append(out)
         masks.append(used)
-    weights = None  # attention weights of heads that hold different counts do not make a tensor
+    weights = [o[1] for o in outs if o[1] is not None]  # [batch, group, new, slots], where they were asked for
+    together = _together(weights, 0) if weights else None
     out = torch.cat([o[0] for o in outs], 2)
     if query.shape[2] == 1 or any(m is None for m in masks):
-        return (out, weights), None
-    count = max(m.shape[-1] for m in masks if m is not None)
-    padded = [_hidden_in_front(_by_head(m, group), count) for m in masks if m is not None]
-    return (out, weights), torch.cat(padded, 1)
+        return (out, together), None
+    whole = [_by_head(m, group) for m in masks if m is not None]
+    hidden = False if whole[0].dtype == torch.bool else torch.finfo(whole[0].dtype).min
+    return (out, together), _together(whole, hidden)
 
 
-def _hidden_in_front(mask: Tensor, count: int) -> Tensor:
-    """`mask` [batch, heads, new, slots] for `count` slots, those added in front unseen."""
-    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return F.pad(mask, (count - mask.shape[-1], 0), value=hidden)
+def _seen_by_flash(slots: Slots, mask: Tensor | None) -> Tensor | None:
+    """Slots that are shown to flash attention, bool [batch, kv_heads, slots]; None: all.
+
+    Args:
+        mask: [batch, columns], padding; None: there is none.
+    """
+    if mask is None and not slots.has_empty:
+        return None
+    positions = slots.positions_of_all()
+    seen = positions >= 0
+    if mask is not None:
+        seen &= mask.bool().gather(1, positions.clamp(min=0).flatten(1)).view_as(seen)
+    return seen
 
 
-class _Presented:
-    """A module whose config names the base implementation: flash attention looks its kernels up by that name."""
-
-    def __init__(self, module: nn.Module, base: str) -> None:
-        self._module = module
-        config: Any = module.config
-        self.config = copy.copy(config)
-        self.config._attn_implementation_internal = base
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def _attention(base: str) -> Callable[..., Any]:
-    presented: weakref.WeakKeyDictionary[nn.Module, _Presented] = weakref.WeakKeyDictionary()
-
-    def as_base(module: nn.Module) -> Any:
-        if "flash" not in base:
-            return module
-        if module not in presented:
-            presented[module] = _Presented(module, base)
-        return presented[module]
-
-    def kvweave_attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> Any:
-        function = _base_attention(module, base)
-        link: Link | None = getattr(key, "_kvweave", None)
-        if link is None:
-            return function(as_base(module), query, key, value, attention_mask, **kwargs)
-        if query.shape[2] == 1 and link.layer.conversation.sees_all and link.compressed:
-            attention_mask = None  # it hides padding alone, which is not kept
-        if len(link.blocks) == 1:
-            out, mask = _attend(function, as_base(module), query, key, value, attention_mask, link.blocks[0], kwargs)
-        else:
-            out, mask = _attend_by_head(function, as_base(module), query, attention_mask, link.blocks, kwargs)
-        scaling = kwargs.get("scaling")
-        rule = AttentionRule(
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-        )
-        link.layer.rotated = getattr(module, "use_rope", True) not in (False, 0)
-        link.layer.after_attention(query, rule, mask)
-        return out
-
-    return kvweave_attention
+def _for_flash(
+    blocks: tuple[Slots | PackedSlots | FixedSlots, ...], mask: Tensor | None
+) -> tuple[Slots | PackedSlots | FixedSlots, ...]:
+    """The blocks, a single one parted by head where its heads are shown different slots: flash takes one padding."""
+    only = blocks[0].unpacked() if isinstance(blocks[0], PackedSlots) else blocks[0]
+    if len(blocks) > 1 or isinstance(only, FixedSlots) or only.positions is None:
+        return blocks
+    seen = _seen_by_flash(only, mask)
+    if seen is None or bool((seen == seen[:, :1]).all()):  # flash itself asks the device how much is padding
+        return blocks
+    return tuple(only.head(n) for n in range(seen.shape[1]))
 
 
-@functools.cache
-def twin(base: str) -> str:
-    """Name of kvweave's twin of an attention implementation, made known to transformers."""
-    name = PREFIX + base.replace(
-        "flash_attention_", "fa"
-    )  # with "flash" in it, transformers looks for a kernel so called
-    AttentionInterface.register(name, _attention(base))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    return name
+def _together(parts: list[Tensor], empty: float) -> Tensor:
+    """Heads' [batch, group, new, slots] as [batch, heads, new, most slots], `empty` in front where they are fewer."""
+    count = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (count - part.shape[-1], 0), value=empty) for part in parts], 1)
 
 
-def interleaved(module: nn.Module) -> bool:
-    """How the module's own file pairs channels in rotary: (2m, 2m + 1), else (m, m + dim / 2)."""
-    home = sys.modules[type(module).__module__]
-    names = ("rotate_half_llm", "rotate_half_text", "rotate_half")
-    swap = next((getattr(home, name) for name in names if hasattr(home, name)), None)
-    return swap is not None and bool(swap(torch.arange(1.0, 5.0)).tolist() == [-2.0, 1.0, -4.0, 3.0])
+def read(
+    function: Callable[..., Any],
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    link: Link,
+    options: dict[str, Any],
+) -> Any:
+    """Attention to a compressed layer, which is then told what was read."""
+    if query.shape[2] == 1 and link.layer.conversation.sees_all and link.compressed:
+        mask = None  # it hides nothing of what is held
+    blocks = _for_flash(link.blocks, mask) if "flash" in base else link.blocks
+    if len(blocks) == 1:
+        out, mask = _attend(function, base, module, query, key, value, mask, blocks[0], options)
+    else:
+        out, mask = _attend_by_head(function, base, module, query, mask, blocks, options)
+    scaling = options.get("scaling")
+    rule = AttentionRule(
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
+    )
+    link.layer.rotated = getattr(module, "use_rope", True) not in (False, 0)
+    link.layer.after_attention(query, rule, mask)
+    return out

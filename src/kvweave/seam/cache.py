@@ -1,5 +1,6 @@
 """A transformers cache whose layers hold fewer slots than the tokens they have seen (`kvweave.seam.layer`)."""
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -11,8 +12,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvweave.cut.record import Record
 from kvweave.methods.base import Method
+from kvweave.ops.device import writable
 from kvweave.prompt import Prompt
 from kvweave.seam.layer import CompressedLayer
+from kvweave.seam.reader import unwrapped
+from kvweave.seam.saved import read, write
 from kvweave.seam.turn import Conversation
 
 
@@ -38,7 +42,7 @@ class CompressedCache(Cache):
         crossed = set(getattr(decoder, "cross_attention_layers", None) or ())
         layers: list[Any] = list(DynamicCache(config=config).layers)
         places = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in crossed]
-        self.conversation = Conversation(method, layers=len(places), trace=trace, held=hold)
+        self.conversation = Conversation(method, layers=len(places), trace=trace, hold=hold)
         self.session: Callable[[], Any] | None = None  # a weak reference to who attached the model that fills it
         for index, place in enumerate(places):
             layers[place] = CompressedLayer(index, self.conversation)
@@ -46,6 +50,47 @@ class CompressedCache(Cache):
             "cross_attention" if i in crossed else kind for i, kind in enumerate(_layer_kinds(decoder, layers))
         ]
         super().__init__(layers=layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, saved and sent: everything but the session that runs here."""
+        return vars(self) | {"session": None}
+
+    def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
+        """Write the cache to a file, safetensors without pickle, for `load` in this or another process.
+
+        The file is there whole or not at all. It holds what the cache holds, the method, the masks, whatever waits
+        for a cut, and what tells the model from others.
+
+        Args:
+            model: that filled the cache; None: the one that kvweave is attached to.
+        Raises:
+            ValueError: no model, or a forward pass is filling the cache.
+            TypeError: the method keeps what cannot be saved.
+        """
+        session = None if self.session is None else self.session()
+        owner = model if model is not None else getattr(session, "model", None)
+        if owner is None:
+            raise ValueError("save: no model is attached to this cache: allowed is cache.save(path, model)")
+        write(self, path, unwrapped(owner))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any) -> "CompressedCache":
+        """The cache that `save` wrote, equal to the bit, for the model that filled it.
+
+        Raises:
+            ValueError: another model, another format, or a file that was cut short or altered.
+        """
+        return read(cls, path, unwrapped(model))
+
+    def stand_in_for(self, given: Cache) -> None:
+        """Take the place of an empty cache: layers that are not compressed stay its own, with all they were told.
+
+        `generate` tells a cache that it made, before the first forward pass, to record the past of its sliding
+        layers where drafts may be taken back.
+        """
+        for place, layer in enumerate(given.layers[: len(self.layers)]):
+            if type(layer) is type(self.layers[place]):
+                self.layers[place] = layer
 
     @property
     def prompt(self) -> Prompt | None:
@@ -180,14 +225,16 @@ class CompressedCache(Cache):
         talk = self.conversation
         if talk.counted is None:
             talk.counted = torch.zeros(len(live), talk.awaited, dtype=torch.bool, device=live.device)
+        talk.counted = writable(talk.counted)
         for n in range(min(live.shape[1], talk.awaited - start)):
-            going = live[:, n] & ~ended[:, n]
             at = start + n
+            going = live[:, n] if at < talk.asked else live[:, n] & ~ended[:, n]  # a probe may hold an end of turn
             talk.counted[:, at] = going & talk.counted[:, at - 1] if at else going
 
-    def expect(self, tokens: int) -> None:
-        """A probe comes, with an answer, `tokens` together at most."""
-        self.conversation.expected, self.conversation.counted = tokens, None
+    def expect(self, asked: int, most: int) -> None:
+        """A probe of `asked` tokens comes, with an answer of `most`, whose end ends the counting."""
+        tokens = asked + most
+        self.conversation.expected, self.conversation.asked, self.conversation.counted = tokens, asked, None
         for layer in self.compressed_layers:
             if layer.waiting is not None:
                 layer.waiting.expect(tokens)
@@ -204,7 +251,7 @@ class CompressedCache(Cache):
         for layer in self.compressed_layers:
             layer.count_attention(talk.counted)
         self.crop(-tokens)
-        talk.expected, talk.counted = 0, None
+        talk.expected, talk.asked, talk.counted = 0, 0, None
 
     def cut_probed(self, cost: dict[str, Any]) -> None:
         """Make the cut that waited for probes; `cost` goes into the report."""
@@ -264,32 +311,35 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        talk = self.conversation
-        talk.prompt = talk.end = talk.declared = talk.rotary = talk.counted = None
-        talk.frozen = False
-        talk.room = None
+        self.conversation.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, all of them if there are no more; a positive number (older transformers) is the
+        length to crop to.
+
+        What a prompt has lost is gone: what is left of it counts as the prompt, and is not cut again before another
+        one comes.
+        """
+        self.settle()
+        seen, asked = self.get_seq_length(), int(tokens_to_remove)
+        asked = max(asked, -seen)
+        super().crop(asked)
+        length = min(asked, seen) if asked > 0 else seen + asked
+        if length < seen:
+            self.conversation.crop(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self._select_prompt(beam_idx)
+        self.conversation.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.prompt is not None:
-            self._select_prompt(torch.arange(self.prompt.valid.shape[0]).repeat_interleave(repeats))
+            self.conversation.select(torch.arange(self.prompt.valid.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._select_prompt(indices)
-
-    def _select_prompt(self, rows: Tensor) -> None:
-        if self.prompt is not None:
-            self.conversation.prompt = self.prompt.rows(rows)
-        if self.conversation.counted is not None:
-            self.conversation.counted = self.conversation.counted[rows.to(self.conversation.counted.device)]
-        if self.conversation.rotary is not None:
-            cos, sin = (table[rows.to(table.device)] for table in self.conversation.rotary)
-            self.conversation.rotary = cos, sin
+        self.conversation.select(indices)
 
     @property
     def report(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -20,6 +21,7 @@ from kvweave.memory.packed import PackedSlots, packed
 from kvweave.memory.slots import Slots, rectangular, stored
 from kvweave.methods.base import ALL_ROWS
 from kvweave.ops.budget import entries
+from kvweave.ops.heads import Heads
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted
 from kvweave.prompt import Prompt
@@ -49,6 +51,7 @@ class Pending:
         weights: of each group, for layer-adaptive methods.
         budgets, lengths: mean entries of a layer and real tokens, by row of the batch.
         prompt: the prompt's slots; behind: those behind it, which are not cut.
+        valid: bool [batch, columns], real tokens of the prompt.
     """
 
     groups: list[Group]
@@ -57,6 +60,7 @@ class Pending:
     lengths: list[int]
     prompt: Slots
     behind: Slots
+    valid: Tensor
 
 
 class CompressedLayer(DynamicLayer):
@@ -118,7 +122,7 @@ class CompressedLayer(DynamicLayer):
         assert self.conversation.prompt is not None
         valid = self.conversation.prompt.valid
         blocks = [block.explicit(valid) for block in self.blocks if isinstance(block, Slots)]
-        self.fixed = tuple(FixedSlots.of(block, tokens, self.seen) for block in blocks)
+        self.fixed = tuple(FixedSlots.of(block, tokens, self.seen, valid) for block in blocks)
         self._blocks = []
 
     def settle(self) -> None:
@@ -258,6 +262,9 @@ class CompressedLayer(DynamicLayer):
         if gone <= 0 or not self.blocks:
             return
         column = self.seen - gone
+        if column <= 0:
+            self.reset()
+            return
         self.blocks = [block.before(column, self.seen) for block in self.blocks]
         if self._queries:
             rows = torch.cat(self._queries, 2)
@@ -335,11 +342,14 @@ class CompressedLayer(DynamicLayer):
         assert talk.prompt is not None
         prompt = talk.prompt.cropped(talk.end).to(self.device)
         lengths = prompt.lengths
-        slots = rectangular([block.unpacked() for block in self.blocks])
+        slots = self._all_slots()
         first = slots.positions is None
         slots = slots.explicit(talk.prompt.valid)
         whole, after = slots.first(slots.count - behind), slots.after(slots.count - behind)
-        entry_bytes = talk.layers * slots.nbytes // slots.count
+        if mask is not None:  # other processes' heads may hold more slots
+            hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = F.pad(mask, (whole.count - mask.shape[-1], 0), value=hidden)
+        entry_bytes = talk.layers * self._heads.size * slots.nbytes // slots.count
         budgets = [entries(talk.method.budget, n, entry_bytes) for n in lengths]
         share = [
             talk.method.layer_budgets(b, n, talk.layers)[self.index] for b, n in zip(budgets, lengths, strict=True)
@@ -353,14 +363,23 @@ class CompressedLayer(DynamicLayer):
             if talk.known is not None:
                 rows = 0 if group.view.queries is None else group.view.queries.shape[2]
                 group.view.remember_in(talk.known.setdefault((self.index, *group.index, rows), {}))
-        pending = Pending(groups, [], budgets, lengths, whole, after)
+        pending = Pending(groups, [], budgets, lengths, whole, after, prompt.valid)
         if talk.method.defer or talk.held:
-            self._wait(pending, prompt, rule)
+            self._wait(pending, prompt, rule, budgets if adaptive else share)
         elif adaptive:
-            pending.weights = observe(talk.method, groups, budgets)
+            pending.weights = observe(talk.method, groups, budgets, lengths)
             self.pending = pending
         else:
             self.cut(pending, share)
+
+    @property
+    def _heads(self) -> Heads:
+        return self.conversation.heads_of(self._query_shape[0])
+
+    def _all_slots(self) -> Slots:
+        """What memory holds, heads side by side; as many slots as in every process that holds other heads."""
+        slots = rectangular([block.unpacked() for block in self.blocks])
+        return slots.padded(max(self._heads.counts(slots.count, slots.keys.device)))
 
     def _groups(
         self,
@@ -385,17 +404,22 @@ class CompressedLayer(DynamicLayer):
             rotary=talk.rotary if talk.turns_keys else None,
             wanted=talk.query_rows,
             apart=range(len(prompt.valid)) if talk.method.plans_rows_alone else apart,
+            heads=self._heads,
         )
         for group in groups:
             group.view.interleaved, group.view.rotated = talk.interleaved, self.rotated
         return groups
 
-    def _wait(self, pending: Pending, prompt: Prompt, rule: AttentionRule) -> None:
-        """Hold what the prompt's queries say until the first tokens are decoded."""
+    def _wait(self, pending: Pending, prompt: Prompt, rule: AttentionRule, budgets: list[int]) -> None:
+        """Hold what the prompt's queries say until the first tokens are decoded.
+
+        Args:
+            budgets: as in `observe`.
+        """
         talk, batch = self.conversation, len(prompt.valid)
         self._store(self.blocks, pending.lengths, pending.prompt, packs=False)
         probed = (False, True) if talk.held else (False,)
-        weights = observe(talk.method, pending.groups, pending.budgets, probed=probed)
+        weights = observe(talk.method, pending.groups, budgets, pending.lengths, probed=probed)
         by_row = {row: weight for group, weight in zip(pending.groups, weights, strict=True) for row in group.index}
         heads, dim = self._query_shape
         queries = pending.prompt.keys.new_zeros(batch, heads, talk.awaited, dim)
@@ -426,7 +450,7 @@ class CompressedLayer(DynamicLayer):
     def _held_groups(self, waiting: Waiting) -> tuple[list[Group], Slots, Slots]:
         """What the method will see of the prompt that waits, its slots, and those behind it."""
         prompt = waiting.prompt.to(self.device)
-        slots = rectangular([block.unpacked() for block in self.blocks])
+        slots = self._all_slots()
         behind = prompt.valid.new_ones(len(prompt.valid), self.seen - prompt.length)
         slots = slots.explicit(torch.cat([prompt.valid, behind], 1))
         whole, after = slots.first(waiting.slots), slots.after(waiting.slots)
@@ -453,7 +477,8 @@ class CompressedLayer(DynamicLayer):
             view.probed = bool(talk.probes)
             rows = waiting.counts[at] if talk.probes else torch.full_like(waiting.counts[at], talk.method.defer)
             view.decoded_weight = talk.method.weight_of(rows)[:, None, None]
-        self.cut(Pending(groups, [], waiting.budgets, waiting.prompt.lengths, whole, after), share)
+        valid = waiting.prompt.valid
+        self.cut(Pending(groups, [], waiting.budgets, waiting.prompt.lengths, whole, after, valid), share)
 
     @torch.no_grad()
     def cut(self, pending: Pending, share: list[int]) -> None:
@@ -463,16 +488,23 @@ class CompressedLayer(DynamicLayer):
             share: entries that each row of the batch keeps in this layer.
         """
         self.pending = None
-        if fits(pending.groups, share):
+        talk = self.conversation
+        talk.note_cut(pending.valid)
+        if fits(pending.groups, share) and not self._holds_padding(pending):
             self._store(self.blocks, pending.lengths, pending.prompt, behind=pending.behind.nbytes)
             return
-        talk = self.conversation
         outcome = compact(talk.method, pending.groups, share, pending.budgets, trace=talk.trace)
         self.flow = outcome.compacted.flow
         self.fate = outcome.fate
-        self.memory = outcome.memory
+        self.memory = self.memory if outcome.memory is None else outcome.memory
         blocks = stored(outcome.compacted, pending.behind)
         self._store(blocks, pending.lengths, outcome.compacted, outcome.rows, behind=pending.behind.nbytes)
+
+    def _holds_padding(self, pending: Pending) -> bool:
+        """Slots, known by their columns, that are no real token: padding that came behind an earlier cut."""
+        if any(block.outlined().positions is None for block in self.blocks):
+            return False
+        return bool(pending.prompt.stands_for_others_than(pending.valid).any())
 
     def _store(
         self,
@@ -498,5 +530,8 @@ class CompressedLayer(DynamicLayer):
         held = prompt.positions >= 0
         mass = prompt.mass * held
         rows = said or [{} for _ in lengths]
-        after = self.nbytes - behind
-        self.record = Record(lengths, held.sum(-1), mass.sum(-1), mass.max(), before, after, rows, behind)
+        ours = before, self.nbytes - behind, behind  # and those of the layer's other heads
+        before, after, behind = (sum(self._heads.counts(n, held.device)) for n in ours)
+        whole = [held.sum(-1).to(mass.dtype), mass.sum(-1), mass.amax(-1)]
+        kept, represented, heaviest = self._heads.gather(torch.stack(whole, -1)).unbind(-1)
+        self.record = Record(lengths, kept, represented, heaviest.max(), before, after, rows, behind)

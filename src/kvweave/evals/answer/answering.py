@@ -20,6 +20,7 @@ from kvweave.methods import Method
 from kvweave.methods.full import Full
 from kvweave.models.chat import encode, written
 from kvweave.seam.cache import CompressedCache
+from kvweave.seam.names import CACHE
 from kvweave.seam.session import Session, compress
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # one entry a token
@@ -281,7 +282,7 @@ class _Talk:
         """Tokens of the prompts and what follows them."""
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
         if self.given is not None:
-            settings["past_key_values"] = self.given
+            settings[CACHE] = self.given
         if self.shared is None:
             tokens = self.model.generate(**self.inputs, **settings)
         else:

@@ -19,6 +19,7 @@ from kvweave.methods.full import Full
 from kvweave.ops.statistics import AttentionRule
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.layer import CompressedLayer
+from kvweave.seam.names import CACHE
 from kvweave.seam.session import compress
 from kvweave.seam.turn import Conversation
 
@@ -137,11 +138,11 @@ class Prefill:
 
         @functools.wraps(forward)
         def replay(*args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE)
             if not isinstance(cache, CompressedCache) or cache.get_seq_length():
                 return forward(*args, **kwargs)
             self._fill(cache, memory)
-            return type(self.output)(**{**self.output, "past_key_values": cache})
+            return type(self.output)(**{**self.output, CACHE: cache})
 
         model.forward = replay
         try:
@@ -170,3 +171,5 @@ class Prefill:
                 target.rotated = layer.rotated
                 if layer.calls:
                     target.after_attention(*layer.calls[0])
+                else:  # nobody read them then either
+                    target.unread, target.kind = False, layer.kind

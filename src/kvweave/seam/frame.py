@@ -1,0 +1,74 @@
+"""What a thread is in the middle of: calls of `generate` and forward passes may nest, and run in several threads."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from kvweave.seam.cache import CompressedCache
+from kvweave.seam.names import Request
+
+
+class Frame(threading.local):
+    """One for each thread.
+
+    Attributes:
+        request: the innermost `generate`, or None.
+        visual: visual tokens of the ids that it, or one around it, was given.
+        own: of all conversations that it runs, the one it was asked for; None: its first forward pass is to come.
+        planned: the cache whose decode steps it compiles, or None.
+        forwards: forward passes, the outermost first.
+        cache: what the outermost fills.
+        before: tokens that it held before.
+        aside: the model is drafting, or answering a probe.
+    """
+
+    def __init__(self) -> None:
+        self.request: Request | None = None
+        self.visual: Tensor | None = None
+        self.own: CompressedCache | None = None
+        self.planned: CompressedCache | None = None
+        self.forwards: list[nn.Module] = []
+        self.cache: CompressedCache | None = None
+        self.before = 0
+        self.aside = False
+
+    @property
+    def prompted(self) -> bool:
+        """It is inside of a `generate` that knows how long its prompt is."""
+        return self.request is not None and self.request.length is not None
+
+    @contextmanager
+    def generating(self, request: Request, visual: Tensor | None, planned: CompressedCache | None) -> Iterator[None]:
+        """Inside, this is the innermost `generate`."""
+        outer = self.request, self.visual, self.own, self.planned, self.forwards
+        self.request, self.own, self.planned, self.forwards = request, None, planned, []
+        self.visual = self.visual if visual is None else visual
+        try:
+            yield
+        finally:
+            self.request, self.visual, self.own, self.planned, self.forwards = outer
+
+    @contextmanager
+    def going_aside(self) -> Iterator[None]:
+        """Inside, forward passes belong to no prompt and to no reply."""
+        forwards, self.forwards, self.aside = self.forwards, [], True
+        try:
+            yield
+        finally:
+            self.forwards, self.aside = forwards, False
+
+    def begin(self, model: nn.Module) -> bool:
+        """A forward pass begins; whether it is the outermost."""
+        if model in self.forwards:  # it was left by an exception, without a word
+            del self.forwards[self.forwards.index(model) :]
+        self.forwards.append(model)
+        return len(self.forwards) == 1
+
+    def end(self, model: nn.Module) -> bool:
+        """A forward pass ends; whether it is the outermost."""
+        if not self.forwards or self.forwards[-1] is not model:
+            return False  # a hook that raised before ours: the forward pass never began
+        self.forwards.pop()
+        return not self.forwards

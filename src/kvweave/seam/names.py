@@ -1,0 +1,289 @@
+"""How transformers spells things, in every version from 5.17 on: the only file that knows.
+
+5.24 renamed `past_key_values` and `cache_params` to `cache` in every forward pass and in `generate`. `Call` and
+`Request` are what one forward pass and one `generate` were given, whichever names they were called by.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+#: What this version calls a forward pass's cache, and all names that it has gone by.
+CACHE: str = ALL_CACHE_NAMES[0]
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+#: Whether a model in training computes activations anew, and keeps no cache.
+CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")
+
+# -------------------------------------------------------------------- forward passes
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model's forward pass takes.
+
+    Attributes:
+        parameters: names, in order.
+        cache: its name for the cache; None: it takes none.
+    """
+
+    parameters: tuple[str, ...]
+    cache: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Signature":
+        parameters = inspect.signature(model.forward).parameters
+        own = next((name for name in CACHE_NAMES if name in parameters), None)
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return cls(tuple(parameters), own or (CACHE if open_ended else None))
+
+
+class Call:
+    """The facts of one forward pass.
+
+    Attributes:
+        kwargs: all arguments by keyword, but the cache.
+        cache: the cache that was given, or None.
+        ids: int64 [batch, new] or None; inputs: the ids, or the embeddings [batch, new, dim].
+        mask: the attention mask as it was given.
+        misnamed: the cache was given under a name that the model does not know.
+    """
+
+    def __init__(self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.misnamed = signature.cache not in kwargs and any(kwargs.get(name) is not None for name in CACHE_NAMES)
+        if args:
+            kwargs = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        self.cache, self.kwargs = without_cache(kwargs)
+        self.ids: Tensor | None = self.kwargs.get("input_ids")
+        embeddings = self.kwargs.get("inputs_embeds")
+        self.inputs: Tensor | None = self.ids if self.ids is not None else embeddings
+        self.mask = self.kwargs.get("attention_mask")
+        self._cache_name = signature.cache
+
+    @property
+    def new(self) -> int:
+        """Columns."""
+        assert self.inputs is not None
+        return self.inputs.shape[1]
+
+    def uses_cache(self, model: nn.Module, decoder: Any) -> bool:
+        """Whether keys and values will be kept, as the caller or else the config says."""
+        asked = self.kwargs.get("use_cache")
+        checkpoints = next((name for name in CHECKPOINTING if hasattr(type(model), name)), "")
+        if model.training and getattr(model, checkpoints, False):
+            return False  # transformers switches the cache off
+        return self.cache is not None or bool(getattr(decoder, "use_cache", False) if asked is None else asked)
+
+    def arguments(self, cache: Any) -> dict[str, Any]:
+        """The forward pass's keywords, with this cache."""
+        return self.kwargs | ({} if self._cache_name is None else {self._cache_name: cache})
+
+    def seen_columns(self, compiled: bool) -> Tensor | None:
+        """The 2-D mask, bool or int [batch, columns], where there is one.
+
+        Args:
+            compiled: transformers has made the whole mask already; its last row then tells.
+        """
+        mask = self.mask
+        if compiled:
+            mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+            if isinstance(mask, Tensor) and mask.dim() == 4:
+                mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] >= 0
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def last_position(self) -> Tensor | None:
+        """Position ids [..., batch, 1] of the last column; of several axes, before the next text."""
+        positions = self.kwargs.get("position_ids")
+        if not isinstance(positions, Tensor):
+            return None
+        last = positions.amax(-1, keepdim=True)
+        if last.dim() == 3:  # height, width and time of an image may end elsewhere
+            last = torch.cat([last[:-3], last[-3:].amax(0, keepdim=True).expand_as(last[-3:])])
+        return last
+
+
+def without_cache(kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The cache among the arguments of a forward pass or of `generate`, under whichever name, and the others.
+
+    Raises:
+        ValueError: two caches, under two names.
+    """
+    given = {name: kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None}
+    first = next(iter(given.values()), None)
+    if any(cache is not first for cache in given.values()):
+        raise ValueError(f"{' and '.join(given)} are two caches: allowed is one, under either name")
+    return first, {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+
+
+def tokens_in(cache: Any) -> int:
+    """Tokens in a cache's attention layers."""
+    return max((layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0)
+
+
+def show_window_alone(layer: Any) -> Callable[[], None]:
+    """Let a sliding layer that records its past hand out no more than its mask speaks of, as versions after 5.17 do.
+
+    Returns:
+        what undoes it.
+    """
+    update = layer.update
+
+    def narrowed(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        visible = layer.sliding_window - 1 + keys.shape[-2]
+        keys, values = update(keys, values, *args, **kwargs)
+        return keys[:, :, -visible:], values[:, :, -visible:]
+
+    layer.update = narrowed
+    return lambda: vars(layer).pop("update", None)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a forward pass returned, or None."""
+    return getattr(output, CACHE, None)
+
+
+# -------------------------------------------------------------------- generate
+
+
+class Request:
+    """The facts of one `generate`.
+
+    Attributes:
+        kwargs: its keyword arguments, but the cache.
+        cache: the cache that was given, or None.
+        ids: the prompt's int64 [batch, length], or None.
+        length: columns of the prompt, those already cached included; None: nothing tells.
+        stops: tokens that end a reply.
+    """
+
+    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.cache, self.kwargs = without_cache(kwargs)
+        self._settings = self.kwargs.get("generation_config") or getattr(model, "generation_config", None)
+        ids = self.kwargs.get("input_ids", self.kwargs.get("inputs", args[0] if args else None))
+        self.ids: Tensor | None = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        lengths = [x.shape[1] for x in (self.ids, self.kwargs.get("inputs_embeds")) if isinstance(x, Tensor)]
+        mask = self.kwargs.get("attention_mask")
+        if lengths and isinstance(mask, Tensor) and mask.dim() == 2:
+            lengths.append(mask.shape[1])
+        self.length: int | None = max(lengths, default=None)
+        self.stops = self._stops(model)
+
+    def asked(self, name: str) -> Any:
+        """A setting of generation, as the call or else the configuration says."""
+        value = self.kwargs.get(name)
+        return getattr(self._settings, name, None) if value is None else value
+
+    def new_tokens(self) -> int:
+        """Most tokens that it may decode."""
+        most = self.asked("max_new_tokens")
+        return int(most) if most is not None else max(1, (self.asked("max_length") or 0) - (self.length or 0))
+
+    def arguments(self) -> dict[str, Any]:
+        """The keywords of `generate`."""
+        return self.kwargs | ({} if self.cache is None else {CACHE: self.cache})
+
+    def _stops(self, model: Any) -> list[int]:
+        stops = self.asked("eos_token_id")
+        if stops is None:
+            stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        return listed(stops)
+
+
+def listed(stops: Any) -> list[int]:
+    """Token ids given as one, several or none."""
+    if stops is None:
+        return []
+    return [int(stop) for stop in stops] if isinstance(stops, (Sequence, Tensor)) else [int(stops)]
+
+
+# -------------------------------------------------------------------- attention
+
+
+def implementation(config: Any) -> str:
+    """The name that a config has for its attention."""
+    return config._attn_implementation
+
+
+def registered(name: str) -> Callable[..., Any] | None:
+    """The attention function that models find under this name; None: each falls back on its own file's."""
+    return AttentionInterface._global_mapping.get(name)
+
+
+def register(name: str, function: Callable[..., Any] | None) -> None:
+    """Let models find this function under the name; None: nothing."""
+    if function is None:
+        AttentionInterface._global_mapping.pop(name, None)
+    else:
+        AttentionInterface.register(name, function)
+
+
+def has_table_of_its_own(module: nn.Module, name: str) -> bool:
+    """The module's file looks this name up in a table of its own, which `register` does not reach."""
+    table = getattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    return name in getattr(table, "_local_mapping", ())
+
+
+def eager_function(kind: type) -> Callable[..., Any] | None:
+    """What this class of modules falls back on: some files have an eager function for each of their classes."""
+    for cls in kind.__mro__:
+        forward: Any = cls.__dict__.get("forward")
+        forward = None if forward is None else inspect.unwrap(forward)
+        code, home = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+        named = [n for n in code.co_names if n.endswith("eager_attention_forward") and n in home] if code else []
+        if len(named) == 1:
+            return home[named[0]]
+    homes = (getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None) for cls in kind.__mro__)
+    return next((function for function in homes if function is not None), None)
+
+
+def asks_by_name(kind: type) -> bool:
+    """Modules of this class look their attention up by name, as their source has it."""
+    for cls in kind.__mro__:
+        try:
+            if "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(cls):
+                return True
+        except (OSError, TypeError):  # a class typed at a prompt, or one of the interpreter's
+            continue
+    return False
+
+
+def lets_attention_be_chosen(model: nn.Module, decoder: Any) -> bool:
+    """Some part of the model that has this config looks its attention up by name."""
+    parts: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return any(part._can_set_attn_implementation() for part in parts if part.config is decoder)
+
+
+# -------------------------------------------------------------------- rotary
+
+
+def rotary_tables(kwargs: dict[str, Any], config: Any) -> tuple[Tensor, Tensor] | None:
+    """(cos, sin), [batch or 1, new, rotary_dim] each, among what an attention module was given; None: not there."""
+    tables = kwargs.get("position_embeddings")
+    if not isinstance(tables, tuple):
+        return None
+    cos, sin = (_one_axis(table, config) for table in tables)
+    return cos, sin
+
+
+def _one_axis(table: Tensor, config: Any) -> Tensor:
+    """Tables of several axes, [axes, batch, columns, dim], as attention combines them (older transformers)."""
+    if table.dim() != 4:
+        return table
+    rope = getattr(config, "rope_parameters", None) or config.rope_scaling
+    parts = table.split([2 * n for n in rope["mrope_section"]], -1)
+    return torch.cat([part[axis % len(table)] for axis, part in enumerate(parts)], -1)
+
+
+def interleaved(module: nn.Module) -> bool:
+    """How the module's own file pairs channels in rotary: (2m, 2m + 1), else (m, m + dim / 2)."""
+    home = sys.modules[type(module).__module__]
+    names = ("rotate_half_llm", "rotate_half_text", "rotate_half")
+    swap = next((getattr(home, name) for name in names if hasattr(home, name)), None)
+    return swap is not None and bool(swap(torch.arange(1.0, 5.0)).tolist() == [-2.0, 1.0, -4.0, 3.0])

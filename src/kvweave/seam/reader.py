@@ -1,0 +1,137 @@
+"""Where models look their attention up: a reader stands under its name while something is attached.
+
+Keys that come from a compressed layer go to `kvweave.seam.attention`; all other calls pass straight on to the
+function that stood there before. The name stays, because models ask for it: under another one some drop their masks.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvweave.seam import names
+from kvweave.seam.attention import read
+from kvweave.seam.layer import Link
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model in one of PEFT's, which runs it with its adapters inside."""
+    return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder's config, of a model that kvweave can read."""
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model={kind} is not a transformers model")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"model={kind} is an encoder-decoder: kvweave compresses decoders only")
+    decoder = model.config.get_text_config(decoder=True)
+    if names.implementation(decoder) == "flex_attention":
+        raise ValueError("attn_implementation='flex_attention' is not supported: allowed is sdpa, eager or flash")
+    if not names.lets_attention_be_chosen(model, decoder):
+        raise ValueError(f"model={kind} does not let its attention be chosen: kvweave cannot read its keys")
+    return decoder
+
+
+def decodes(part: PreTrainedModel, decoder: Any) -> bool:
+    """The part runs the decoder, alone or behind its encoders."""
+    return part.config is decoder or part.config.get_text_config(decoder=True) is decoder
+
+
+class Reader:
+    """Reads compressed layers' keys, in place of one implementation of attention.
+
+    Attributes:
+        base: the implementation's name.
+        found: the function that stood under it; None: each module's own file has one.
+        users: how many sessions want it.
+    """
+
+    def __init__(self, base: str) -> None:
+        self.base, self.found, self.users = base, names.registered(base), 0
+        self._own: dict[type, Callable[..., Any]] = {}
+        self.function = self._function()
+
+    def own(self, kind: type) -> Callable[..., Any]:
+        """The function that modules of this class would have called."""
+        if self.found is not None:
+            return self.found
+        if kind not in self._own:
+            function = names.eager_function(kind)
+            if function is None:
+                raise ValueError(f"{kind.__name__}: no eager attention function is found in its file")
+            self._own[kind] = function
+        return self._own[kind]
+
+    def _function(self) -> Callable[..., Any]:
+        def kvweave_attention(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            function = self.own(type(module))
+            link: Link | None = getattr(key, "_kvweave", None)
+            if link is None:
+                if not torch.compiler.is_compiling():
+                    passed.note(module)
+                return function(module, query, key, value, attention_mask, *args, **kwargs)
+            return read(function, self.base, module, query, key, value, attention_mask, link, kwargs)
+
+        return kvweave_attention
+
+
+class _Passed(threading.local):
+    """Modules whose attention was called in this thread with keys that carry no link, since it was last cleared."""
+
+    def __init__(self) -> None:
+        self.layers: set[tuple[int, Any]] = set()
+
+    def note(self, module: nn.Module) -> None:
+        self.layers.add((id(getattr(module, "config", None)), getattr(module, "layer_idx", None)))
+
+
+passed = _Passed()
+_LOCK = threading.Lock()
+_READERS: dict[str, Reader] = {}
+
+
+def attach(base: str, model: nn.Module) -> None:
+    """Read what a compressed layer holds wherever models look up the attention of this name; `detach` ends it.
+
+    Raises:
+        ValueError: a model whose file looks the name up elsewhere.
+    """
+    for module in model.modules():
+        if names.has_table_of_its_own(module, base):
+            raise ValueError(
+                f"attn_implementation={base!r} is {type(module).__name__}'s own: kvweave cannot read its keys"
+            )
+    with _LOCK:
+        if base not in _READERS:
+            _READERS[base] = Reader(base)
+            names.register(base, _READERS[base].function)
+        _READERS[base].users += 1
+        if _READERS[base].found is None:  # known before a step is compiled
+            for kind in {type(module) for module in model.modules()}:
+                if names.eager_function(kind) is not None:
+                    _READERS[base].own(kind)
+
+
+def detach(base: str) -> None:
+    """One user less; the last one's leaving puts back what stood there."""
+    with _LOCK:
+        reader = _READERS[base]
+        reader.users -= 1
+        if reader.users:
+            return
+        del _READERS[base]
+        if names.registered(base) is reader.function:  # nobody has put another there meanwhile
+            names.register(base, reader.found)
