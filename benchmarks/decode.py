@@ -105,7 +105,7 @@ def kept(layer: Layer, name: str, budget: float) -> list[Slots]:
     bare, _, option = name.partition(" ")
     method = kvweave.get_method(bare, budget=budget, **({option: True} if option else {}))
     inputs = [layer.queries], [layer.keys], [layer.values]
-    return stored(kvweave.compress_tensors(method, *inputs, visual=layer.visual)[0])
+    return stored(kvweave.compress_tensors(method, *inputs, visual=layer.visual, rotary=layer.rotary)[0])
 
 
 def layers_with(layer: Layer, blocks: Blocks, batch: int, count: int) -> list[CompressedLayer]:

@@ -62,9 +62,11 @@ def runs() -> dict[str, Callable[[], object]]:
     layers = [layer_of(SHAPE, LENGTH) for _ in range(LAYERS)]
     queries, keys, values = ([getattr(x, name) for x in layers] for name in ("queries", "keys", "values"))
 
+    rotary = layers[0].rotary
+
     def compress(spelling: str) -> Callable[[], object]:
         method = kvweave.parse_method(spelling, budget=BUDGET)
-        return lambda: kvweave.compress_tensors(method, queries, keys, values, visual=layers[0].visual)
+        return lambda: kvweave.compress_tensors(method, queries, keys, values, visual=layers[0].visual, rotary=rotary)
 
     return {name: compress(name) for name in (*kvweave.list_methods(), *VARIANTS)}
 

@@ -36,6 +36,14 @@ class Layer:
     def length(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor]:
+        """(cos, sin), [1, length, dim] each, for methods that turn keys."""
+        dim = self.keys.shape[3]
+        angles = torch.arange(self.length)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
+        angles = torch.cat([angles, angles], -1)[None]
+        return angles.cos(), angles.sin()
+
 
 def layer_of(shape: Shape, length: int) -> Layer:
     """A random layer; its prompt is text, images, text."""

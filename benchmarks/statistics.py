@@ -118,7 +118,9 @@ def runs(shape: Shape, length: int, methods: Sequence[str]) -> dict[str, Callabl
 
     def compress(name: str) -> Callable[[], object]:
         method = kvweave.parse_method(name, budget=BUDGET)
-        return lambda: kvweave.compress_tensors(method, [queries], [keys], [values], visual=visual)
+        return lambda: kvweave.compress_tensors(
+            method, [queries], [keys], [values], visual=visual, rotary=layer.rotary
+        )
 
     return {
         ATTENTION: attention,

@@ -521,25 +521,33 @@ def energy(X: list[list[Vector]]) -> float:
 def flashcache(
     layers: list[Layer], B: int, *, gamma: float = 0.2, per_head: bool = False, recent: int = 0
 ) -> list[LayerResult]:
-    deviations, ratios = [], []
-    for layer in layers:
-        per_token = [[0.0] * layer.length for _ in range(layer.kv_heads)]
-        ratio = 0.0
-        for X in (layer.keys, layer.values):
-            squares = squared_deviation(X, gamma)
-            for kv in range(layer.kv_heads):
-                for t in range(layer.length):
-                    per_token[kv][t] += mean(squares[kv][t])
-            whole = sum(x * x for head in X for row in head for x in row)
-            ratio += sum(x for head in squares for row in head for x in row) / whole if whole > 0 else 0.0
-        if not per_head:
-            shared = [mean([head[t] for head in per_token]) for t in range(layer.length)]
-            per_token = [shared] * layer.kv_heads
-        deviations.append(per_token)
-        ratios.append(ratio)
-    budgets = allocate(ratios, len(layers) * B, 1, layers[0].length)
+    budgets = allocate([energy_above(layer, gamma) for layer in layers], len(layers) * B, 1, layers[0].length)
     R = min(recent, B // 2)
-    return [flashcache_layer(*args, R) for args in zip(layers, budgets, deviations, strict=True)]
+    deviation = [[deviations(layer, kv, gamma, per_head) for kv in range(layer.kv_heads)] for layer in layers]
+    return [flashcache_layer(*args, R) for args in zip(layers, budgets, deviation, strict=True)]
+
+
+def deviations(layer: Layer, kv: int, gamma: float, per_head: bool) -> Vector:
+    """5.2: by token, of one KV head or the mean over all."""
+    per_token = [[0.0] * layer.length for _ in range(layer.kv_heads)]
+    for X in (layer.keys, layer.values):
+        squares = squared_deviation(X, gamma)
+        for head in range(layer.kv_heads):
+            for t in range(layer.length):
+                per_token[head][t] += mean(squares[head][t])
+    if per_head:
+        return per_token[kv]
+    return [mean([head[t] for head in per_token]) for t in range(layer.length)]
+
+
+def energy_above(layer: Layer, gamma: float) -> float:
+    """5.3: R^l."""
+    ratio = 0.0
+    for X in (layer.keys, layer.values):
+        squares = squared_deviation(X, gamma)
+        whole = sum(x * x for head in X for row in head for x in row)
+        ratio += sum(x for head in squares for row in head for x in row) / whole if whole > 0 else 0.0
+    return ratio
 
 
 def flashcache_layer(layer: Layer, n: int, deviation: list[Vector], R: int) -> LayerResult:
@@ -1027,7 +1035,6 @@ LAYER_ADAPTIVE: dict[str, Callable[..., list[LayerResult]]] = {
     "d2o": d2o,
     "vlcache": vlcache,
 }
-METHODS = sorted([*UNIFORM, *LAYER_ADAPTIVE])
 
 
 def compress(name: str, layers: list[Layer], budget: float | int, **options) -> list[LayerResult]:
@@ -1035,6 +1042,17 @@ def compress(name: str, layers: list[Layer], budget: float | int, **options) -> 
     B = budget_tokens(budget, L)
     if B >= L:
         return [identity(layer) for layer in layers]
+    if name in reference_entries.NAMES:
+        return reference_entries.compress(name, layers, B, **options)
+    own = name in UNIFORM or name in LAYER_ADAPTIVE
+    if name in reference_scores.RECIPES and (not own or set(options) & set(reference_scores.SHARED)):
+        return reference_scores.scored(name, layers, B, **options)
     if name in UNIFORM:
         return [UNIFORM[name](layer, B, **options) for layer in layers]
     return LAYER_ADAPTIVE[name](layers, B, **options)
+
+
+import reference_entries  # noqa: E402  (both are written in terms of this file)
+import reference_scores  # noqa: E402
+
+METHODS = sorted({*UNIFORM, *LAYER_ADAPTIVE, *reference_scores.RECIPES, *reference_entries.NAMES})

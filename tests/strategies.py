@@ -229,18 +229,47 @@ def assert_same(actual: list[list[Kept]], expected: list[list[Kept]], *, toleran
 MERGE_RULES = ["similarity", "average", "pivotal", "weighted", "importance"]
 NARROW = {"proxies": 4}  # several modalities and many candidates before the recent window
 
+# 17.7: neighbours, maxima and heads' budgets, of every scored method
+NEIGHBOURS = {"ahead": 3, "behind": 1, "rows_by": "max", "heads_by": "max"}
+LAYER = {"allocation": "layer", "heads_by": "max", "floor": 0.3}
+GLOBAL = {"allocation": "global", "ahead": 2}
+
 OPTIONS: dict[str, list[dict]] = {
     "full": [{}],
     "random": [{}, {"seed": 3}],
     "streaming_llm": [{}],
-    "h2o": [{}],
-    "snapkv": [{}, {"window": 6}, {"window": 3, "kernel": 3}, {"window": 5, "kernel": 1}],
-    "pyramidkv": [{}, {"window": 6}, {"window": 4, "beta": 5}],
-    "adakv": [{}, {"window": 6}, {"window": 2, "kernel": 3}],
-    "mixkv": [{}, {"window": 6}],
-    "vlcache": [{}, {"p": 0.1}, {"p": 0.3, "recent_frac": 0.5}],
+    "h2o": [
+        *({**shared} for shared in (NEIGHBOURS, LAYER, GLOBAL)),
+        {},
+    ],
+    "snapkv": [
+        *({**shared, "window": 6} for shared in (NEIGHBOURS, LAYER, GLOBAL)),
+        {},
+        {"window": 6},
+        {"window": 3, "kernel": 3},
+        {"window": 5, "kernel": 1},
+    ],
+    "pyramidkv": [
+        *({**shared, "window": 4} for shared in (NEIGHBOURS, LAYER, GLOBAL)),
+        {},
+        {"window": 6},
+        {"window": 4, "beta": 5},
+    ],
+    "adakv": [
+        *({**shared, "window": 6} for shared in (NEIGHBOURS, LAYER, GLOBAL)),
+        {},
+        {"window": 6},
+        {"window": 2, "kernel": 3},
+    ],
+    "mixkv": [*({**shared, "window": 6} for shared in (NEIGHBOURS, LAYER, GLOBAL)), {}, {"window": 6}],
+    "vlcache": [
+        *({**shared} for shared in (NEIGHBOURS, LAYER, GLOBAL)),
+        {},
+        {"p": 0.1},
+        {"p": 0.3, "recent_frac": 0.5},
+    ],
     "madakv": [{}, {"proxies": 4}, {"proxies": 1}],
-    "peak": [{}, {"recent": 4}],
+    "peak": [*({**shared, "recent": 4} for shared in (NEIGHBOURS, LAYER, GLOBAL)), {}, {"recent": 4}],
     "cam": [{"mode": "expected", "window": 3}, {"mode": "expected", "window": 1}],
     "flowmm": [
         {},
@@ -277,6 +306,7 @@ OPTIONS: dict[str, list[dict]] = {
         },
     ],
     "weave": [
+        *({**shared, "defer": 0, "proxies": 4, "recent": 4} for shared in (NEIGHBOURS, LAYER, GLOBAL)),
         {"defer": 0},
         {"defer": 0, "proxies": 4, "recent": 4},
         {"defer": 0, "proxies": 2, "recent": 6, "sensitivity_quantile": 0.8},
@@ -330,6 +360,7 @@ OPTIONS: dict[str, list[dict]] = {
         {"chunk": 1, "recent": 3},
     ],
     "flashcache": [
+        *({**shared, "recent": 2} for shared in (NEIGHBOURS, LAYER, GLOBAL)),
         {},
         {"per_head": True},
         {"gamma": 0.5, "recent": 4},
@@ -337,8 +368,89 @@ OPTIONS: dict[str, list[dict]] = {
         {"gamma": 1.0, "recent": 2},
     ],
 }
+OPTIONS |= {
+    "tova": [{}, {"per_head": True, "sinks": 2}, {"recent": 5, **LAYER}, {"per_head": True, **GLOBAL}],
+    "keydiff": [{}, {"recent": 3, "sinks": 2}, LAYER, {"recent": 2, **GLOBAL}],
+    "knorm": [{}, {"recent": 3, "sinks": 2}, LAYER, {"sinks": 2, **GLOBAL}],
+    "expected_attention": [
+        {},
+        {"future": 1, "covariance": False, "value_norm": False, "sinks": 0},
+        {"future": 7, "epsilon": 0.0, "recent": 2},
+        {"sinks": 2, "heads_by": "max", "ahead": 1},
+        {"sinks": 1, **GLOBAL},
+    ],
+    "leave_one_out": [
+        {},
+        {"window": 4},
+        {"window": 3, "recent": 1, "sinks": 2, **NEIGHBOURS},
+        {"window": 4, **GLOBAL},
+    ],
+    "defensive": [{}, {"window": 4}, {"window": 3, "recent": 1, "sinks": 2}, {"window": 4, "allocation": "layer"}],
+    "leverage": [{}, {"chunk": 5}, {"sinks": 2, "recent": 2, "blend": 0.35, "chunk": 7}, {"sinks": 0, **GLOBAL}],
+    "tgv": [{}, {"recent": 4}, {"recent": 2, "heads_by": "max"}, LAYER, {"recent": 2, **GLOBAL}],
+    "kvzip": [
+        {},
+        {"sinks": 0},
+        {"allocation": "layer", "recent": 3},
+        {"allocation": "head", "sinks": 2},
+        {"allocation": "layer", "sinks": 0, "floor": 0.5, "ahead": 1},
+    ],
+}
+OPTIONS |= {
+    "match": [
+        {"rows": 6, "recent": 4},
+        {},
+        {"rows": 9, "recent": 3, "score": "mean", "gate": True, "cap": 0.5},
+        {"rows": 3, "recent": 2, "score": "max", "bound": 1.0, "steps": 0, "ridge": 1.0},
+    ],
+    "weave2": [
+        {"defer": 0},
+        {"defer": 0, "rows": 8, "recent": 4, "clusters": 0.6},
+        {"defer": 0, "rows": 8, "recent": 3, "gate": "all", "span": 6, "rounds": 2},
+        {"defer": 0, "rows": 6, "recent": 0, "gate": "none", "cap": None, "score": "mean", "span": None},
+        {"defer": 0, "rows": 12, "recent": 4, "clusters": 0.0, "cap": 0.05, "bound": 0.2},
+    ],
+}
+#: Wrappers are not listed; each with methods inside.
+WRAPPED = [
+    ("critical", {"method": "snapkv", "window": 6}),
+    ("critical", {"method": "kvzip", "first": 0.2, "sinks": 1}),
+    ("critical", {"method": "keydiff", "first": 0.0, "offset": 0.1}),
+    ("critical", {"method": "tgv", "recent": 3}),
+    ("fold", {"window": 6, "spare": 0}),
+    ("fold", {"method": "h2o", "targets": "low", "spare": 2}),
+    ("fold", {"method": "knorm", "weights": "uniform", "merge_keys": True}),
+    ("fold", {"method": "adakv", "window": 4, "quantile": 0.8, "targets": "low"}),
+    ("fold", {"method": "kvzip", "sinks": 0, "ahead": 1}),
+    ("fold", {"method": "tova", "per_head": True, "spare": 0}),
+    ("fold", {"method": "defensive", "window": 4}),
+    ("fold", {"method": "tgv", "spare": 0}),
+    ("residual", {"window": 6, "rows": 6}),
+    ("residual", {"method": "keydiff", "gate": False, "recent": 2, "span": 5}),
+    ("residual", {"method": "adakv", "window": 4, "clusters": 1.0, "rounds": 0, "rows": 3}),
+    ("residual", {"method": "kvzip", "clusters": 0.7, "span": None, "rows": 9}),
+    ("residual", {"method": "vlcache", "gate": False, "clusters": 0.9}),
+    ("regress", {"window": 6, "rows": 6, "fixed": 4}),
+    ("regress", {"method": "flowmm", "proxies": 4, "mass_bias": True, "gate": False}),
+    ("regress", {"method": "adakv", "window": 4, "rows": 5, "gate": False, "cap": None, "ridge": 1.0}),
+    ("regress", {"method": "kvzip", "rows": 12, "fixed": 0}),
+]
 MERGING = {"flowmm", "weave", "lookm", "meda", "d2o", "kvmerger", "chelsea"}
-LAYER_ADAPTIVE = set(reference.LAYER_ADAPTIVE)
+#: Two tokens are as far from their mean: which one these keep is rounding.
+SYMMETRIC = {"flashcache", "keydiff", "leverage"}
+#: Values are fitted: they are no copies, and may leave the members' hull.
+FITTED = {"match", "weave2"}
+LAYER_ADAPTIVE = {*reference.LAYER_ADAPTIVE, "tgv"}
+
+
+def is_ragged(name: str, options: dict) -> bool:
+    """Heads may keep different counts."""
+    return name == "adakv" or options.get("allocation", "global" if name == "kvzip" else "head") != "head"
+
+
+def pools(name: str, options: dict) -> bool:
+    """Budgets are shared out over all layers, whatever the method's own layer budgets."""
+    return options.get("allocation", "global" if name == "kvzip" else "head") == "global"
 
 
 def for_reference(name: str, options: dict) -> dict:

@@ -2,15 +2,16 @@
 
 At the shape of Qwen2.5-VL-7B's language model (28 layers, 28 heads, 4 KV heads of 128, bfloat16):
 
-1. the kernels' tests, and each operation against float64 on the CPU;
+1. each operation against float64;
 2. column sums beside the attention that they repeat;
 3. decode by budget: attention over what is kept, beside the time that reading it takes at a copy's bandwidth; heads
    of different counts, slots in few bits;
 4. decoded tokens through the whole model (random weights): full cache, 20 % and 5 %, in CUDA graphs on reserved room
    and without, beside what bandwidth allows;
 5. what each method adds to a prefill, on its own and in the whole model, and its memory;
-6. the marks: what is asked, what was measured, met or not;
-7. where asked for (`--parts tiles`), which tiles of the kernels suit the card.
+6. the kernels' tests;
+7. the marks: what is asked, what was measured, met or not;
+8. where asked for (`--tiles`), which tiles of the kernels suit the card.
 
 Needs torch, transformers and numpy; Triton for the kernels, pytest for their tests. Without CUDA: one line and exit
 code 2, or `--device cpu --quick` to see that it runs. Each part has a time limit, and what is done is written as soon
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure
-from benchmarks.gpu import decode, kernels, model, prefill, tiles
+from benchmarks.gpu import clock, decode, kernels, model, prefill, tiles
 from benchmarks.gpu.marks import marks
 from benchmarks.gpu.plan import LIMITS, QUICK, Plan
 from benchmarks.gpu.report import Report
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to see that it runs")
     parser.add_argument("--quick", action="store_true", help="everything small")
-    parser.add_argument("--parts", nargs="+", choices=list(LIMITS), default=list(LIMITS)[:-1], help="only these")
+    parser.add_argument("--parts", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="only these")
+    parser.add_argument("--tiles", action="store_true", help="try other tiles for the kernels, at the end")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or measure.RESULTS), help="folder")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -54,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report(options.out, measure.machine(device))
     with torch.inference_mode():
         run(plan, report, options.parts)
+        if options.tiles:
+            clock.freed()
+            with report.part("tiles"):
+                tiles.tiles(plan, report)
     for path in report.write():
         print(f"wrote {path}")
     for failure in report.failures:
@@ -66,8 +72,6 @@ def run(plan: Plan, report: Report, parts: Sequence[str]) -> None:
     if "kernels" in parts:
         with report.part("kernels"):
             kernels.errors(plan, report)
-            if plan.cuda:
-                kernels.tests(report)
     if "column sums" in parts:
         with report.part("column sums"):
             prefill.column_sums_beside_attention(plan, report)
@@ -88,12 +92,11 @@ def run(plan: Plan, report: Report, parts: Sequence[str]) -> None:
     if "whole model" in parts and whole is not None:
         with report.part("whole model"):
             model.prefill_and_memory(plan, report, whole)
+    if "tests" in parts and plan.cuda:
+        with report.part("tests"):
+            kernels.tests(report)
     with report.part("marks"):
         marks(report)
-    if "tiles" in parts and plan.cuda:
-        whole = None
-        with report.part("tiles"):
-            tiles.tiles(plan, report)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from benchmarks import measure
 from benchmarks.gpu import clock
 from benchmarks.gpu.plan import BUDGET, BUDGETS, Case, Plan
 from benchmarks.gpu.report import Report
-from kvweave.memory.attend import attend, attend_packed, attend_uneven
+from kvweave.memory.attend import attend, attend_few_bits, attend_uneven
 from kvweave.memory.packed import PackedSlots, packed
 from kvweave.memory.slots import Slots
 from kvweave.ops.quantize import Quantization
@@ -173,6 +173,6 @@ def _few_bits(plan: Plan, layers: Sequence[Slots | PackedSlots], query: Tensor) 
     def run() -> None:
         for slots in layers:
             assert isinstance(slots, PackedSlots)
-            attend_packed(query, slots, None, None)
+            attend_few_bits(query, slots, None, None)
 
     return clock.seconds({"": clock.captured(run, plan.device)}, plan.rounds, plan.device)[""]

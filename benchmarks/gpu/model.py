@@ -244,9 +244,10 @@ def _prefill(plan: Plan, model: Qwen2ForCausalLM, ids: torch.Tensor, name: str) 
     device = plan.device
     visual = torch.zeros(ids.shape, dtype=torch.bool, device=device)
     visual[:, ids.shape[1] // 8 : ids.shape[1] * 3 // 4] = True
-    session = kvweave.compress(model, kvweave.parse_method(name, budget=BUDGET), visual=visual)
-    with nullcontext() if name == FULL else session:
-        cache: Any = DynamicCache(config=model.config) if name == FULL else None
+    plain = name == FULL
+    session = None if plain else kvweave.compress(model, kvweave.parse_method(name, budget=BUDGET), visual=visual)
+    with session or nullcontext():
+        cache: Any = DynamicCache(config=model.config) if plain else None
         measure.synchronize(device)
         if plan.cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -255,8 +256,8 @@ def _prefill(plan: Plan, model: Qwen2ForCausalLM, ids: torch.Tensor, name: str) 
         model(ids, past_key_values=cache, logits_to_keep=1)
         measure.synchronize(device)
         seconds = time.perf_counter() - started
-    cache = cache or session.cache
-    if name == FULL:
+    cache = cache if session is None else session.cache
+    if plain:
         kept = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
     else:
         kept = sum(layer.nbytes for layer in cache.compressed_layers)

@@ -83,7 +83,7 @@ def methods(plan: Plan, report: Report) -> None:
                 run()
                 measure.synchronize(plan.device)
                 took = time.perf_counter() - started
-                rounds = plan.rounds if took < 0.2 else 1
+                rounds = min(3, plan.rounds) if took < 0.2 else 1
                 if took > plan.patience:
                     slow.add(name)
                 alone = clock.seconds({name: run}, rounds, plan.device)[name]
@@ -91,7 +91,8 @@ def methods(plan: Plan, report: Report) -> None:
                 cells["prefill_mib"][name][length] = f"{measure.peak_bytes(run, plan.device) / measure.MIB:.0f}"
                 if plan.cuda:
                     added = clock.behind_work(run, plan.busy, rounds, plan.device)
-                    cells["prefill_waits"][name][length] = str(clock.waits(run))
+                    if length == plan.prefill[0]:
+                        cells["prefill_waits"][name][length] = str(clock.waits(run))
                 else:
                     added = alone
                 cells["prefill_ms"][name][length] = f"{1e3 * added:.2f}"
@@ -107,7 +108,6 @@ def methods(plan: Plan, report: Report) -> None:
 
 
 def _tables(plan: Plan, report: Report, cells: dict[str, dict[str, dict[int, str]]]) -> None:
-    columns = ["", *(f"L={n}" for n in plan.prefill)]
     said = {
         "prefill_ms": (
             "Added prefill latency",
@@ -123,7 +123,9 @@ def _tables(plan: Plan, report: Report, cells: dict[str, dict[str, dict[int, str
         ),
     }
     for table, (title, note) in said.items():
-        rows = [[name, *(row.get(n, "-") for n in plan.prefill)] for name, row in cells[table].items()]
+        lengths = plan.prefill[:1] if table == "prefill_waits" else plan.prefill
+        columns = ["", *(f"L={n}" for n in lengths)]
+        rows = [[name, *(row.get(n, "-") for n in lengths)] for name, row in cells[table].items()]
         report.table(table, title, columns, rows, note)
 
 

@@ -50,7 +50,7 @@ class Report:
         """A part that fails, or takes longer than it may, is reported and does not take the others with it."""
         started, before = time.perf_counter(), set(self.text)
         usual = signal.signal(signal.SIGALRM, _too_long)
-        signal.setitimer(signal.ITIMER_REAL, LIMITS.get(name, 0))
+        signal.setitimer(signal.ITIMER_REAL, LIMITS.get(name, 60))
         try:
             yield
         except Exception as error:

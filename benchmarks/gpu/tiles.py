@@ -1,4 +1,4 @@
-"""Which tiles suit the card: the kernels' constants, one varied after the other. `--parts tiles`."""
+"""Which tiles suit the card: the kernels' constants, one varied after the other. `--tiles`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tiles(plan: Plan, report: Report) -> None:
             lambda: kernels.column_sums(queries, keys, plan.dim**-0.5, kinds),
         )  # fmt: skip
     for batch, share in ((1, 1.0), (1, BUDGET), (8, BUDGET)):
-        kept = int(share * 32768)
+        kept = int(share * plan.decode[1].length)
         layers = [[plan.normal(batch, plan.kv_heads, kept, plan.dim) for _ in range(2)] for _ in range(8)]
         query = plan.normal(batch, plan.kv_heads, plan.heads // plan.kv_heads, plan.dim)
 

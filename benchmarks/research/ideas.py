@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvweave.methods.allocation import Quota
 from kvweave.methods.merging import parted
 from kvweave.methods.options import real
 from kvweave.methods.registry import register
@@ -20,7 +21,7 @@ from kvweave.view import LayerView
 class OutputError(Weave):
     """Scores by the output error that keeping a token prevents: its attention times |value - output|."""
 
-    def score(self, view: LayerView) -> Tensor:
+    def score(self, view: LayerView, quota: Quota | None = None) -> Tensor:
         share = super().score(view)
         share = share / share.sum(-1, keepdim=True)
         output = share[..., None, :] @ view.values.to(share.dtype)  # [batch, kv_heads, 1, dim]

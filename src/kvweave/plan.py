@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvweave.ops.match import take
 from kvweave.ops.merge import merge, segment_sum
-from kvweave.ops.rotary import phase_difference, rotate, unit_tables
+from kvweave.ops.rotary import phase_difference, rotate
 from kvweave.view import LayerView
 
 
@@ -48,6 +48,7 @@ class Compacted:
         mass: float32 [batch, kv_heads, kept], tokens an entry stands for; 0 in an empty slot.
         flow: the layer's flow ratio, mean over rows, where the method computes it.
         bias: float32 [batch, kv_heads, kept], what decoding adds to an entry's logit, or None.
+        full: no slot is empty; False: the positions tell.
     """
 
     keys: Tensor
@@ -56,6 +57,7 @@ class Compacted:
     mass: Tensor
     flow: float | None = None
     bias: Tensor | None = None
+    full: bool = False
 
     def emptied(self, empty: Tensor) -> "Compacted":
         """With the slots `empty` [batch, kv_heads, kept] holding nothing."""
@@ -82,7 +84,9 @@ class Plan:
         scope: a word for each row of the batch on how the layer was treated, such as "cross".
         memory: [batch, ...], what the method wants to see as `LayerView.memory` on a later turn.
         uneven: heads keep different counts.
-        log: further numbers for the report, [batch] each.
+        values: [batch, kv_heads, kept, dim], the entries' values where the method has fitted them, float32 or wider.
+        log: further numbers for the report, [batch] each; "a.b" is number b of a group a.
+        words: what the report says besides, of all layers and rows alike.
     """
 
     keep: Tensor
@@ -93,7 +97,9 @@ class Plan:
     scope: tuple[str, ...] | None = None
     memory: Tensor | None = None
     uneven: bool = False
+    values: Tensor | None = None
     log: Mapping[str, Tensor] = field(default_factory=dict)
+    words: Mapping[str, str | bool] = field(default_factory=dict)
 
     def apply(self, view: LayerView) -> Compacted:
         """The kept entries of `view`, merged with what the plan merges into them."""
@@ -111,17 +117,20 @@ class Plan:
         if self.added is not None:
             sums = (values.to(self.added.dtype) + self.added).to(values.dtype)
             values = torch.where((self.added != 0).any(-1, keepdim=True), sums, values)
-        done = Compacted(keys, values, view.positions.gather(-1, keep), mass, bias=self.bias)
+        if self.values is not None:
+            values = self.values.to(view.values.dtype)
+        bias = self.bias
+        if bias is None and view.bias is not None:  # a later turn: what stays weighs what it did
+            bias = view.bias.gather(-1, keep)
+        full = view.empty is None and not self.uneven
+        done = Compacted(keys, values, view.positions.gather(-1, keep), mass, bias=bias, full=full)
         return done.emptied(self.keep < 0) if self.uneven else done
 
     def _merged_keys(self, view: LayerView, plan: Merge) -> Tensor:
         """Keys, float32 or wider, with every source turned to its target's phase (SPEC 4.2)."""
-        if view.rotary is None:
-            raise ValueError(
-                "rope_aware=True needs the rotary tables: compress_tensors takes them as rotary=(cos, sin), "
-                "and this model does not hand them to its attention"
-            )
-        cos, sin = unit_tables(*view.rotary)
+        tables = view.unit_tables("rope_aware=True")
+        assert tables is not None
+        cos, sin = tables
         goal = self.keep.gather(-1, plan.target.clamp(min=0)).clamp(min=0)
         angle = phase_difference(take(cos, goal), take(sin, goal), take(cos, plan.source), take(sin, plan.source))
         keys = view.keys.to(plan.weight.dtype)

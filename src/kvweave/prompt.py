@@ -51,6 +51,11 @@ class Prompt:
         """Real tokens of each row (one host synchronisation, however often it is asked)."""
         return self.valid.sum(1).tolist()
 
+    @property
+    def padded(self) -> bool:
+        """Some column is padding."""
+        return min(self.lengths) < self.length
+
     def extended(self, visual: Tensor, valid: Tensor) -> "Prompt":
         """This prompt followed by further columns; a decoded token's are written behind it, where room was made."""
         new = visual.shape[1]

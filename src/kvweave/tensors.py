@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvweave.cut.rows import Group, compact, fits, group_rows, observe
-from kvweave.cut.waiting import decoded_attention
+from kvweave.cut.rows import Group, Share, compact, fits, group_rows, observe
+from kvweave.cut.waiting import decoded_attention, tell_attention
 from kvweave.memory.slots import Slots
 from kvweave.methods.base import Method
 from kvweave.ops.budget import entries
@@ -69,7 +70,7 @@ def compress_tensors(
     budgets = [entries(method.budget, n, bytes_per_entry) for n in lengths]
     rule = AttentionRule(dim**-0.5 if scaling is None else scaling)
 
-    layers_of_slots = [Slots(k, v).explicit(prompt.valid) for k, v in zip(keys, values, strict=True)]
+    layers_of_slots = [Slots(k, v).explicit(prompt.valid, padded=padded) for k, v in zip(keys, values, strict=True)]
 
     def view(layer: int) -> list[Group]:
         groups = group_rows(
@@ -79,27 +80,25 @@ def compress_tensors(
             rule,
             layer=layer,
             layers=layers,
-            rotary=rotary,
+            rotary=rotary if method.turns_keys else None,
             wanted=wanted,
             apart=range(batch) if method.plans_rows_alone else None,
         )
         for group in groups:
             if decoded is not None and wanted:
-                softened = 1.0 if probed else method.decoded_temperature
-                hot = replace(rule, scaling=rule.scaling / softened)
-                _tell(group.view, decoded[0][layer][group.index], decoded[1][layer][group.index], hot)
-                group.view.probed = probed
+                behind = decoded[0][layer][group.index], decoded[1][layer][group.index]
+                _tell(group.view, *behind, rule, method, probed=probed)
                 tokens = decoded[0][layer].new_full((1, 1, 1), decoded[0][layer].shape[2], dtype=torch.float64)
                 group.view.decoded_weight = method.weight_of(tokens)
         return groups
 
     if method.layer_adaptive:
         views = [view(layer) for layer in range(layers)]
-        weights = [observe(method, groups, budgets, lengths) for groups in views]
+        weights = [observe(method, groups, budgets, lengths, probed=(probed,)) for groups in views]
         shares = _adaptive(method, views[0], weights, budgets, lengths)
     else:
         views = []
-        shares = [method.layer_budgets(b, n, layers) for b, n in zip(budgets, lengths, strict=True)]
+        shares = [list(method.layer_budgets(b, n, layers)) for b, n in zip(budgets, lengths, strict=True)]
     done = []
     for layer in range(layers):
         groups = views[layer] if views else view(layer)
@@ -113,18 +112,27 @@ def compress_tensors(
     return done
 
 
-def _tell(view: LayerView, queries: Tensor, keys: Tensor, rule: AttentionRule) -> None:
+def _tell(
+    view: LayerView, queries: Tensor, keys: Tensor, rule: AttentionRule, method: Method, *, probed: bool
+) -> None:
     """Let a view know what tokens behind its prompt attend to."""
     tokens = queries.shape[2]
     counted = torch.ones(len(queries), tokens, dtype=torch.bool, device=keys.device)
-    view.decoded = decoded_attention(view, queries, keys, counted, rule) / tokens
+    if not probed:
+        rule = replace(rule, scaling=rule.scaling / method.decoded_temperature)
+    for reduction in method.decoded_reductions:
+        total = decoded_attention(view, queries, keys, counted, rule, *reduction)
+        tell_attention(view, reduction, total, counted.sum(1)[:, None, None])
+    if method.keeps_rows:
+        view.decoded_queries, view.decoded_counted = queries, counted
+    view.probed = probed
 
 
 def _adaptive(
-    method: Method, groups: list[Group], weights: list[list[float]], budgets: list[int], lengths: list[int]
-) -> list[list[int]]:
-    """Layer budgets of each row from all layers' weights; `weights[layer][group]`."""
-    shares: list[list[int]] = [[] for _ in budgets]
+    method: Method, groups: list[Group], weights: list[list[Any]], budgets: list[int], lengths: list[int]
+) -> list[list[Share]]:
+    """Layer budgets of each row from what was observed of all layers; `weights[layer][group]`."""
+    shares: list[list[Share]] = [[] for _ in budgets]
     for n, group in enumerate(groups):
         row = group.index[0]
         shares[row] = method.allocate([layer[n] for layer in weights], budgets[row], lengths[row])

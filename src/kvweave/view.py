@@ -10,6 +10,8 @@ from torch import Tensor
 from kvweave.ops import spread, statistics
 from kvweave.ops.draw import stratified_rows
 from kvweave.ops.heads import HERE, Heads
+from kvweave.ops.reference_rows import ReferenceRows
+from kvweave.ops.rotary import unit_tables
 from kvweave.ops.statistics import AttentionRule, Flow
 
 #: Rows of column sums that the decoded tokens' attention counts as, before it is weighted (SPEC 13.1).
@@ -42,6 +44,12 @@ class LayerView:
         decoded: float [batch, kv_heads, length], attention received from tokens decoded behind the prompt, mean over
             them (SPEC 13.1, `D`), where the cut was deferred or probes were answered; else None.
         decoded_weight: its weight against the prompt's own rows, in [0, 1); one, or [batch, 1, 1].
+        decoded_by: the same where it is not the mean over the tokens and over a group's heads, by (rows_by,
+            heads_by).
+        decoded_queries: [batch, heads, tokens, dim], those tokens' queries, where the method looks through their eyes
+            (`Method.keeps_rows`); decoded_counted: bool [batch, tokens], those that count.
+        projection: [hidden, heads * dim], the layer's output projection, where the method asks for it and there is
+            one.
         probed: the decoded tokens are answers to probes, not the reply's beginning.
         heads: where the layer's other KV heads are, if not here (tensor parallelism).
         known: statistics that were computed, by name.
@@ -65,6 +73,10 @@ class LayerView:
     rotated: bool = True
     decoded: Tensor | None = None
     decoded_weight: float | Tensor = 0.0
+    decoded_by: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
+    decoded_queries: Tensor | None = None
+    decoded_counted: Tensor | None = None
+    projection: Tensor | None = None
     probed: bool = False
     heads: Heads = HERE
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -90,27 +102,58 @@ class LayerView:
         """Number of the first KV head here among the layer's."""
         return self.heads.rank * self.kv_heads
 
-    def window_attention(self, window: int, adjust: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def decoded_attention(self, rows_by: str = "mean", heads_by: str = "mean") -> Tensor | None:
+        """Attention received from the tokens behind the prompt: [batch, kv_heads, length], or None (SPEC 13.1, `D`).
+
+        Args:
+            rows_by, heads_by: over the tokens, and before over a group's heads; one that the method asks for
+                (`Method.decoded_reductions`).
+        """
+        return self.decoded if rows_by == heads_by == "mean" else self.decoded_by.get((rows_by, heads_by))
+
+    def window_attention(
+        self,
+        window: int,
+        adjust: Callable[[Tensor], Tensor] | None = None,
+        *,
+        rows_by: str = "mean",
+        heads_by: str = "mean",
+    ) -> Tensor:
         """Attention received from the last `window` rows: [batch, kv_heads, length] (SPEC 2.1, `I`).
 
         Where tokens were decoded before the cut, theirs is mixed in as if it came from as many rows (SPEC 13.1).
 
         Args:
             adjust: what is done to the prompt's own part first, such as pooling; it may leave the last tokens off.
+            rows_by: "mean": the sum over rows; "max": the largest of any row, of prompt and decoded tokens apart.
+            heads_by: "mean" or "max" over the query heads of a group, before that.
         """
-        received = self.once(
-            ("window", window),
-            lambda: statistics.window_attention(self._queries(), self.keys, self.rule, window),
-        )
+        received = self.prompt_attention(window, rows_by, heads_by)
         received = received if adjust is None else adjust(received)
-        if self.decoded is None:
+        decoded = self.decoded_attention(rows_by, heads_by)
+        if decoded is None:
             return received
-        decoded = self.decoded[..., : received.shape[-1]] * min(window, self.rows)
+        decoded = decoded[..., : received.shape[-1]]
+        if rows_by == "mean":
+            decoded = decoded * min(window, self.rows)
         return (1 - self.decoded_weight) * received + self.decoded_weight * decoded
 
-    def peak_attention(self) -> Tensor:
-        """Most attention from any one row, a group's mean: [batch, kv_heads, length] (SPEC 13.2)."""
-        return self.once("peak", lambda: statistics.column_peaks(self._queries(), self.keys, self.rule))
+    def prompt_attention(self, window: int, rows_by: str = "mean", heads_by: str = "mean") -> Tensor:
+        """As `window_attention`, of the prompt's own rows alone."""
+        return self.once(
+            ("window", window, rows_by, heads_by),
+            lambda: statistics.window_attention(self.all_queries(), self.keys, self.rule, window, rows_by, heads_by),
+        )
+
+    def received(self, rows_by: str, heads_by: str) -> Tensor:
+        """Attention from all of the prompt's rows, over a group's heads first: [batch, kv_heads, length].
+
+        With `rows_by="max"` the most that any one row pays (SPEC 13.2), with "mean" the sum.
+        """
+        return self.once(
+            ("received", rows_by, heads_by),
+            lambda: statistics.received(self.all_queries(), self.keys, self.rule, rows_by, heads_by),
+        )
 
     def column_sums(self) -> Tensor:
         """Attention received by each token from text and from visual rows: [batch, heads, 2, length]."""
@@ -118,20 +161,58 @@ class LayerView:
         def compute() -> Tensor:
             visual = self.row_visual()
             kinds = torch.stack([~visual, visual], 1)
-            return statistics.column_sums(self._queries(), self.keys, self.rule, kinds)
+            return statistics.column_sums(self.all_queries(), self.keys, self.rule, kinds)
 
         return self.once("columns", compute)
 
-    def column_mass(self) -> Tensor:
+    def column_mass(self, rows_by: str = "mean", heads_by: str = "mean") -> Tensor:
         """Attention received by each token from all rows: [batch, kv_heads, length] (SPEC 2.1, `C`).
 
-        Where tokens were decoded before the cut, theirs is added (SPEC 13.1).
+        Where tokens were decoded before the cut, theirs is added (SPEC 13.1); of maxima both are mixed by weight.
         """
-        mass = self.once("column mass", lambda: self.column_sums().sum(2).unflatten(1, (self.kv_heads, -1)).mean(2))
-        if self.decoded is None:
+        if rows_by == heads_by == "mean":
+            mass = self.once(
+                "column mass", lambda: self.column_sums().sum(2).unflatten(1, (self.kv_heads, -1)).mean(2)
+            )
+        else:
+            mass = self.received(rows_by, heads_by)
+        decoded = self.decoded_attention(rows_by, heads_by)
+        if decoded is None:
             return mass
+        if rows_by == "max":
+            return (1 - self.decoded_weight) * mass + self.decoded_weight * decoded
         odds = self.decoded_weight / (1 - self.decoded_weight)
-        return mass + odds * DECODED_ROWS * self.decoded
+        return mass + odds * DECODED_ROWS * decoded
+
+    def reference_rows(self, rows: int) -> ReferenceRows:
+        """The last `rows` prompt tokens and all decoded or probed ones, as SPEC 15.3 looks through them."""
+        queries, mask = self.hold_rows(rows)
+        return ReferenceRows.of(
+            self.keys,
+            queries,
+            self.rule,
+            mask=mask,
+            bias=self.bias,
+            empty=self.empty,
+            decoded=self.decoded_queries,
+            counted=self.decoded_counted,
+            decoded_weight=self.decoded_weight,
+        )
+
+    def hold_rows(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Let `reference_rows` be asked for once queries are released."""
+        held: tuple[Tensor, Tensor | None] = self.once(("reference queries", rows), lambda: self._last_rows(rows))
+        return held
+
+    def _last_rows(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Queries [batch, heads, n, dim] of the last tokens, and the model's mask of their rows or None."""
+        queries = self.all_queries()
+        count = queries.shape[2]
+        first = max(0, count - rows)
+        mask = None if self.rule.mask is None else self.rule.mask(first, count).clone()
+        if mask is not None:
+            mask = mask.expand(self.batch, *mask.shape[1:])
+        return queries[:, :, first:].clone(), mask
 
     def flow(self, rows: int = 0, seed: int = 0) -> Flow:
         """The layer's cross-modal flow ratios, [batch] each (SPEC 3, step 1).
@@ -146,7 +227,15 @@ class LayerView:
     def _sampled_flow(self, rows: int, seed: int) -> Flow:
         row_visual = self.row_visual()
         index, weight = stratified_rows(row_visual, rows, seed, self.layer)
-        queries = self._queries()
+        queries, rule = self.some_rows(index)
+        return self._flow(statistics.column_sums(queries, self.keys, rule, weight))
+
+    def _flow(self, sums: Tensor) -> Flow:
+        return statistics.flow_ratio(sums, self.visual, self.row_visual(), self.over_heads)
+
+    def some_rows(self, index: Tensor) -> tuple[Tensor, AttentionRule]:
+        """Queries of the rows `index` [batch, n], and the rule by which they attend as they did among all rows."""
+        queries = self.all_queries()
         drawn = queries.gather(2, index[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
         first = self.length - queries.shape[2]
         columns = torch.arange(self.length, device=index.device)
@@ -162,18 +251,40 @@ class LayerView:
             at = (part - low)[:, None, :, None].expand(-1, block.shape[1], -1, block.shape[3])
             return block.gather(2, at)
 
-        sums = statistics.column_sums(drawn, self.keys, replace(self.rule, mask=mask), weight)
-        return self._flow(sums)
+        return drawn, replace(self.rule, mask=mask)
 
-    def _flow(self, sums: Tensor) -> Flow:
-        return statistics.flow_ratio(sums, self.visual, self.row_visual(), self.over_heads)
+    def slot_weights(self) -> Tensor:
+        """What a slot counts in a mean over slots: exp(bias), 0 where it is empty; [batch, kv_heads, length]."""
+        weights = torch.ones_like(self.mass) if self.bias is None else self.bias.exp()
+        return weights if self.empty is None else weights.masked_fill(self.empty, 0)
+
+    def unit_tables(self, needed_by: str) -> tuple[Tensor, Tensor] | None:
+        """Rotary tables on the unit circle, [batch, kv_heads, length, rotary_dim]; None: keys are not rotated.
+
+        Args:
+            needed_by: for the error where the tables are not at hand.
+        """
+        if not self.rotated:
+            return None
+        if self.rotary is None:
+            raise ValueError(
+                f"{needed_by} needs the rotary tables: compress_tensors takes them as rotary=(cos, sin), "
+                "and this model does not hand them to its attention"
+            )
+        return unit_tables(*self.rotary)
 
     def cross_entropy(self, *, causal: bool) -> Tensor:
         """Entropy of attention restricted to the other modality, nats: [batch] (SPEC 7)."""
         return self.once(
             ("entropy", causal),
             lambda: spread.cross_entropy(
-                self._queries(), self.keys, self.rule, self.visual, self.row_visual(), self.over_heads, causal=causal
+                self.all_queries(),
+                self.keys,
+                self.rule,
+                self.visual,
+                self.row_visual(),
+                self.over_heads,
+                causal=causal,
             ),
         )
 
@@ -183,13 +294,26 @@ class LayerView:
         rule = self.rule if mask is None else replace(self.rule, mask=lambda i, j: mask(first + i, first + j))
         return self.once(
             ("density", rows, share),
-            lambda: spread.row_density(self._queries()[:, :, first:], self.keys, rule, share, self.over_heads),
+            lambda: spread.row_density(self.all_queries()[:, :, first:], self.keys, rule, share, self.over_heads),
         )
+
+    def text_step(self) -> Tensor:
+        """The first of the last two text tokens that stand in neighbouring columns: int64 [batch, kv_heads].
+
+        Where there are none, the last token but one.
+        """
+        pairs = ~self.visual[..., :-1] & ~self.visual[..., 1:]
+        pairs = pairs & (self.positions[..., 1:] - self.positions[..., :-1] == 1) & (self.positions[..., :-1] >= 0)
+        place = torch.arange(self.length - 1, device=pairs.device).expand_as(pairs)
+        last = max(0, self.length - 2)
+        if not place.numel():
+            return torch.zeros_like(self.positions[..., 0])
+        return torch.where(pairs.any(-1), place.masked_fill(~pairs, -1).amax(-1), last)
 
     @property
     def rows(self) -> int:
         """Rows whose queries are, or were, at hand."""
-        return self.once("rows", lambda: self._queries().shape[2])
+        return self.once("rows", lambda: self.all_queries().shape[2])
 
     def row_visual(self) -> Tensor:
         """Modality of those rows: bool [batch, rows]."""
@@ -198,10 +322,11 @@ class LayerView:
     def release_queries(self) -> None:
         """Forget the queries; statistics already computed stay, and how many rows there were."""
         if self.queries is not None:
-            self.once("rows", lambda: self._queries().shape[2])
+            self.once("rows", lambda: self.all_queries().shape[2])
         self.queries = None
 
-    def _queries(self) -> Tensor:
+    def all_queries(self) -> Tensor:
+        """Queries [batch, heads, rows, dim] of the last tokens, as long as they are at hand."""
         if self.queries is None:
             raise RuntimeError("this statistic needs queries, and the method asked for none (Method.query_rows)")
         return self.queries

@@ -74,7 +74,7 @@ CASES = {
         )
         for bits in (8, 4, 2)
     },
-    "together": (decode._together, {"rows": 16, "value_width": 128, "tile": 16}, {"out": "*bf16"}),
+    "together": (decode._together, {"rows": 16, "value_width": 128, "tile": 64}, {"out": "*bf16"}),
 }
 
 if __name__ == "__main__":

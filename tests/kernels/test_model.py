@@ -32,15 +32,15 @@ def model():
 def logits(model, method, ids, reserved, padded):
     """Of three decoded tokens, [batch, 3, vocabulary]."""
     with kvweave.compress(model, method) as session:
-        mask = torch.ones_like(ids[:, :97])
+        mask = torch.ones_like(ids)
         mask[1, :padded] = 0
-        out = model(ids[:, :97], attention_mask=mask)
+        out = model(ids[:, :97], attention_mask=mask[:, :97] if padded else None)
         if reserved:
             session.cache.reserve(4)
         found = []
         for n in range(97, 100):
-            more = torch.ones_like(ids[:, 97 : n + 1])
-            out = model(ids[:, n : n + 1], past_key_values=session.cache, attention_mask=torch.cat([mask, more], 1))
+            seen = mask[:, : n + 1] if padded else None
+            out = model(ids[:, n : n + 1], past_key_values=session.cache, attention_mask=seen)
             found.append(out.logits[:, -1])
         return torch.stack(found, 1)
 

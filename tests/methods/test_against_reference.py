@@ -10,6 +10,8 @@ import kvweave
 import reference
 from strategies import (
     PATTERNS,
+    SYMMETRIC,
+    WRAPPED,
     assert_matches,
     batch,
     compress,
@@ -73,8 +75,8 @@ def tensors_of(scenario, rotary):
 )
 def test_method_equals_its_reference(name, options, scenario):
     budget = SCENARIOS[scenario][2]
-    case, plain = tensors_of(scenario, bool(options.get("rope_aware")))
-    if (name, scenario) == ("flashcache", "two tokens"):
+    case, plain = tensors_of(scenario, True)
+    if name in SYMMETRIC and scenario == "two tokens":
         budget = 1.0  # both are as far from their mean: which one stays is rounding
     layers = compress(name, case, budget, **options)
     expected = reference.compress(name, plain, budget, **for_reference(name, options))
@@ -86,6 +88,16 @@ def test_method_equals_its_reference(name, options, scenario):
         assert layer.positions.shape[-1] == max(len(head.positions) for head in want.heads)
         if want.flow is not None:
             assert layer.flow == pytest.approx(want.flow, abs=1e-5)
+
+
+# Few, for they are slow: what is wrapped is tested above.
+FEW = ["share", "float32", "wide groups", "three", "all but one", "everything", "all visual", "one token", "sharp"]
+
+
+@pytest.mark.parametrize("scenario", FEW)
+@pytest.mark.parametrize(("name", "options"), [pytest.param(*of, id=f"{of[0]}:{spelled(of[1])}") for of in WRAPPED])
+def test_wrapper_equals_its_reference(name, options, scenario):
+    test_method_equals_its_reference(name, options, scenario)
 
 
 def test_every_method_has_a_reference():

@@ -12,6 +12,7 @@ import reference
 from strategies import (
     OPTIONS,
     PATTERNS,
+    WRAPPED,
     assert_matches,
     batch,
     cases,
@@ -82,6 +83,29 @@ def test_probes_are_scored_by_their_own_rule(name, tokens):
     decoded = decoded_of(case, tokens)
     mine = compress(name, case, 0.35, decoded, probed=True, recent=4)
     assert_matches(mine, expected(name, case, 0.35, decoded, 0.0, recent=4, probed=True))
+
+
+@pytest.mark.parametrize("allocation", ["global", "layer", "head"])
+def test_kvzip_goes_by_probes_alone(allocation):
+    """16.9: the largest attention of any probed row and head; without probes decoded rows join the prompt's."""
+    case = random_case(PATTERNS["interleaved"](27), seed=4, layers=2)
+    decoded = decoded_of(case, 5)
+    mine = compress("kvzip", case, 0.35, decoded, probed=True, allocation=allocation)
+    assert_matches(mine, expected("kvzip", case, 0.35, decoded, 0.0, probed=True, allocation=allocation))
+
+
+FITTED = [*WRAPPED, *((name, options) for name in ("match", "weave2") for options in OPTIONS[name])]
+
+
+@pytest.mark.parametrize("probed", [False, True])
+@pytest.mark.parametrize(("name", "options"), FITTED, ids=str)
+def test_decoded_tokens_are_reference_rows(name, options, probed):
+    """15.3: behind the prompt's, weighed by lambda, on the prompt's slots alone."""
+    case = replace(random_case(PATTERNS["interleaved"](23), seed=3, layers=2), rotary=rotary_tables(23, 8))
+    decoded, options = decoded_of(case, 5), {key: value for key, value in options.items() if key != "defer"}
+    mine = compress(name, case, 0.35, decoded, probed=probed, defer=5, **options)
+    by_probes = {"probed": True} if probed and options.get("method") == "kvzip" else {}
+    assert_matches(mine, expected(name, case, 0.35, decoded, 5 / 9, **options, **by_probes))
 
 
 @pytest.mark.parametrize("name", BY_ATTENTION)

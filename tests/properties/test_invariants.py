@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 import kvweave
 import reference
 from strategies import (
+    FITTED,
     LAYER_ADAPTIVE,
     MERGING,
     NARROW,
+    SYMMETRIC,
     assert_close,
     assert_matches,
     assert_same,
@@ -23,8 +25,10 @@ from strategies import (
     compress,
     for_reference,
     heads_of,
+    is_ragged,
     options_of,
     pad,
+    pools,
     reference_layers,
     registered,
     rotary_tables,
@@ -42,8 +46,8 @@ CONVEX = {"similarity", "average", "pivotal", "importance"}
 
 
 def not_tied(name: str, case) -> bool:
-    """FlashCache on two tokens: both are as far from their mean, which one stays is rounding."""
-    return name != "flashcache" or case.length != 2
+    """Two tokens are as far from their mean, which one stays is rounding."""
+    return name not in SYMMETRIC or case.length != 2
 
 
 def is_convex(options: dict) -> bool:
@@ -81,13 +85,15 @@ def test_counts_are_exact(name, data, case, budget):
     """12.2"""
     options = data.draw(options_of(name))
     counts = [[len(head.positions) for head in heads] for heads in heads_of(compress(name, case, budget, **options))]
-    assert all(1 <= count <= case.length for heads in counts for count in heads) or name == "adakv"
+    assert all(1 <= count <= case.length for heads in counts for count in heads) or is_ragged(name, options)
     if not uses_budget(name, options):
         return
     B = reference.budget_tokens(budget, case.length)
     assert sum(map(sum, counts)) == len(counts) * case.kv_heads * B
-    if name == "adakv":
-        assert all(sum(heads) == case.kv_heads * B for heads in counts)
+    if pools(name, options):
+        return
+    if is_ragged(name, options):
+        assert all(sum(heads) == case.kv_heads * B for heads in counts) or name in LAYER_ADAPTIVE
     elif name in LAYER_ADAPTIVE:
         assert all(len(set(heads)) == 1 for heads in counts)
     else:
@@ -113,7 +119,7 @@ def test_positions_ascend_and_mass_adds_up(name, data, case, budget):
             assert mass.sum() <= case.length
             if name in EVICTS_NOTHING and options.get("merge", True):
                 assert mass.sum() == case.length
-            if name not in MERGING:
+            if name not in MERGING | {"weave2"}:
                 assert torch.equal(mass, torch.ones_like(mass))
         assert not layer.keys.isnan().any()
         assert not layer.values.isnan().any()
@@ -129,7 +135,7 @@ def test_entries_without_members_are_copies(name, data, case, budget):
             for slot, position in enumerate(head.positions):
                 if head.mass[slot] == 1:
                     assert torch.equal(head.keys[slot], case.keys[number][0, kv, position])
-                    if name != "cam":
+                    if name != "cam" and name not in FITTED:
                         assert torch.equal(head.values[slot], case.values[number][0, kv, position])
 
 
@@ -181,7 +187,7 @@ def test_rows_of_a_batch_do_not_meet(name, data, case, share):
     L = case.length
     other = case.map_heads(*[lambda x: x.flip(-2).roll(1, 1)] * 2)
     long = replace(
-        case.map_heads(*[lambda x: torch.cat([x, -x], -2)] * 2),
+        case.map_heads(*[lambda x: torch.cat([x, x.roll(1, -1)], -2)] * 2),
         visual=case.visual.repeat(1, 2),
         rotary=rotary_tables(2 * L, case.keys[0].shape[-1]),
     )
@@ -195,7 +201,7 @@ def test_rows_of_a_batch_do_not_meet(name, data, case, share):
 @pytest.mark.parametrize("name", [name for name in kvweave.list_methods() if name not in LAYER_ADAPTIVE | {"random"}])
 @given(data=st.data(), case=cases(), budget=budgets)
 def test_layers_of_uniform_methods_do_not_meet(name, data, case, budget):
-    options = data.draw(options_of(name))
+    options = data.draw(options_of(name).filter(lambda options: not pools(name, options)))
     together = heads_of(compress(name, case, budget, **options))
     for number, wanted in enumerate(together):
         alone = replace(
@@ -222,7 +228,7 @@ def test_permuted_heads_give_a_permuted_result(name, data, case, budget):
     of_queries = [kv * g + member for kv in order for member in inside]
     plain = heads_of(compress(name, case, budget, **options))
     permuted = case.map_heads(lambda q: q[:, of_queries], lambda k: k[:, list(order)])
-    if name == "adakv":  # the rounding of head budgets breaks ties by head
+    if is_ragged(name, options):  # the rounding of head budgets breaks ties by head
         assume(order == sorted(order))
     wanted = [[heads[kv] for kv in order] for heads in plain]
     assert_same(heads_of(compress(name, permuted, budget, **options)), wanted, tolerance=1e-5)
@@ -246,7 +252,7 @@ def test_identical_queries_in_a_group_equal_one(name, data, case, budget):
 def test_duplicated_heads_give_duplicated_results(name, data, case, budget):
     """12.11, second half."""
     assume(not_tied(name, case))
-    options = data.draw(options_of(name))
+    options = data.draw(options_of(name).filter(lambda options: not is_ragged(name, options)))
     g = case.queries[0].shape[1] // case.kv_heads
     one = case.map_heads(lambda q: q[:, ::g], lambda k: k)
     double = one.map_heads(*[lambda x: x.repeat_interleave(2, 1)] * 2)

@@ -392,13 +392,15 @@ SLIDERS = {
 }
 if "llama4" not in ARCHITECTURES:
     del SLIDERS["llama4"]
+#: 5.17 itself cannot decode gemma2 with an assistant that slides: eager attention is given more keys than mask.
+ASSISTED = ("gpt_oss", "mistral", *(() if transformers.__version__.startswith("5.17.") else ("gemma2",)))
 
 
 @pytest.mark.filterwarnings("ignore:kvweave compressed no layer")
 @pytest.mark.parametrize("method", [kvweave.SnapKV(budget=0.3, window=4), kvweave.Full()], ids=["snapkv", "full"])
 @pytest.mark.parametrize(
     ("kind", "how"),
-    [(kind, "look-up") for kind in SLIDERS] + [(kind, "assistant") for kind in ("gemma2", "gpt_oss", "mistral")],
+    [(kind, "look-up") for kind in SLIDERS] + [(kind, "assistant") for kind in ASSISTED],
 )
 def test_drafts_are_taken_back_from_layers_that_slide(kind, how, method):
     """`generate` tells the cache that it makes to record their past, before the first forward pass."""

@@ -29,6 +29,12 @@ class Record:
     rows: list[dict[str, Any]]
     bytes_behind: int = 0
 
+    @property
+    def words(self) -> dict[str, Any]:
+        """What the method says of all layers and rows alike."""
+        said: dict[str, Any] = grouped(self.rows[0]).get("report", {}) if self.rows else {}
+        return said
+
     def described(self) -> dict[str, Any]:
         """JSON-able. Counts are means over rows and KV heads, whole numbers that add up to the length."""
         kept, represented = (x.double().mean(1).tolist() for x in (self.kept, self.represented))
@@ -37,10 +43,11 @@ class Record:
         words: dict[str, Any] = {"flow": None, "scope": None}
         for name in dict.fromkeys(name for row in self.rows for name in row):
             said = [row[name] for row in self.rows if name in row]
-            if all(isinstance(value, str) for value in said):
+            if all(isinstance(value, (str, bool)) for value in said):
                 words[name] = said[0] if len(set(said)) == 1 else "mixed"
             else:
                 words[name] = sum(said) / len(said)
+        words = _of_the_layer(words)
         described = {
             **_counts(*(sum(column) / n for column in zip(*counted, strict=True))),
             "heaviest": round(float(self.heaviest)),
@@ -49,8 +56,26 @@ class Record:
             **words,
         }
         if n > 1:
-            described["rows"] = [_counts(*row) | said for row, said in zip(counted, self.rows, strict=True)]
+            described["rows"] = [
+                _counts(*row) | _of_the_layer(said) for row, said in zip(counted, self.rows, strict=True)
+            ]
         return described
+
+
+def _of_the_layer(words: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in grouped(words).items() if name != "report"}
+
+
+def grouped(words: dict[str, Any]) -> dict[str, Any]:
+    """Names "a.b" as b within a."""
+    out: dict[str, Any] = {}
+    for name, value in words.items():
+        group, dot, inner = name.partition(".")
+        if dot:
+            out.setdefault(group, {})[inner] = value
+        else:
+            out[name] = value
+    return out
 
 
 def _counts(length: float, kept: float, represented: float) -> dict[str, int]:

@@ -63,12 +63,18 @@ def group_rows(
     batch, _, count = slots.positions.shape
     column = slots.positions.clamp(min=0).flatten(1)
     empty = slots.positions < 0
-    full = prompt.valid.gather(1, column).view_as(empty).logical_and(~empty)
-    visual = prompt.visual.gather(1, column).view_as(empty) & full
-    everywhere = heads.gather(full)
-    real = everywhere.any(1)  # padding is that of the whole row; a slot may be empty in some heads only
+    visual = prompt.visual.gather(1, column).view_as(empty)
     rows = queries.shape[2] if queries is not None else 0
-    sizes = torch.stack([real.sum(1), real[:, count - rows :].sum(1)], 1).tolist()
+    # where this holds, sizes are known without waiting for the device
+    unpadded = heads.size == 1 and not slots.has_empty and not prompt.padded
+    everywhere = full = real = ~empty
+    sizes = [[count, rows]] * batch
+    if not unpadded:
+        full = prompt.valid.gather(1, column).view_as(empty).logical_and(~empty)
+        visual = visual & full
+        everywhere = heads.gather(full)
+        real = everywhere.any(1)  # padding is that of the whole row; a slot may be empty in some heads only
+        sizes = torch.stack([real.sum(1), real[:, count - rows :].sum(1)], 1).tolist()
     most = rows if wanted == ALL_ROWS else wanted
     keys = [(length, min(asked, most), apart[row] if apart else 0) for row, (length, asked) in enumerate(sizes)]
     groups = []
@@ -76,8 +82,11 @@ def group_rows(
         index = [row for row in range(batch) if keys[row] == key]
         length, asked, _ = key
         whole = len(index) == batch and length == count
-        at = torch.tensor(index, device=real.device)
-        held = places(real[at], length)
+        everyone = torch.arange(batch, device=empty.device)
+        at = everyone if len(index) == batch else torch.cat([everyone[row : row + 1] for row in index])
+        held = torch.arange(length, device=empty.device).expand(len(index), -1)
+        if not unpadded:
+            held = places(real[at], length)
 
         def pick(x: Tensor, at: Tensor = at, held: Tensor = held, whole: bool = whole) -> Tensor:
             """These rows' held slots of `x` [batch, heads, slots, ...]."""
@@ -145,9 +154,18 @@ class Outcome:
     memory: Tensor | None
 
 
-def fits(groups: list[Group], budgets: Sequence[int]) -> bool:
+#: Entries of each KV head of a layer; or, where heads get their own, of each apart.
+Share = int | tuple[int, ...]
+
+
+def smallest(share: Share) -> int:
+    """Entries of the KV head that keeps least."""
+    return share if isinstance(share, int) else min(share)
+
+
+def fits(groups: list[Group], budgets: Sequence[Share]) -> bool:
     """True if no row of the layer has to give up anything."""
-    return all(budgets[row] >= group.view.length for group in groups for row in group.index)
+    return all(smallest(budgets[row]) >= group.view.length for group in groups for row in group.index)
 
 
 @exact
@@ -158,8 +176,10 @@ def observe(
     lengths: Sequence[int],
     *,
     probed: Sequence[bool] = (False,),
-) -> list[float]:
-    """Each group's layer weight, all statistics computed and queries released; 0 where nothing has to go.
+) -> list[Any]:
+    """What `Method.allocate` is given of each group, all statistics computed and queries released.
+
+    That is the layer's weight, 0 where nothing has to go; or whatever a method that pools entries observes.
 
     Args:
         budgets: entries that stay in this layer, by row of the batch; of a layer-adaptive method, their mean over
@@ -167,16 +187,20 @@ def observe(
         lengths: real tokens of each row; on a later turn a layer holds fewer.
         probed: whether the plan will know of probes; both where that is still open.
     """
-    weights = []
+    weights: list[Any] = []
     for group in groups:
         view, weight = group.view, 0.0
         row = group.index[0]
-        if budgets[row] < (lengths[row] if method.layer_adaptive else view.length):
+        view.mean_budget = budgets[row]
+        if method.pools and view.length:
+            for view.probed in probed:
+                weight = method.observe(view)  # a group of one row
+        elif budgets[row] < (lengths[row] if method.layer_adaptive else view.length):
             if method.layer_adaptive:  # a group of one row
                 weight = float(method.observe(view))
             elif method.query_rows:
                 for view.probed in probed:
-                    method.plan(view, view.length - 1)  # asks for every statistic; one token to place costs nothing
+                    method.prepare(view, view.mean_budget)
         weights.append(weight)
         view.release_queries()
     return weights
@@ -184,7 +208,7 @@ def observe(
 
 @exact
 def compact(
-    method: Method, groups: list[Group], budgets: Sequence[int], means: Sequence[int], *, trace: bool = False
+    method: Method, groups: list[Group], budgets: Sequence[Share], means: Sequence[int], *, trace: bool = False
 ) -> Outcome:
     """Plan and cut one layer.
 
@@ -199,7 +223,10 @@ def compact(
     for group in groups:
         view, budget = group.view, budgets[group.index[0]]
         view.mean_budget = means[group.index[0]]
-        plan = method.plan(view, budget) if budget < view.length else _everything(view)
+        if smallest(budget) >= view.length:
+            plan = _everything(view)
+        else:
+            plan = method.plan(view, budget) if isinstance(budget, int) else method.plan_heads(view, budget)
         done = plan.apply(view)
         fate = plan.fate(view) if trace else None
         described = _described(plan, view.batch)
@@ -236,7 +263,8 @@ def _described(plan: Plan, rows: int) -> list[dict[str, Any]]:
     numbers = {**({} if plan.flow is None else {"flow": plan.flow}), **plan.log}
     read = torch.stack([x.double() for x in numbers.values()], -1).tolist() if numbers else [[]] * rows
     scopes = [{}] * rows if plan.scope is None else [{"scope": word} for word in plan.scope]
-    return [dict(zip(numbers, row, strict=True)) | scope for row, scope in zip(read, scopes, strict=True)]
+    words = {f"report.{name}": word for name, word in plan.words.items()}
+    return [dict(zip(numbers, row, strict=True)) | words | scope for row, scope in zip(read, scopes, strict=True)]
 
 
 def _rectangular(rows: list[Compacted]) -> Compacted:

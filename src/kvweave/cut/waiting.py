@@ -9,11 +9,13 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvweave.cut.rows import Group
+from kvweave.methods.base import Method, Reduction
 from kvweave.ops.device import exact, writable
-from kvweave.ops.statistics import AttentionRule, column_sums
+from kvweave.ops.statistics import AttentionRule, column_sums, received
 from kvweave.prompt import Prompt
 from kvweave.view import LayerView
 
@@ -25,22 +27,24 @@ class Waiting:
     Attributes:
         prompt: the prompt that ended; its slots are the first `slots`.
         known: for each row of the batch the statistics of its own (`LayerView`).
-        weights: for each row its weight among layers, for layer-adaptive methods.
+        weights: for each row what was observed of it, for layer-adaptive methods.
         budgets: mean entries of a layer, by row.
         rule: how queries become attention; no mask.
         queries: [batch, heads, tokens, dim] of the first decoded tokens, written as they come.
-        sums: for each row [1, kv_heads, length], attention received from the decoded tokens so far.
+        sums: for each row and reduction [1, kv_heads, length], attention received from the decoded tokens so far.
+        seen: for each row [heads, tokens, dim], the queries of those tokens, for methods that keep them.
         counts: float [batch], how many there were.
     """
 
     prompt: Prompt
     slots: int
     known: list[dict[Any, Any]]
-    weights: list[float]
+    weights: list[Any]
     budgets: list[int]
     rule: AttentionRule
     queries: Tensor
-    sums: list[Tensor | None]
+    sums: list[dict[Reduction, Tensor]]
+    seen: list[list[Tensor]]
     counts: Tensor
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,7 +69,8 @@ class Waiting:
             weights=[self.weights[row] for row in places],
             budgets=[self.budgets[row] for row in places],
             queries=self.queries[index.to(self.queries.device)],
-            sums=[self.sums[row] for row in places],
+            sums=[dict(self.sums[row]) for row in places],
+            seen=[list(self.seen[row]) for row in places],
             counts=self.counts[index.to(self.counts.device)],
         )
 
@@ -74,32 +79,56 @@ class Waiting:
         batch, heads, _, dim = self.queries.shape
         self.queries = self.queries.new_zeros(batch, heads, tokens, dim)
 
-    def add(self, group: Group, keys: Tensor, counted: Tensor, temperature: float = 1.0) -> None:
+    def add(self, group: Group, keys: Tensor, counted: Tensor, method: Method, temperature: float = 1.0) -> None:
         """Add what the tokens behind the prompt attend to, of a group's rows.
 
         Args:
             keys: [batch, kv_heads, tokens, dim], of those tokens.
             counted: bool [batch, tokens], those that belong to a reply that has not ended.
+            method: says how their attention is reduced, and whether their queries are kept.
             temperature: divides the logits.
         """
         rule = replace(self.rule, scaling=self.rule.scaling / temperature)
         at = group.index
         tokens = min(keys.shape[2], self.queries.shape[2])
         counted = counted[at, :tokens].to(keys.device)
-        given = decoded_attention(group.view, self.queries[at, :, :tokens], keys[at, :, :tokens], counted, rule)
-        for n, row in enumerate(at):
-            before = self.sums[row]
-            self.sums[row] = given[n : n + 1] if before is None else before + given[n : n + 1]
+        queries = self.queries[at, :, :tokens]
+        for reduction in method.decoded_reductions:
+            how = () if reduction == ("mean", "mean") else reduction
+            given = decoded_attention(group.view, queries, keys[at, :, :tokens], counted, rule, *how)
+            for n, row in enumerate(at):
+                before, new = self.sums[row].get(reduction), given[n : n + 1]
+                if before is not None:
+                    new = torch.maximum(before, new) if reduction[0] == "max" else before + new
+                self.sums[row][reduction] = new
+        if method.keeps_rows:
+            for n, row in enumerate(at):
+                self.seen[row].append(queries[n][:, counted[n]])
         self.counts = writable(self.counts)
         self.counts[at] += counted.sum(-1)
 
     def tell(self, view: LayerView, at: Sequence[int]) -> None:
         """Let a view of the given rows know all that was learnt."""
         view.known = known_together([self.known[row] for row in at])
-        sums = [part for row in at if (part := self.sums[row]) is not None]
-        if sums:
-            counts = self.counts[list(at), None, None]
-            view.decoded = torch.cat(sums) / counts.clamp(min=1).to(sums[0].dtype)
+        counts = self.counts[list(at), None, None]
+        for reduction in self.sums[at[0]]:
+            sums = torch.cat([self.sums[row][reduction] for row in at])
+            tell_attention(view, reduction, sums, counts)
+        if self.seen[at[0]]:
+            seen = [torch.cat(self.seen[row], 1) for row in at]
+            most = max(queries.shape[1] for queries in seen)
+            view.decoded_queries = torch.stack([F.pad(q, (0, 0, 0, most - q.shape[1])) for q in seen])
+            places = torch.arange(most, device=view.keys.device)
+            view.decoded_counted = torch.stack([places < queries.shape[1] for queries in seen])
+
+
+def tell_attention(view: LayerView, reduction: Reduction, total: Tensor, counts: Tensor) -> None:
+    """Let a view know what as many tokens behind its prompt attended to: `total` is their sum, or largest."""
+    mean = total if reduction[0] == "max" else total / counts.clamp(min=1).to(total.dtype)
+    if reduction == ("mean", "mean"):
+        view.decoded = mean
+    else:
+        view.decoded_by = view.decoded_by | {reduction: mean}
 
 
 def known_by_row(groups: Sequence[Group], batch: int) -> list[dict[Any, Any]]:
@@ -138,21 +167,33 @@ def _together(values: list[Any]) -> Any:
 
 
 @exact
-def decoded_attention(view: LayerView, queries: Tensor, keys: Tensor, counted: Tensor, rule: AttentionRule) -> Tensor:
-    """Attention that decoded tokens pay to the prompt's slots, among all that they see, summed (SPEC 13.1, `D`).
+def decoded_attention(
+    view: LayerView,
+    queries: Tensor,
+    keys: Tensor,
+    counted: Tensor,
+    rule: AttentionRule,
+    rows_by: str = "mean",
+    heads_by: str = "mean",
+) -> Tensor:
+    """Attention that decoded tokens pay to the prompt's slots, among all that they see: summed (SPEC 13.1, `D`).
 
     Args:
         view: of the prompt.
         queries: [batch, heads, tokens, dim]; keys: [batch, kv_heads, tokens, dim], of the tokens behind it.
         counted: bool [batch, tokens], those that take part.
         rule: without mask.
+        rows_by: "max": the largest in place of the sum; heads_by: "max" of a group's heads in place of their mean.
     Returns:
         float [batch, kv_heads, length].
     """
     tokens = queries.shape[2]
     if view.bias is not None or view.empty is not None:
         rule = replace(rule, mask=lambda start, stop: _mask(view, tokens, queries.shape[1], start, stop))
-    sums = column_sums(queries, torch.cat([view.keys, keys], 2), rule, counted[:, None])
+    seen = torch.cat([view.keys, keys], 2)
+    if not rows_by == heads_by == "mean":
+        return received(queries, seen, rule, rows_by, heads_by, counted[:, None])[..., : view.length]
+    sums = column_sums(queries, seen, rule, counted[:, None])
     return sums[:, :, 0, : view.length].unflatten(1, (view.kv_heads, -1)).mean(2)
 
 

@@ -44,22 +44,26 @@ def attend(
     return out.reshape(batch, 1, heads, value.shape[-1])
 
 
-def attend_packed(query: Tensor, slots: PackedSlots, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """The same over slots in few bits, which are not written out where a kernel reads them."""
+def attend_few_bits(query: Tensor, slots: PackedSlots, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """The same over slots in few bits, of which the whole is not written out.
+
+    A mask of its own for each query head is: nothing but such a mask needs it.
+    """
     batch, heads, _, dim = query.shape
     rest, kv_heads = slots.rest, slots.rest.keys.shape[1]
-    group = slots.setting.group
-    whole_tiles = group >= 16 and group & (group - 1) == 0
-    if not (whole_tiles and _by_kernel(mask, kv_heads, query, rest.keys, rest.values)):
+    if mask is not None and mask.shape[1] not in (1, kv_heads):
         whole = slots.unpacked()
         return attend(query, whole.keys, whole.values, mask, scaling)
-    from kvweave.ops import decode
-
+    group = slots.setting.group
+    if group >= 16 and group & (group - 1) == 0 and _by_kernel(mask, kv_heads, query, rest.keys, rest.values):
+        from kvweave.ops.decode import attend_packed
+    else:
+        from kvweave.ops.packed_attention import attend_packed
     rows = query.reshape(batch, kv_heads, -1, dim)
     shape = batch, kv_heads, slots.packed + rest.count
     bias = None if mask is None else _bias(mask, query.dtype).expand(shape)
     scaling = dim**-0.5 if scaling is None else scaling
-    out = decode.attend_packed(rows, slots.keys, slots.values, (rest.keys, rest.values), bias, scaling)
+    out = attend_packed(rows, slots.keys, slots.values, (rest.keys, rest.values), bias, scaling)
     return out.reshape(batch, 1, heads, -1)
 
 

@@ -145,15 +145,20 @@ class Slots:
         assert positions is not None
         return positions
 
-    def explicit(self, valid: Tensor) -> "Slots":
-        """With positions and mass written out; slots of columns that are not `valid` [batch, columns] are empty."""
+    def explicit(self, valid: Tensor, *, padded: bool | None = None) -> "Slots":
+        """With positions and mass written out; slots of columns that are not `valid` [batch, columns] are empty.
+
+        Args:
+            padded: some column is not valid; None: the device is asked.
+        """
         if self.positions is not None:
             return self.written()
         batch, kv_heads, count, _ = self.keys.shape
         real = valid[:, None, :count].to(self.keys.device).expand(batch, kv_heads, -1)
         columns = torch.arange(count, device=self.keys.device).expand(batch, kv_heads, -1)
         held = columns.masked_fill(~real, -1)
-        return replace(self, positions=held, mass=real.to(torch.float32), has_empty=not bool(real.all()))
+        has_empty = not bool(real.all()) if padded is None else padded
+        return replace(self, positions=held, mass=real.to(torch.float32), has_empty=has_empty)
 
     def stands_for_others_than(self, valid: Tensor) -> Tensor:
         """Filled slots of columns that are not `valid` [batch, columns]: bool [batch, kv_heads, slots]."""
@@ -270,6 +275,9 @@ def stored(done: Compacted, behind: Slots | None = None) -> list[Slots]:
         behind: slots of the same heads that follow, untouched.
     """
     _, kv_heads, slots = done.positions.shape
+    if done.full:
+        block = Slots(done.keys, done.values, done.positions, done.mass, done.bias)
+        return [block if behind is None else _joined(block, behind, slice(0, kv_heads))]
     counts = (done.positions >= 0).sum(-1)  # [batch, kv_heads]
     longest: list[int] = counts.amax(0).tolist()
     has_empty = bool((counts < slots).any())

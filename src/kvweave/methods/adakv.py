@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from kvweave.methods.allocation import Quota
 from kvweave.methods.options import real
 from kvweave.methods.registry import register
+from kvweave.methods.scored import Scores
 from kvweave.methods.snapkv import SnapKV
 from kvweave.ops.budget import largest_remainder
-from kvweave.ops.select import best, chosen, ranks
-from kvweave.plan import Plan
+from kvweave.ops.select import best
 from kvweave.view import LayerView
 
 
@@ -27,25 +29,21 @@ class AdaKV(SnapKV):
 
     safeguard: float = real(0.2, lo=0, hi=1, help="share of the budget that all heads get alike")
 
-    def plan(self, view: LayerView, budget: int) -> Plan:
-        recent = self.recent(budget)
-        score = self.score(view, recent)  # [batch, kv_heads, length - recent]
-        held = torch.full_like(view.positions[..., 0], score.shape[-1])  # [batch, kv_heads]
-        if view.empty is not None:
-            empty = view.empty[..., : score.shape[-1]]
-            score = score.masked_fill(empty, -torch.inf)
-            held = (~empty).sum(-1)
-        each = budget - recent
-        held, every = view.over_heads(held), view.over_heads(score)  # of all the layer's heads
-        kv_heads = every.shape[1]
-        wins = best(every.flatten(1), kv_heads * each).view_as(every) & (every > -torch.inf)
-        shares = (1 - self.safeguard) * wins.sum(-1).double() + self.safeguard * each
+    uneven = True
+
+    def shares(
+        self, view: LayerView, quota: Quota, scores: Scores, forced: Tensor, held: Tensor, base: Tensor
+    ) -> Tensor:
+        if self.allocation != "head":
+            return super().shares(view, quota, scores, forced, held, base)
+        among = view.over_heads((held & ~forced).expand_as(scores.value))  # of all the layer's heads
+        score = view.over_heads(scores.value).masked_fill(~among, -torch.inf)
+        kv_heads = score.shape[1]
+        wins = best(score.flatten(1), kv_heads * quota.free).view_as(score) & among
+        wanted = (1 - self.safeguard) * wins.sum(-1).double() + self.safeguard * quota.free
         counts = []
-        for row, limits in zip(shares.tolist(), held.tolist(), strict=True):
-            total = min(kv_heads * each, int(sum(limits)))
+        for row, limits in zip(wanted.tolist(), among.sum(-1).tolist(), strict=True):
+            total = min(kv_heads * quota.free, sum(limits))
             row = [min(share, limit) for share, limit in zip(row, limits, strict=True)]
-            counts.append(largest_remainder(row, total, [int(limit) for limit in limits]))
-        count = view.heads.own(torch.tensor(counts, device=score.device))
-        own = ranks(score) < count[..., None]
-        kept = torch.cat([own, own.new_ones(*own.shape[:-1], recent)], -1)
-        return Plan(chosen(kept), bias=None, uneven=True)
+            counts.append(largest_remainder(row, total, limits))
+        return view.heads.own(torch.tensor(counts, device=base.device))

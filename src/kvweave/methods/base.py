@@ -17,6 +17,8 @@ from kvweave.view import LayerView
 ALL_ROWS = -1
 #: Options that every method takes beside its budget.
 COMMON = ("defer", "defer_weight", "redecode")
+#: How attention is reduced over rows, and before that over a group's heads.
+Reduction = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,14 @@ class Method:
     merges_by: ClassVar[str] = "-"
     allocates_by: ClassVar[str] = "-"
     source: ClassVar[str] = ""
+    #: What deciding costs, by layer and head, where rows x length x dim does not say it.
+    cost: ClassVar[str] = ""
     #: Layer budgets depend on all layers' statistics: nothing is cut before the prefill ends.
     layer_adaptive: ClassVar[bool] = False
     #: The plan depends on which tokens are visual.
     uses_modality: ClassVar[bool] = False
+    #: Its options are those of many methods, and documented once.
+    shares_options: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", check_budget(self.budget))
@@ -82,12 +88,15 @@ class Method:
     def options(cls) -> list[tuple[str, Option]]:
         """Names and descriptions of the method's options, its own first, then those that all methods take."""
         found = [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls) if "option" in f.metadata]
-        return sorted(found, key=lambda option: option[0] in COMMON)
+        shared = [option for option in found if not cls.has_own(option[0]) and option[0] not in COMMON]
+        common = [option for option in found if option[0] in COMMON]
+        return [*(option for option in found if option not in [*shared, *common]), *shared, *common]
 
     @classmethod
     def has_own(cls, option: str) -> bool:
         """Not an option that every method takes, or one with a default of its own."""
-        return option not in COMMON or getattr(cls, option) != getattr(Method, option)
+        shared = [base for base in cls.__mro__[1:] if base.__dict__.get("shares_options") and hasattr(base, option)]
+        return not shared or getattr(cls, option) != getattr(shared[0], option)
 
     def weight_of(self, rows: Tensor) -> Tensor:
         """Weight of the attention of that many decoded tokens against the prompt's own rows' (SPEC 13.1)."""
@@ -128,12 +137,46 @@ class Method:
         """The same where probes are answered before the cut."""
         return self.query_rows
 
+    @property
+    def decoded_reductions(self) -> tuple[Reduction, ...]:
+        """How the attention of tokens behind the prompt is reduced, (rows_by, heads_by) each; ("mean", "mean") is
+        `D`."""
+        return (("mean", "mean"),)
+
+    @property
+    def keeps_rows(self) -> bool:
+        """The plan looks through the eyes of the tokens behind the prompt (`LayerView.decoded_queries`)."""
+        return False
+
+    @property
+    def projects_values(self) -> bool:
+        """The plan looks at values through the layer's output projection (`LayerView.projection`)."""
+        return False
+
+    @property
+    def pools(self) -> bool:
+        """Layer-adaptive methods: counts by head depend on scores of all layers, those of decoded tokens included."""
+        return False
+
+    def prepare(self, view: LayerView, budget: int) -> None:
+        """Compute all statistics that `plan` will need, so that queries can be released.
+
+        Args:
+            budget: mean entries of a layer; less than `view.length`.
+        """
+        self.plan(view, view.length - 1)  # asks for every statistic; one token to place costs nothing
+
     def plan(self, view: LayerView, budget: int) -> Plan:
         """Decide for rows of one layer; `budget` < `view.length` entries stay in each KV head."""
         raise TypeError(f"{type(self).__name__} does not define plan(view, budget)")
 
-    def layer_budgets(self, budget: int, length: int, layers: int) -> list[int]:
-        """Entries of each layer where `budget` is their mean; known before any layer is seen."""
+    def plan_heads(self, view: LayerView, counts: tuple[int, ...]) -> Plan:
+        """As `plan`, where `allocate` or `layer_budgets` gave a count for each KV head."""
+        raise TypeError(f"{type(self).__name__} does not define plan_heads(view, counts)")
+
+    def layer_budgets(self, budget: int, length: int, layers: int) -> list[Any]:
+        """Entries of each layer where `budget` is their mean, known before any layer is seen; an int or one a KV
+        head."""
         return [budget] * layers
 
     def keeps_all(self, length: int) -> bool:
@@ -147,12 +190,20 @@ class Method:
         """Layer-adaptive methods: the statistic, [batch], that `allocate` goes by."""
         raise TypeError(f"{type(self).__name__} does not define layer_weight(view)")
 
-    def observe(self, view: LayerView) -> Tensor:
-        """Layer-adaptive methods: compute all that `plan` will need, so that queries can be released."""
+    def observe(self, view: LayerView) -> Any:
+        """Layer-adaptive methods: compute all that `plan` will need, so that queries can be released.
+
+        Returns:
+            What `allocate` is given of the layer: its weight, a tensor of one number, or anything if the method
+            `pools`.
+        """
         return self.layer_weight(view)
 
-    def allocate(self, weights: list[float], budget: int, length: int) -> list[int]:
-        """Layer-adaptive methods: entries of each layer from all layers' weights; they sum to layers x budget."""
+    def allocate(self, weights: list[Any], budget: int, length: int) -> list[Any]:
+        """Layer-adaptive methods: entries of each layer from what was observed of all; an int each, or one a KV head.
+
+        They sum to layers x budget, or to layers x KV heads x budget.
+        """
         raise TypeError(f"{type(self).__name__} does not define allocate(weights, budget, length)")
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,24 +1,23 @@
 """CaM: evicted values are spread over the kept tokens that follow (ICML 2024; SPEC 10.8)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvweave.methods.base import ALL_ROWS
-from kvweave.methods.h2o import H2O
+from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.methods.options import choice, integer
 from kvweave.methods.registry import register
 from kvweave.ops.draw import uniform
 from kvweave.ops.match import take
-from kvweave.ops.select import complement
+from kvweave.ops.select import complement, top_and_recent
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
 
 @register("cam")
 @dataclass(frozen=True)
-class CaM(H2O):
+class CaM(Method):
     """H2O's selection; each evicted value is added, with a probability, to the kept values behind it.
 
     Keys stay as they are, and so does mass: the tokens count as evicted. It adds value mass, so it is not convex.
@@ -37,8 +36,7 @@ class CaM(H2O):
         return ALL_ROWS
 
     def plan(self, view: LayerView, budget: int) -> Plan:
-        plan = super().plan(view, budget)
-        keep, mass = plan.keep, view.column_mass().double()
+        keep, mass = top_and_recent(view.column_mass(), budget, budget // 2), view.column_mass().double()
         gone = complement(keep, view.length)
         first = torch.searchsorted(
             keep.contiguous(), gone.contiguous()
@@ -52,7 +50,7 @@ class CaM(H2O):
             share = (uniform(self.seed, view.layer, share, view.first_head) < share).to(share.dtype)
         share = torch.where(stop > first, share / heads, 0)
         values = take(view.values, gone).to(share.dtype) * share[..., None]
-        return replace(plan, added=spread(values, first, stop, budget).to(mass.dtype))
+        return Plan(keep, added=spread(values, first, stop, budget).to(mass.dtype))
 
 
 def spread(values: Tensor, first: Tensor, stop: Tensor, kept: int) -> Tensor:

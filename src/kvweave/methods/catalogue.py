@@ -6,8 +6,9 @@ import inspect
 from kvweave.methods.base import ALL_ROWS, COMMON, Method
 from kvweave.methods.merging import MergingMethod
 from kvweave.methods.options import Option
-from kvweave.methods.quantized import Quantized
-from kvweave.methods.registry import list_methods, method_class
+from kvweave.methods.registry import list_methods, list_wrappers, method_class
+from kvweave.methods.scored import ScoredMethod
+from kvweave.methods.wrapping import Wrapper
 
 _HEAD = """# Methods
 
@@ -23,8 +24,21 @@ cache; the others cut each layer straight after its attention.
 
 _COMMON = """All take `budget`: a share in (0, 1], tokens as an int, or bytes such as `"256MiB"`; and the options
 below. With `defer=k` the prompt stays whole while k tokens are decoded, and a method that scores by attention counts
-theirs as well; one that does not (flashcache, chelsea, random, streaming_llm) simply cuts later. Layer budgets go by
+theirs as well; one that does not (such as flashcache, keydiff or random) simply cuts later. Layer budgets go by
 the prompt alone. A reply shorter than k is never cut. Peak memory is the full cache until the cut."""
+
+_SCORED = """Methods that keep some tokens by force and the best of the others by one score also take the options
+below: {}.
+Neighbours, maxima and heads' budgets change what is kept, never how much: the entries of all layers and heads add up
+to the budget. What reads no attention has no rows or heads to reduce. With `allocation=global` nothing is cut before
+the prefill ends; so it is with a profile, unless `mix=0`. Heads of different counts are stored apart."""
+
+_AROUND = """# Around a method
+
+Not listed among the methods: `fold:method=snapkv,window=8,budget=0.2` lets snapkv decide and goes on from there.
+Options that are not the wrapper's own are the method's. One wrapper in another:
+`regress:method=[fold:method=h2o],rows=16`, or dictionaries. `budget` and `defer` are shared. Biases (`fold`,
+`residual`) need sdpa or eager attention."""
 
 
 def markdown() -> str:
@@ -40,9 +54,14 @@ def markdown() -> str:
         when = "after the prefill" if method.layer_adaptive else "layer by layer"
         lines.append("| " + " | ".join([*cells, reads(method), cost(method), when, source(method)]) + " |")
     lines += ["", _COMMON, "", *_table(Method, [option for option in Method.options() if option[0] in COMMON])]
+    scored = [name for name in list_methods() if issubclass(method_class(name), ScoredMethod)]
+    shared = [option for option in ScoredMethod.options() if option[0] not in COMMON]
+    lines += ["", _SCORED.format(", ".join(f"`{name}`" for name in scored)), "", *_table(ScoredMethod, shared)]
     for name in list_methods():
         lines += ["", f"## {name}", "", *_section(method_class(name))]
-    lines += ["", "# Around any method", "", "## quantized", "", *_section(Quantized)]
+    lines += ["", _AROUND, ""]
+    for name in (name for name in list_wrappers() if issubclass(method_class(name), Wrapper)):
+        lines += ["", f"## {name}", "", *_section(method_class(name))]
     return "\n".join(lines) + "\n"
 
 
@@ -52,16 +71,16 @@ def reads(method: Method) -> str:
     if rows == ALL_ROWS:
         return "all rows"
     if rows:
-        return f"{rows} rows"
-    return "keys and values" if method.name in ("flashcache", "chelsea") else "nothing"
+        return f"{rows} rows" if rows > 1 else "the last row"
+    return "keys and values" if method.cost else "nothing"
 
 
 def cost(method: Method) -> str:
     """Of deciding, by layer and head."""
     rows = method.query_rows
-    if rows:
+    if rows and not method.cost:
         return "L² D" if rows == ALL_ROWS else "P L D"
-    return {"flashcache": "L log L D", "chelsea": "L chunk D"}.get(method.name, "L")
+    return method.cost or "L"
 
 
 def source(method: Method) -> str:
@@ -84,7 +103,9 @@ def _table(cls: type[Method], options: list[tuple[str, Option]]) -> list[str]:
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     lines = ["| option | default | allowed | what it does |", "|---|---|---|---|"]
     for name, option in options:
-        default = defaults[name] if defaults[name] is not dataclasses.MISSING else "full"
+        default = defaults[name]
+        if default is dataclasses.MISSING:
+            default = getattr(cls, "default_method", "")
         lines.append(f"| `{name}` | {default} | {option.allowed} | {option.help} |")
     return lines
 

@@ -45,6 +45,7 @@ class Chelsea(MergingMethod):
     keeps_by = "similarity alone"
     merges_by = "most similar neighbour, round by round"
     source = "2506.11418, reduced"
+    cost = "L chunk D"
 
     chunk: int = integer(64, minimum=1, help="tokens among which a match is sought at first")
     recent: int = integer(32, minimum=0, help="last tokens that stay, at most half of the budget")

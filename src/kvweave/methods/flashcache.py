@@ -5,22 +5,22 @@ SPEC 5. Reads no attention at all.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from kvweave.methods.base import Method
+from kvweave.methods.allocation import Quota
 from kvweave.methods.options import flag, integer, real
 from kvweave.methods.registry import register
+from kvweave.methods.scored import ScoredMethod
 from kvweave.ops import budget as counts
-from kvweave.ops.select import top_and_recent
 from kvweave.ops.spectrum import low_pass
-from kvweave.plan import Plan
 from kvweave.view import LayerView
 
 
 @register("flashcache")
 @dataclass(frozen=True)
-class FlashCache(Method):
+class FlashCache(ScoredMethod):
     """Keeps outliers: tokens whose keys and values lie far from a low-pass of the sequence.
 
     Layers whose energy lies in high frequencies get more of the budget.
@@ -29,6 +29,7 @@ class FlashCache(Method):
     keeps_by = "deviation from the low frequencies"
     allocates_by = "energy above the cutoff"
     source = "2511.16786"
+    cost = "L log L D"
 
     gamma: float = real(0.2, lo=0, hi=1, help="share of the frequencies that count as low")
     per_head: bool = flag(False, help="each KV head keeps tokens of its own (the paper: one set a layer)")
@@ -40,12 +41,16 @@ class FlashCache(Method):
         """Share of the energy above the cutoff, of keys and of values: [batch], in [0, 2]."""
         return self.outliers(view)[1]
 
-    def allocate(self, weights: list[float], budget: int, length: int) -> list[int]:
+    def allocate(self, weights: list[Any], budget: int, length: int) -> list[Any]:
+        if self.pools:
+            return super().allocate(weights, budget, length)
         return counts.allocate(weights, len(weights) * budget, 1, length)
 
-    def plan(self, view: LayerView, budget: int) -> Plan:
-        recent = min(self.recent, view.mean_budget // 2, budget)
-        return Plan(top_and_recent(self.outliers(view)[0], budget, recent))
+    def quota(self, budget: int, mean_budget: int) -> Quota:
+        return Quota(budget, recent=min(self.recent, mean_budget // 2, budget))
+
+    def score(self, view: LayerView, quota: Quota) -> Tensor:
+        return self.outliers(view)[0]
 
     def outliers(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """Each token's deviation, [batch, kv_heads, length], and the layer's weight, [batch]."""

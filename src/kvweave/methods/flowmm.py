@@ -116,7 +116,7 @@ class FlowMM(MergingMethod):
         self, view: LayerView, pivots: Tensor, eligible: Tensor, most: int, source: Tensor, cross: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Step 5, Eqs. 9-10: the nearest eligible pivot of an allowed modality, as an index into the kept tokens."""
-        label = torch.tensor([False, True], device=pivots.device)[:, None]  # a source is text or visual
+        label = torch.arange(2, device=pivots.device).bool()[:, None]  # a source is text or visual
         same = view.visual.gather(-1, pivots)[:, :, None] == label  # [batch, kv_heads, 2, pivots]
         crossing = torch.ones_like(same) if self.cross_scope == "any" else ~same
         allowed = torch.where(cross[:, None, None, None], crossing, same) & eligible[:, :, None]

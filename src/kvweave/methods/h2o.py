@@ -2,24 +2,30 @@
 
 from dataclasses import dataclass
 
-from kvweave.methods.base import ALL_ROWS, Method
+from torch import Tensor
+
+from kvweave.methods.allocation import Quota
+from kvweave.methods.base import ALL_ROWS
 from kvweave.methods.registry import register
-from kvweave.ops.select import top_and_recent
-from kvweave.plan import Plan
+from kvweave.methods.scored import ScoredMethod
 from kvweave.view import LayerView
 
 
 @register("h2o")
 @dataclass(frozen=True)
-class H2O(Method):
+class H2O(ScoredMethod):
     """Keeps the tokens that received most attention from all rows, and as many recent ones."""
 
     keeps_by = "attention from all rows, and the recent half"
     source = "2306.14048"
+    attention_like = True
 
     @property
     def query_rows(self) -> int:
         return ALL_ROWS
 
-    def plan(self, view: LayerView, budget: int) -> Plan:
-        return Plan(top_and_recent(view.column_mass(), budget, budget // 2))
+    def quota(self, budget: int, mean_budget: int) -> Quota:
+        return Quota(budget, recent=budget // 2)
+
+    def score(self, view: LayerView, quota: Quota) -> Tensor:
+        return view.column_mass(self.rows_by, self.heads_by)

@@ -77,16 +77,21 @@ class MergingMethod(Method):
         target, cosine = nearest(view.keys, source, keep)
         return self.merged(view, keep, source, target, cosine, importance)
 
-    def merge_uneven(self, view: LayerView, kept: Tensor, importance: Tensor | None = None) -> Plan:
+    def merge_uneven(
+        self, view: LayerView, kept: Tensor, importance: Tensor | None = None, eligible: Tensor | None = None
+    ) -> Plan:
         """As `merge_into_nearest`, where heads may keep different counts.
 
         Args:
             kept: bool [batch, kv_heads, length].
+            eligible: bool, alike, kept tokens that others may merge into; None: all.
         """
         keep, source = parted(view, kept)
         at, goal = source.clamp(min=0), keep.clamp(min=0)
-        everyone = torch.zeros_like(at)
-        target, cosine = nearest(view.keys, at, goal, (keep >= 0)[:, :, None], everyone)
+        allowed = keep >= 0
+        if eligible is not None:
+            allowed = allowed & eligible.gather(-1, goal)
+        target, cosine = nearest(view.keys, at, goal, allowed[:, :, None], torch.zeros_like(at))
         plan = self.merged(view, goal, at, target.masked_fill(source < 0, -1), cosine, importance)
         return replace(plan, keep=keep, uneven=True)
 

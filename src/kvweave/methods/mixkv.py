@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvweave.methods.allocation import Quota
 from kvweave.methods.registry import register
 from kvweave.methods.snapkv import SnapKV
 from kvweave.ops.match import unit
@@ -21,10 +22,12 @@ class MixKV(SnapKV):
 
     keeps_by = "window attention mixed with key diversity by head"
     source = "2510.20707"
+    attention_like = False
 
-    def score(self, view: LayerView, recent: int) -> Tensor:
-        before = view.length - recent
-        received = super().score(view, recent) / min(self.window, view.length)
+    def score(self, view: LayerView, quota: Quota) -> Tensor:
+        before = view.length - quota.recent
+        rows = min(self.window, view.length) if self.rows_by == "mean" else 1
+        received = super().score(view, quota)[..., :before] / rows
         keys = unit(view.keys)
         mean = keys.mean(2, keepdim=True)
         length = view.length

@@ -91,9 +91,19 @@ def one_of(default: int, *numbers: int, help: str) -> Any:
     return _field(default, Option(allowed, help, lambda v: type(v) is int and v in numbers, int))
 
 
-def wrapped(default: Callable[[], Any], *, allowed: str, help: str, check: Callable[[Any], bool]) -> Any:
-    """Something else that a wrapper holds, given by its name on the command line."""
-    return dataclasses.field(default_factory=default, metadata={"option": Option(allowed, help, check, str)})
+def text(default: str | None, *, allowed: str, help: str) -> Any:
+    """A string that is not empty, or None."""
+
+    def parse(words: str) -> str | None:
+        return None if words.lower() == "none" else words
+
+    return _field(default, Option(allowed, help, lambda v: v is None or (isinstance(v, str) and v != ""), parse))
+
+
+def wrapped(default: Callable[[], Any], *, help: str) -> Any:
+    """The method inside a wrapper, given by its name on the command line; the wrapper checks it."""
+    option = Option("a method, by its name", help, lambda method: True, str)
+    return dataclasses.field(default_factory=default, metadata={"option": option})
 
 
 def real(

@@ -1,14 +1,13 @@
 """PyramidKV: SnapKV with budgets that fall with depth (Cai et al., 2406.02069; SPEC 10.4)."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from kvweave.methods.allocation import Quota
 from kvweave.methods.options import real
 from kvweave.methods.registry import register
 from kvweave.methods.snapkv import SnapKV
 from kvweave.ops.budget import largest_remainder
-from kvweave.ops.select import top_and_recent
-from kvweave.plan import Plan
-from kvweave.view import LayerView
 
 
 @register("pyramidkv")
@@ -22,10 +21,10 @@ class PyramidKV(SnapKV):
 
     beta: float = real(20.0, lo=1, hi=float("inf"), help="steepness: the top layer keeps 1/beta of the mean")
 
-    def layer_budgets(self, budget: int, length: int, layers: int) -> list[int]:
-        if layers == 1 or budget == 1 or budget >= length:
-            return [budget] * layers
-        recent = self.recent(budget)
+    def layer_budgets(self, budget: int, length: int, layers: int) -> list[Any]:
+        if self.allocation in ("global", "profile") or layers == 1 or budget == 1 or budget >= length:
+            return super().layer_budgets(budget, length, layers)
+        recent = self.quota(budget, budget).recent
         smallest = (budget - recent) / self.beta
         largest = 2 * (budget - recent) - smallest
         if largest > length - recent:
@@ -35,6 +34,5 @@ class PyramidKV(SnapKV):
         shares = [recent + largest - layer * step for layer in range(layers)]
         return largest_remainder(shares, layers * budget, [length] * layers)
 
-    def plan(self, view: LayerView, budget: int) -> Plan:
-        recent = min(self.recent(view.mean_budget), budget)
-        return Plan(top_and_recent(self.score(view, recent), budget, recent, view.length))
+    def quota(self, budget: int, mean_budget: int) -> Quota:
+        return Quota(budget, recent=min(self.window, mean_budget // 2, budget))

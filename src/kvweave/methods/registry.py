@@ -124,7 +124,7 @@ def parse_method(text: str, **defaults: Any) -> Method:
     """
     name, _, rest = text.strip().partition(":")
     words = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
+    for item in filter(None, (part.strip() for part in _parts(rest))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ValueError(f"{brief(item)} in method {brief(text)} is not an option: allowed is name=value")
@@ -132,7 +132,9 @@ def parse_method(text: str, **defaults: Any) -> Method:
     takes = method_class(name).takes(words)
     options = dict(defaults)
     for key, value in words.items():
-        if key == "budget":
+        if key == "method" and value.startswith("[") and value.endswith("]"):
+            options[key] = parse_method(value[1:-1])
+        elif key == "budget":
             options[key] = parse_budget(value)
         elif key in takes:
             try:
@@ -158,6 +160,18 @@ def chosen_method(method: Any, budget: Budget | None) -> Method:
             'as "flowmm:budget=0.2", or a budget alone'
         )
     return method
+
+
+def _parts(text: str) -> list[str]:
+    """`text` at its commas, those within brackets left alone."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += {"[": 1, "]": -1}.get(letter, 0)
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def parse_budget(text: str) -> Budget:

@@ -4,17 +4,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvweave.methods.base import Method
+from kvweave.methods.allocation import Quota
 from kvweave.methods.options import integer
 from kvweave.methods.registry import register
-from kvweave.ops.select import pool, top_and_recent
-from kvweave.plan import Plan
+from kvweave.methods.scored import ScoredMethod
+from kvweave.ops.select import pool
 from kvweave.view import LayerView
 
 
 @register("snapkv")
 @dataclass(frozen=True)
-class SnapKV(Method):
+class SnapKV(ScoredMethod):
     """Keeps the last tokens and those that their queries attend to, smoothed over neighbours.
 
     The recent window is at most half of the budget (the paper keeps it whatever the budget).
@@ -22,6 +22,7 @@ class SnapKV(Method):
 
     keeps_by = "pooled attention from the last rows"
     source = "2404.14469"
+    attention_like = True
 
     window: int = integer(32, minimum=1, help="last rows that vote; they stay, at most half of the budget")
     kernel: int = integer(5, minimum=1, odd=True, help="tokens that a vote is averaged over")
@@ -30,15 +31,14 @@ class SnapKV(Method):
     def query_rows(self) -> int:
         return self.window
 
-    def recent(self, budget: int) -> int:
-        """Last tokens that stay by force."""
-        return min(self.window, budget // 2)
+    def quota(self, budget: int, mean_budget: int) -> Quota:
+        return Quota(budget, recent=min(self.window, budget // 2))
 
-    def score(self, view: LayerView, recent: int) -> Tensor:
-        """Pooled window score of the tokens before the recent ones: [batch, kv_heads, length - recent]."""
-        before = view.length - recent
-        return view.window_attention(self.window, lambda received: pool(received[..., :before], self.kernel))
+    def score(self, view: LayerView, quota: Quota) -> Tensor:
+        """Window attention, pooled over the tokens before the recent ones: [batch, kv_heads, length - recent]."""
+        before = view.length - quota.recent
 
-    def plan(self, view: LayerView, budget: int) -> Plan:
-        recent = self.recent(budget)
-        return Plan(top_and_recent(self.score(view, recent), budget, recent, view.length))
+        def pooled(received: Tensor) -> Tensor:
+            return received if self.lends else pool(received[..., :before], self.kernel)
+
+        return view.window_attention(self.window, pooled, rows_by=self.rows_by, heads_by=self.heads_by)

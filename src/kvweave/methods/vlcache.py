@@ -1,21 +1,22 @@
 """VL-Cache: what the text after the images looks at, layers by the density of that (2410.23317; SPEC 10.6)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.methods.allocation import Quota
+from kvweave.methods.base import ALL_ROWS
 from kvweave.methods.options import real
 from kvweave.methods.registry import register
+from kvweave.methods.scored import ScoredMethod
 from kvweave.ops import budget as counts
-from kvweave.ops.select import top_and_recent
-from kvweave.plan import Plan
 from kvweave.view import LayerView
 
 
 @register("vlcache")
 @dataclass(frozen=True)
-class VLCache(Method):
+class VLCache(ScoredMethod):
     """Keeps recent tokens and those that the rows after the last image attend to.
 
     A layer in which these rows spread their attention widely gets more of the budget.
@@ -24,6 +25,7 @@ class VLCache(Method):
     keeps_by = "attention from the rows after the images"
     allocates_by = "density of those rows"
     source = "2410.23317"
+    attention_like = True
 
     p: float = real(0.01, lo=0, hi=1, help="share of a row's maximum above which an entry counts as dense")
     recent_frac: float = real(0.1, lo=0, hi=1, help="share of the budget that is recent tokens")
@@ -49,17 +51,20 @@ class VLCache(Method):
     def layer_weight(self, view: LayerView) -> Tensor:
         return view.density(self.rows(view), self.p)
 
-    def observe(self, view: LayerView) -> Tensor:
-        self.score(view)
+    def observe(self, view: LayerView) -> Any:
+        if self.pools:
+            return super().observe(view)
+        self.score(view, self.quota(view.mean_budget, view.mean_budget))
         return self.layer_weight(view)
 
-    def score(self, view: LayerView) -> Tensor:
+    def score(self, view: LayerView, quota: Quota) -> Tensor:
         """Attention received from these rows: [batch, kv_heads, length]."""
-        return view.window_attention(self.rows(view))
+        return view.window_attention(self.rows(view), rows_by=self.rows_by, heads_by=self.heads_by)
 
-    def allocate(self, weights: list[float], budget: int, length: int) -> list[int]:
+    def quota(self, budget: int, mean_budget: int) -> Quota:
+        return Quota(budget, recent=max(1, counts.floor(self.recent_frac * budget)) if budget > 1 else 0)
+
+    def allocate(self, weights: list[Any], budget: int, length: int) -> list[Any]:
+        if self.pools:
+            return super().allocate(weights, budget, length)
         return counts.allocate(weights, len(weights) * budget, counts.least(budget, length), length)
-
-    def plan(self, view: LayerView, budget: int) -> Plan:
-        recent = max(1, counts.floor(self.recent_frac * budget)) if budget > 1 else 0
-        return Plan(top_and_recent(self.score(view), budget, recent))

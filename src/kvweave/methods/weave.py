@@ -10,21 +10,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.allocation import Quota
+from kvweave.methods.base import ALL_ROWS, Reduction
 from kvweave.methods.merging import MergingMethod
 from kvweave.methods.options import choice, flag, integer, real
 from kvweave.methods.peak import peak_score
 from kvweave.methods.registry import register
+from kvweave.methods.scored import ScoredMethod, Selection
 from kvweave.ops.match import nearest_of_few
 from kvweave.ops.merge import RULES
-from kvweave.ops.select import complement, last, lowest, top
+from kvweave.ops.select import complement, last, lowest, lowest_of, top
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
 
 @register("weave")
 @dataclass(frozen=True)
-class Weave(MergingMethod):
+class Weave(MergingMethod, ScoredMethod):
     """Keeps what the first decoded tokens attend to and merges the rest into the least important of it.
 
     The prompt stays whole for `defer` tokens, whose attention is counted beside that of the prompt's last rows; with
@@ -35,6 +37,7 @@ class Weave(MergingMethod):
     keeps_by = "attention from the first decoded tokens and the last rows"
     merges_by = "nearest of the least important pivots, mass kept"
     source = "ours, on 2511.05534 and 2505.20334"
+    attention_like = True
 
     defer: int = integer(2, minimum=0, help="tokens decoded from the whole prompt before it is cut, which count too")
     proxies: int = integer(32, minimum=1, help="last rows of the prompt whose attention counts")
@@ -57,6 +60,10 @@ class Weave(MergingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.cross_scope == "other_only" and self.allocation != "head":
+            raise ValueError(
+                f"cross_scope='other_only' is not allowed with allocation={self.allocation!r}: allowed is 'any'"
+            )
         if self.temperature is not None and not self.defer:
             raise ValueError(
                 f"temperature={self.temperature} is not allowed with defer=0: no token is decoded before the cut; "
@@ -79,11 +86,22 @@ class Weave(MergingMethod):
     def uses_modality(self) -> bool:  # type: ignore[override]
         return self.cross_scope != "any"
 
+    @property
+    def decoded_reductions(self) -> tuple[Reduction, ...]:
+        return tuple(
+            dict.fromkeys([self.reduction, ("mean", self.heads_by)])
+        )  # of the reply's beginning, and of probes
+
+    def quota(self, budget: int, mean_budget: int) -> Quota:
+        return Quota(budget, recent=min(self.recent, budget // 2))
+
     def plan(self, view: LayerView, budget: int) -> Plan:
-        score = self.score(view)  # [batch, kv_heads, length]
-        recent = min(self.recent, budget // 2)
-        pivots = top(score[..., : view.length - recent], budget - recent)
-        keep = torch.cat([pivots, last(score, recent)], -1)
+        if self.allocation != "head" or view.empty is not None:
+            return self.uneven_plan(view, self.selection(view, budget))
+        quota = self.quota(budget, budget)
+        score = self.ranking(view, quota).value  # [batch, kv_heads, length]
+        pivots = top(score[..., : view.length - quota.recent], quota.free)
+        keep = torch.cat([pivots, last(score, quota.recent)], -1)
         source = complement(keep, view.length)
         if not self.merge:
             return Plan(keep)
@@ -92,13 +110,27 @@ class Weave(MergingMethod):
         plan = self.merged(view, keep, source, target, cosine, score)
         return replace(plan, log=_log(plan, eligible, view))
 
-    def score(self, view: LayerView) -> Tensor:
+    def plan_heads(self, view: LayerView, counts: tuple[int, ...]) -> Plan:
+        return self.uneven_plan(view, self.selection(view, counts))
+
+    def uneven_plan(self, view: LayerView, selection: Selection) -> Plan:
+        """The plan where heads keep different counts."""
+        if not self.merge:
+            return self.evicting(view, selection)
+        score, kept = selection.scores.value, selection.kept
+        pivots = kept & ~selection.forced
+        eligible = lowest_of(score, pivots, self.sensitivity_quantile)
+        plan = self.merge_uneven(view, kept, score, eligible)
+        return replace(plan, log=_log(plan, pivots & eligible, view))
+
+    def score(self, view: LayerView, quota: Quota | None = None) -> Tensor:
         """What a token is worth: [batch, kv_heads, length]."""
         if view.probed:
-            return peak_score(view)
-        if self.temperature is not None and view.decoded is not None:
-            return view.decoded
-        return view.window_attention(self.proxies)
+            return peak_score(view, "max", self.heads_by)
+        decoded = view.decoded_attention(self.rows_by, self.heads_by)
+        if self.temperature is not None and decoded is not None:
+            return decoded
+        return view.window_attention(self.proxies, rows_by=self.rows_by, heads_by=self.heads_by)
 
     def match(self, view: LayerView, pivots: Tensor, eligible: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest eligible pivot of each source, index into `pivots` or -1, and its cosine."""

@@ -19,8 +19,7 @@ from kvweave.ops.quantize import Packed
 
 _LOG2_E = 1.4426950408889634
 _SLOTS, _WARPS = 64, 4  # of a tile
-_BLOCKS = 4  # thread blocks a multiprocessor, at most
-_LEAST = 128  # slots that are worth a block of their own
+_BLOCKS = 3  # thread blocks that a multiprocessor holds at a time: one more would wait for all others
 _NUMBERS = ["slots", "run", "splits", "before", "tail"]  # that change from step to step: nothing is compiled anew
 
 
@@ -78,6 +77,9 @@ def _part(  # type: ignore[no-untyped-def]
     total = tl.zeros((rows,), tl.float32)
     out = tl.zeros((rows, value_width), tl.float32)
     stop = tl.minimum(slots, (split + 1) * run)
+    slot = split * run + tl.arange(0, tile)
+    if biased:
+        added = tl.load(bias_base + slot, mask=slot < stop, other=0.0)
     for start in range(split * run, stop, tile):
         slot = start + tl.arange(0, tile)
         inside = slot < stop
@@ -85,9 +87,9 @@ def _part(  # type: ignore[no-untyped-def]
         there = inside[None, :] & (channel < dim)[:, None]
         k = tl.load(key_base + at[None, :] * skl + channel[:, None], mask=there, other=0.0)
         logits = tl.dot(q, k, input_precision=precision) * scaling
-        if biased:
-            added = tl.load(bias_base + at, mask=inside, other=0.0).to(tl.float32)
-            logits += (added * 1.4426950408889634)[None, :]
+        if biased:  # the next tile's is read while this one is computed
+            logits += (added.to(tl.float32) * 1.4426950408889634)[None, :]
+            added = tl.load(bias_base + slot + tile, mask=slot + tile < stop, other=0.0)
         logits = tl.where(inside[None, :], logits, float("-inf"))
         there = inside[:, None] & (value_channel < value_dim)[None, :]
         v = tl.load(value_base + at[:, None] * svl + value_channel[None, :], mask=there, other=0.0)
@@ -199,8 +201,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _run(slots: int, heads: int, device: torch.device, tile: int) -> int:
-    """Slots of a run, whole tiles, so that all heads' runs fill the chip."""
-    runs = max(1, min(_BLOCKS * _multiprocessors(device) // heads, slots // _LEAST))
+    """Slots of a run, whole tiles, so that all heads' runs fill the chip once."""
+    runs = max(1, min(_BLOCKS * _multiprocessors(device) // heads, slots // tile))
     return -(-slots // (runs * tile)) * tile
 
 
@@ -278,7 +280,7 @@ class _Runs:
         out = self.queries.new_empty(batch, kv_heads, self.group, self.value_dim)
         _together[self.heads, self.group](
             self.sums, self.norms, out, self.splits, self.value_dim, self.group,
-            rows=self.rows, value_width=self.width, tile=16,
+            rows=self.rows, value_width=self.width, tile=16 if self.splits <= 16 else 64,
         )  # fmt: skip
         return out
 

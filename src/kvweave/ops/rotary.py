@@ -1,5 +1,7 @@
 """Phases of rotary position embedding."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,21 @@ def unit_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 def phase_difference(cos_to: Tensor, sin_to: Tensor, cos_from: Tensor, sin_from: Tensor) -> tuple[Tensor, Tensor]:
     """Tables of the angle from one phase to another (SPEC 4.2)."""
     return cos_to * cos_from + sin_to * sin_from, sin_to * cos_from - cos_to * sin_from
+
+
+def mean_phase(
+    last: Sequence[Tensor], here: Sequence[Tensor], there: Sequence[Tensor], count: int
+) -> tuple[Tensor, Tensor]:
+    """Mean cosine and sine of the next `count` angles behind `last`, which go on by the step from `here` to `there`.
+
+    Args:
+        last, here, there: (cos, sin) on the unit circle, [..., rotary_dim] each.
+    Returns:
+        [..., rotary_dim] each (SPEC 16.4).
+    """
+    step_cos, step_sin = (x.double() for x in phase_difference(*there, *here))
+    half = torch.atan2(step_sin, step_cos) / 2
+    middle = torch.atan2(last[1].double(), last[0].double()) + (count + 1) * half
+    flat = half.sin().abs() < 1e-12  # the sum of a geometric series, or of equal numbers
+    length = torch.where(flat, 1.0, (count * half).sin() / (count * half.sin().masked_fill(flat, 1)))
+    return length * middle.cos(), length * middle.sin()

@@ -1,5 +1,7 @@
 """Which tokens stay: the best by a score, and those that stay by force."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,9 +50,7 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 def ranks(scores: Tensor) -> Tensor:
     """Rank of each entry along the last dimension, 0 the best; ties to the lower position."""
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+    return ranks_by([scores])
 
 
 def last(like: Tensor, count: int) -> Tensor:
@@ -60,19 +60,63 @@ def last(like: Tensor, count: int) -> Tensor:
     return positions.expand(*like.shape[:-1], count)
 
 
-def top_and_recent(scores: Tensor, count: int, recent: int, length: int | None = None) -> Tensor:
-    """Ascending positions of the last `recent` tokens and of the best before them, `count` together.
+def top_and_recent(scores: Tensor, count: int, recent: int, length: int | None = None, *, sinks: int = 0) -> Tensor:
+    """Ascending positions of the first `sinks` and last `recent` tokens, and of the best between, `count` together.
 
     Args:
-        scores: [batch, kv_heads, length], or of the tokens before the recent ones alone; those of the recent
-            tokens are not read.
-        count, recent: 0 <= recent <= count <= length.
+        scores: [batch, kv_heads, length], or of the tokens before the recent ones alone; those of tokens that stay
+            by force are not read.
+        count, recent, sinks: 0 <= sinks + recent <= count <= length.
         length: of the row, where `scores` is shorter.
     """
     length = scores.shape[-1] if length is None else length
     recents = torch.arange(length - recent, length, device=scores.device)
-    best = top(scores[..., : length - recent], count - recent)
-    return torch.cat([best, recents.expand(*scores.shape[:-1], recent)], -1)
+    best = top(scores[..., sinks : length - recent], count - recent - sinks)
+    parts = [best, recents.expand(*scores.shape[:-1], recent)]
+    if sinks:
+        first = torch.arange(sinks, device=scores.device).expand(*scores.shape[:-1], sinks)
+        parts = [first, best + sinks, parts[1]]
+    return torch.cat(parts, -1)
+
+
+def of_some(keys: Sequence[Tensor], some: Tensor) -> list[Tensor]:
+    """The keys with the entries `some` (bool, alike) before all others."""
+    first = keys[0]
+    return [first.masked_fill(~some, -torch.inf)] if len(keys) == 1 else [some.to(first.dtype), *keys]
+
+
+def best_by(keys: Sequence[Tensor], count: int) -> Tensor:
+    """As `best`, by several keys, the first of which decides, the next among its equals, and so on.
+
+    Args:
+        keys: [..., length] each, at least one.
+    """
+    return best(keys[0], count) if len(keys) == 1 else ranks_by(keys) < count
+
+
+def ranks_by(keys: Sequence[Tensor]) -> Tensor:
+    """As `ranks`, by several keys, the first of which decides."""
+    order = torch.sort(keys[-1], dim=-1, descending=True, stable=True).indices
+    for key in reversed(keys[:-1]):
+        sorted_again = torch.sort(key.gather(-1, order), dim=-1, descending=True, stable=True).indices
+        order = order.gather(-1, sorted_again)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def lend(scores: Tensor, ahead: int, behind: int) -> Tensor:
+    """Each score lent to the `ahead` tokens behind it and the `behind` tokens before it; the largest counts.
+
+    Args:
+        scores: [batch, kv_heads, length].
+    Returns:
+        [batch, kv_heads, length]: s'_j = max over -behind <= d <= ahead of s_(j - d) (SPEC 17.7).
+    """
+    if not ahead and not behind:
+        return scores
+    ahead, behind = (min(n, scores.shape[-1]) for n in (ahead, behind))
+    padded = F.pad(scores, (ahead, behind), value=-torch.inf)
+    return F.max_pool1d(padded, ahead + behind + 1, stride=1)
 
 
 def lowest(scores: Tensor, quantile: float | None) -> Tensor:
@@ -87,6 +131,21 @@ def lowest(scores: Tensor, quantile: float | None) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     rank = floor(quantile * (scores.shape[-1] - 1))
     return scores <= scores.sort(-1).values[..., rank, None]
+
+
+def lowest_of(scores: Tensor, some: Tensor, quantile: float | None) -> Tensor:
+    """As `lowest` among the entries `some`, of which heads may have different counts.
+
+    Args:
+        scores, some (bool): [batch, kv_heads, n].
+    Returns:
+        bool [batch, kv_heads, n], all of them in `some`.
+    """
+    if quantile is None:
+        return some
+    ascending = scores.masked_fill(~some, torch.inf).sort(-1).values
+    rank = torch.floor(quantile * (some.sum(-1) - 1).clamp(min=0).double() + 1e-9).long()
+    return some & (scores <= ascending.gather(-1, rank[..., None]))
 
 
 def modality_ranks(scores: Tensor, visual: Tensor) -> Tensor:

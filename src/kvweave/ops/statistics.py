@@ -138,13 +138,17 @@ def _grouped(queries: Tensor, kv_heads: int) -> Tensor:
 
 
 @exact
-def window_attention(queries: Tensor, keys: Tensor, rule: AttentionRule, window: int) -> Tensor:
-    """Attention that each token receives from the last `window` rows, summed over them (SPEC 2.1).
+def window_attention(
+    queries: Tensor, keys: Tensor, rule: AttentionRule, window: int, rows_by: str = "mean", heads_by: str = "mean"
+) -> Tensor:
+    """Attention that each token receives from the last `window` rows, over heads first, then over rows (SPEC 2.1).
 
     Args:
         queries: [batch, heads, rows, dim], the last `rows` tokens; keys: [batch, kv_heads, length, dim].
+        rows_by: "max": the largest of any row; "mean": the sum over rows.
+        heads_by: "mean" or "max" over the query heads of a group.
     Returns:
-        float [batch, kv_heads, length], the mean over the query heads of a group.
+        float [batch, kv_heads, length].
     """
     batch, kv_heads, length, _ = keys.shape
     rows = queries.shape[2]
@@ -157,8 +161,12 @@ def window_attention(queries: Tensor, keys: Tensor, rule: AttentionRule, window:
     for b, h in parts:
         of = slice(h.start * group, h.stop * group)
         weights = _probabilities(grouped[b, h], keys[b, h], _rows_of(rule, b), rows - window, rows, of, room)
-        torch.sum(weights, (2, 3), out=out[b, h])
-    return out.div_(group)
+        if rows_by == heads_by == "mean":
+            torch.sum(weights, (2, 3), out=out[b, h]).div_(group)
+        else:
+            by_row = weights.mean(2) if heads_by == "mean" else weights.amax(2)
+            out[b, h] = by_row.sum(2) if rows_by == "mean" else by_row.amax(2)
+    return out
 
 
 @exact
@@ -189,19 +197,37 @@ def column_sums(queries: Tensor, keys: Tensor, rule: AttentionRule, row_weights:
 
 
 @exact
-def column_peaks(queries: Tensor, keys: Tensor, rule: AttentionRule) -> Tensor:
-    """Most attention that each token receives from any one row, the mean over the heads of a group (SPEC 13.2).
+def received(
+    queries: Tensor,
+    keys: Tensor,
+    rule: AttentionRule,
+    rows_by: str,
+    heads_by: str,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """Attention that each token receives, over the heads of a group first, then over all rows.
 
     Args:
         queries: [batch, heads, rows, dim]; keys: [batch, kv_heads, length, dim].
+        rows_by: "max": the largest of any row (SPEC 13.2); "mean": the sum over rows.
+        heads_by: "mean" or "max".
+        row_weights: [batch, 1 or kv_heads, rows], factors of the rows' attention, 0 for rows that do not count.
     Returns:
         float [batch, kv_heads, length].
     """
     batch, kv_heads, length, _ = keys.shape
+    if row_weights is not None:
+        row_weights = row_weights.expand(-1, kv_heads, -1)
     out = keys.new_zeros(batch, kv_heads, length, dtype=torch.promote_types(keys.dtype, torch.float32))
-    for b, h, _, weights in _blocks(queries, keys, rule):
+    for b, h, rows, weights in _blocks(queries, keys, rule):
+        by_row = weights.mean(2) if heads_by == "mean" else weights.amax(2)
+        if row_weights is not None:
+            by_row = by_row * row_weights[b, h, rows, None]
         seen = out[b, h, : weights.shape[-1]]
-        torch.maximum(seen, weights.mean(2).amax(2), out=seen)
+        if rows_by == "max":
+            torch.maximum(seen, by_row.amax(2), out=seen)
+        else:
+            seen += by_row.sum(2)
     return out
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kvweave.memory.attend import attend, attend_packed, attend_uneven
+from kvweave.memory.attend import attend, attend_few_bits, attend_uneven
 from kvweave.memory.fixed import FixedSlots
 from kvweave.memory.packed import PackedSlots
 from kvweave.memory.slots import Slots
@@ -91,7 +91,7 @@ def _attend(
     if isinstance(slots, PackedSlots):
         if plain and not options.get("dropout"):
             mask = _slot_mask(slots.outlined(), mask, query)
-            return (attend_packed(query, slots, mask, options.get("scaling")), None), mask
+            return (attend_few_bits(query, slots, mask, options.get("scaling")), None), mask
         slots = slots.unpacked()
         key, value = slots.keys, slots.values
     compressed = isinstance(slots, FixedSlots) or slots.positions is not None
@@ -192,6 +192,20 @@ def _together(parts: list[Tensor], empty: float) -> Tensor:
     return torch.cat([F.pad(part, (count - part.shape[-1], 0), value=empty) for part in parts], 1)
 
 
+def output_projection(module: nn.Module, width: int) -> Tensor | None:
+    """Weight [hidden, width] of what an attention module does to its heads' outputs; None: it is not to be found."""
+    for name in ("o_proj", "out_proj", "dense"):
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if (
+            isinstance(weight, Tensor)
+            and weight.is_floating_point()
+            and weight.dim() == 2
+            and weight.shape[1] == width
+        ):
+            return weight.detach()
+    return None
+
+
 def read(
     function: Callable[..., Any],
     base: str,
@@ -217,6 +231,8 @@ def read(
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
     )
+    if link.layer.conversation.method.projects_values:
+        link.layer.projection = output_projection(module, query.shape[1] * value.shape[-1])
     link.layer.rotated = getattr(module, "use_rope", True) not in (False, 0)
     link.layer.after_attention(query, rule, mask)
     return out

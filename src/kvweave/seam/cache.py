@@ -14,7 +14,7 @@ from kvweave.cut.record import Record
 from kvweave.methods.base import Method
 from kvweave.ops.device import writable
 from kvweave.prompt import Prompt
-from kvweave.seam.layer import CompressedLayer
+from kvweave.seam.layer import CompressedLayer, Pending
 from kvweave.seam.reader import unwrapped
 from kvweave.seam.saved import read, write
 from kvweave.seam.turn import Conversation
@@ -266,17 +266,22 @@ class CompressedCache(Cache):
             return
         first = layers[0].waiting
         assert first is not None
-        lengths = first.prompt.lengths
-        shares = []  # of each row, by layer
-        for row, (budget, length) in enumerate(zip(first.budgets, lengths, strict=True)):
-            if self.method.layer_adaptive:
-                weights = [layer.waiting.weights[row] for layer in layers if layer.waiting is not None]
-                shares.append(self.method.allocate(weights, budget, length))
-            else:
-                whole = self.method.layer_budgets(budget, length, talk.layers)
-                shares.append([whole[layer.index] for layer in layers])
-        for place, layer in enumerate(layers):
-            layer.cut_deferred([share[place] for share in shares], talk.counted)
+        if self.method.pools:  # what decides is known once all layers have been told
+            pending = [layer.due(None, talk.counted) for layer in layers]
+            self._cut_together(layers, pending)
+        else:
+            lengths = first.prompt.lengths
+            shares: list[list[Any]] = []  # of each row, by layer
+            for row, (budget, length) in enumerate(zip(first.budgets, lengths, strict=True)):
+                if self.method.layer_adaptive:
+                    weights = [layer.waiting.weights[row] for layer in layers if layer.waiting is not None]
+                    shares.append(self.method.allocate(weights, budget, length))
+                else:
+                    whole = self.method.layer_budgets(budget, length, talk.layers)
+                    shares.append([whole[layer.index] for layer in layers])
+            for place, layer in enumerate(layers):
+                share = [of_row[place] for of_row in shares]
+                layer.cut(layer.due(share, talk.counted), share)
         talk.deferred = self.decoded
 
     def finish_prompt(self) -> None:
@@ -299,8 +304,12 @@ class CompressedCache(Cache):
         pending = [layer.pending for layer in layers if layer.pending is not None]
         if not layers or len(pending) < len(layers):
             return
+        self._cut_together(layers, pending)
+
+    def _cut_together(self, layers: list[CompressedLayer], pending: list[Pending]) -> None:
+        """Cut layers whose budgets depend on what was observed of all of them."""
         first = pending[0]
-        shares: list[list[int]] = [[] for _ in first.lengths]
+        shares: list[list[Any]] = [[] for _ in first.lengths]
         for n, group in enumerate(first.groups):
             row = group.index[0]
             weights = [p.weights[n] for p in pending]
@@ -361,6 +370,8 @@ class CompressedCache(Cache):
         totals["peak_bytes"] = self._peak([x.record for x in self.compressed_layers if x.record is not None])
         deferred = None if self.waits else self.conversation.deferred or 0
         report = {"method": self.method.to_dict(), "layers": layers, "totals": totals, "deferred": deferred}
+        for record in (x.record for x in self.compressed_layers if x.record is not None):
+            report |= record.words
         return report | ({"probes": self.conversation.probes} if self.conversation.probes else {})
 
     def _peak(self, records: list[Record]) -> int:

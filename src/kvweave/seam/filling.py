@@ -62,7 +62,12 @@ def _in_place(given: DynamicCache, cache: CompressedCache) -> CompressedCache:
 def check_bias(method: Method, implementation: str) -> None:
     """Flash attention takes no bias on its logits."""
     if method.biases_logits and "flash" in implementation:
-        raise ValueError("mass_bias=True is not allowed with flash attention: allowed is sdpa or eager")
+        why = (
+            "mass_bias=True"
+            if hasattr(method, "mass_bias")
+            else f"method={method.name}, which adds biases to logits,"
+        )
+        raise ValueError(f"{why} is not allowed with flash attention: allowed is sdpa or eager")
 
 
 def tokens_before_the_cut(session: "Session", cache: Any, length: int) -> int | None:

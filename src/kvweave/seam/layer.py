@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kvweave.cut.record import Record
-from kvweave.cut.rows import Group, compact, fits, group_rows, observe
+from kvweave.cut.rows import Group, Share, compact, fits, group_rows, observe, smallest
 from kvweave.cut.waiting import Waiting, known_by_row
 from kvweave.memory.fixed import FixedSlots
 from kvweave.memory.packed import PackedSlots, packed
@@ -48,14 +48,14 @@ class Pending:
 
     Attributes:
         groups: what the method sees, rows of equal length together.
-        weights: of each group, for layer-adaptive methods.
+        weights: what was observed of each group, for layer-adaptive methods.
         budgets, lengths: mean entries of a layer and real tokens, by row of the batch.
         prompt: the prompt's slots; behind: those behind it, which are not cut.
         valid: bool [batch, columns], real tokens of the prompt.
     """
 
     groups: list[Group]
-    weights: list[float]
+    weights: list[Any]
     budgets: list[int]
     lengths: list[int]
     prompt: Slots
@@ -92,6 +92,7 @@ class CompressedLayer(DynamicLayer):
         self.waiting: Waiting | None = None
         self.unread = False  # keys handed out that attention has not been seen to read
         self.rotated = True  # keys carry a rotary phase
+        self.projection: Tensor | None = None  # the output projection, for methods that look through it
         self._new = 0
         self._query_shape = 0, 0  # heads, dim
         self._queries: list[Tensor] = []
@@ -145,7 +146,7 @@ class CompressedLayer(DynamicLayer):
         return None if slots is None else getattr(slots, name)
 
     def _known(self, name: str) -> Any:
-        """Positions or mass, without writing out keys and values."""
+        """Positions, mass or bias, without writing out keys and values."""
         if not self.blocks:
             return None
         prompt = self.conversation.prompt
@@ -179,6 +180,11 @@ class CompressedLayer(DynamicLayer):
     def mass(self) -> Tensor | None:
         """float32 [batch, kv_heads, slots], tokens that a slot stands for."""
         return self._known("mass")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """float32 [batch, kv_heads, slots], what decoding adds to a slot's logit; None: nothing."""
+        return self._known("bias")
 
     @property
     def nbytes(self) -> int:
@@ -344,7 +350,7 @@ class CompressedLayer(DynamicLayer):
         lengths = prompt.lengths
         slots = self._all_slots()
         first = slots.positions is None
-        slots = slots.explicit(talk.prompt.valid)
+        slots = slots.explicit(talk.prompt.valid, padded=talk.prompt.padded)
         whole, after = slots.first(slots.count - behind), slots.after(slots.count - behind)
         if mask is not None:  # other processes' heads may hold more slots
             hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
@@ -355,7 +361,7 @@ class CompressedLayer(DynamicLayer):
             talk.method.layer_budgets(b, n, talk.layers)[self.index] for b, n in zip(budgets, lengths, strict=True)
         ]
         adaptive = talk.method.layer_adaptive
-        if first and not adaptive and all(b >= n for b, n in zip(share, lengths, strict=True)):
+        if first and not adaptive and all(smallest(b) >= n for b, n in zip(share, lengths, strict=True)):
             self._store(self.blocks, lengths, whole)  # nothing to give up: not a bit is touched
             return
         groups = self._groups(whole, queries, prompt, rule, mask)
@@ -408,6 +414,7 @@ class CompressedLayer(DynamicLayer):
         )
         for group in groups:
             group.view.interleaved, group.view.rotated = talk.interleaved, self.rotated
+            group.view.projection = self.projection
         return groups
 
     def _wait(self, pending: Pending, prompt: Prompt, rule: AttentionRule, budgets: list[int]) -> None:
@@ -431,7 +438,8 @@ class CompressedLayer(DynamicLayer):
             pending.budgets,
             rule,
             queries,
-            [None] * batch,
+            [{} for _ in range(batch)],
+            [[] for _ in range(batch)],
             torch.zeros(batch, device=queries.device),
         )
 
@@ -445,7 +453,7 @@ class CompressedLayer(DynamicLayer):
         if self.waiting is not None and self.conversation.query_rows:
             groups, _, after = self._held_groups(self.waiting)
             for group in groups:
-                self.waiting.add(group, after.keys, counted)
+                self.waiting.add(group, after.keys, counted, self.conversation.method)
 
     def _held_groups(self, waiting: Waiting) -> tuple[list[Group], Slots, Slots]:
         """What the method will see of the prompt that waits, its slots, and those behind it."""
@@ -458,11 +466,11 @@ class CompressedLayer(DynamicLayer):
         return self._groups(whole, None, prompt, waiting.rule, apart=rows), whole, after
 
     @torch.no_grad()
-    def cut_deferred(self, share: list[int], counted: Tensor | None) -> None:
-        """Replace the prompt's slots, the tokens decoded meanwhile having said what they look at.
+    def due(self, share: Sequence[Share] | None, counted: Tensor | None) -> Pending:
+        """The prompt that waits, ready for `cut`: the tokens decoded meanwhile have said what they look at.
 
         Args:
-            share: entries that each row of the batch keeps in this layer.
+            share: entries that each row of the batch keeps in this layer; None: that depends on what is learnt here.
             counted: bool [batch, tokens], those that count; None: there are none.
         """
         waiting, talk = self.waiting, self.conversation
@@ -471,17 +479,22 @@ class CompressedLayer(DynamicLayer):
         groups, whole, after = self._held_groups(waiting)
         for group in groups:
             view, at = group.view, group.index
-            if counted is not None and after.count and talk.query_rows and share[at[0]] < view.length:
-                waiting.add(group, after.keys, counted, talk.method.decoded_temperature)
+            cuts = share is None or smallest(share[at[0]]) < view.length
+            if counted is not None and after.count and talk.query_rows and cuts:
+                waiting.add(group, after.keys, counted, talk.method, talk.method.decoded_temperature)
             waiting.tell(view, at)
             view.probed = bool(talk.probes)
             rows = waiting.counts[at] if talk.probes else torch.full_like(waiting.counts[at], talk.method.defer)
             view.decoded_weight = talk.method.weight_of(rows)[:, None, None]
         valid = waiting.prompt.valid
-        self.cut(Pending(groups, [], waiting.budgets, waiting.prompt.lengths, whole, after, valid), share)
+        pending = Pending(groups, [], waiting.budgets, waiting.prompt.lengths, whole, after, valid)
+        if share is None:
+            probed = (bool(talk.probes),)
+            pending.weights = observe(talk.method, groups, waiting.budgets, pending.lengths, probed=probed)
+        return pending
 
     @torch.no_grad()
-    def cut(self, pending: Pending, share: list[int]) -> None:
+    def cut(self, pending: Pending, share: Sequence[Share]) -> None:
         """Replace the prompt's slots by what the method keeps of them.
 
         Args:

@@ -1,0 +1,96 @@
+"""ResKV: the best tokens exactly, the others as clusters (2607.29591; SPEC 17.3)."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvweave.methods.base import Method
+from kvweave.methods.entries import (
+    best_of,
+    cluster_counts,
+    cluster_labels,
+    clustered,
+    clusters_option,
+    entries_of,
+    rounds_option,
+    rows_option,
+    span_option,
+)
+from kvweave.methods.options import flag, wrapped
+from kvweave.methods.registry import register
+from kvweave.methods.snapkv import SnapKV
+from kvweave.methods.wrapping import ScoredWrapper, more_rows
+from kvweave.ops.fit import error
+from kvweave.plan import Plan
+from kvweave.view import LayerView
+
+
+@register("residual", wrapper=True)
+@dataclass(frozen=True)
+class Residual(ScoredWrapper):
+    """Spends part of the free entries of a scored method on clusters of all the tokens that it would evict.
+
+    A gate compares three shares on reference rows, head by head; without it the share is `clusters`.
+    """
+
+    keeps_by = "the method's score"
+    merges_by = "clusters of near keys, bias log(count)"
+    source = "2607.29591"
+
+    method: Method = wrapped(SnapKV, help="the scored method that decides")
+    clusters: float = clusters_option()
+    rounds: int = rounds_option()
+    span: int | None = span_option()
+    rows: int = rows_option()
+    gate: bool = flag(True, help="each head takes none, half or all of that share, by its error on the rows")
+
+    @property
+    def biases_logits(self) -> bool:
+        return True
+
+    @property
+    def keeps_rows(self) -> bool:
+        return self.gate or self.inside.keeps_rows
+
+    @property
+    def query_rows(self) -> int:
+        return more_rows(self.inside.query_rows, self.rows) if self.gate else self.inside.query_rows
+
+    @property
+    def probed_rows(self) -> int:
+        return more_rows(self.inside.probed_rows, self.rows) if self.gate else self.inside.probed_rows
+
+    def prepare(self, view: LayerView, budget: int) -> None:
+        super().prepare(view, budget)
+        if self.gate:
+            view.hold_rows(self.rows)
+
+    def observe(self, view: LayerView) -> object:
+        if self.gate:
+            view.hold_rows(self.rows)
+        return super().observe(view)
+
+    def planned(self, view: LayerView, budget: int | tuple[int, ...]) -> Plan:
+        selection = self.inside.selection(view, budget)
+        forced = selection.forced & selection.held
+        tries = []
+        for count in cluster_counts(self.clusters, selection.free, gate=self.gate):
+            exact = selection.top(selection.free - count)
+            label = cluster_labels(view, selection.candidates & ~exact, count, self.rounds, self.span)
+            tries.append((count, exact | forced, label))
+        count, exact, label = tries[-1]
+        if self.gate:
+            rows = view.reference_rows(self.rows)
+            output = rows.output(view.values)
+            errors = []
+            for _, kept, labels in tries:
+                plan = clustered(view, kept, labels, even=selection.even)
+                errors.append(error(rows, entries_of(view, plan), output, rows.counted))
+            winner = best_of(errors)
+            for number, (counts, kept, labels) in enumerate(tries):
+                won = winner == number
+                count = torch.where(won, counts, count)
+                exact = torch.where(won[..., None], kept, exact)
+                label = torch.where(won[..., None], labels, label)
+        plan = self.inside.described(view, clustered(view, exact, label, even=selection.even))
+        return replace(plan, log={**plan.log, "clusters": count.double().mean(-1)})

@@ -1,0 +1,298 @@
+"""What every method shares that keeps some tokens by force and the best of the others by one score (SPEC
+16.10).
+
+The score comes first, reduced over heads and rows as the options say and lent to neighbours; then the tokens that
+stay by force; then how many each head keeps (`kvweave.methods.allocation`). Wrappers ask for the `Selection` and go
+on.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvweave.methods.allocation import Pool, Quota, profile_counts, share_out
+from kvweave.methods.base import Method, Reduction
+from kvweave.methods.options import choice, integer, real, text
+from kvweave.ops.budget import entries
+from kvweave.ops.select import chosen, lend, of_some, ranks_by, top_and_recent
+from kvweave.plan import Plan
+from kvweave.view import LayerView
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What tokens are ranked by.
+
+    Attributes:
+        value: float [batch, kv_heads, n], of all tokens or of those before the recent ones.
+        first: bool, alike: tokens that come before all others whatever their value; None: none does.
+        ties: float, alike: decides where values are equal, before the position does; None: the position.
+    """
+
+    value: Tensor
+    first: Tensor | None = None
+    ties: Tensor | None = None
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """The same as keys of decreasing rank."""
+        first = None if self.first is None else self.first.to(self.value.dtype)
+        return [key for key in (first, self.value, self.ties) if key is not None]
+
+    def over(self, length: int) -> "Scores":
+        """With the tokens that have no score among the last of all."""
+
+        def whole(x: Tensor | None, fill: float) -> Tensor | None:
+            return None if x is None else F.pad(x, (0, length - x.shape[-1]), value=fill)
+
+        value = F.pad(self.value, (0, length - self.value.shape[-1]), value=-torch.inf)
+        return Scores(value, whole(self.first, 0), whole(self.ties, 0))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a scored method keeps of one layer, and by what.
+
+    Attributes:
+        scores: of all tokens.
+        forced: bool [1 or batch, 1 or kv_heads, length], tokens that stay whatever their score.
+        held: bool [1 or batch, 1 or kv_heads, length], slots that hold a token.
+        free: int64 [batch, kv_heads], how many stay by their score.
+        quota: what was asked for.
+        even: all heads keep equally many.
+    """
+
+    scores: Scores
+    forced: Tensor
+    held: Tensor
+    free: Tensor
+    quota: Quota
+    even: bool
+
+    @property
+    def candidates(self) -> Tensor:
+        """Tokens that stay by their score, or not: bool [batch, kv_heads, length]."""
+        return (self.held & ~self.forced).expand_as(self.scores.value)
+
+    def top(self, count: Tensor) -> Tensor:
+        """The best `count` [batch, kv_heads] candidates: bool [batch, kv_heads, length]."""
+        among = self.candidates
+        return among & (ranks_by(of_some(self.scores.keys, among)) < count[..., None])
+
+    @property
+    def kept(self) -> Tensor:
+        """Tokens that stay: bool [batch, kv_heads, length]."""
+        return self.top(self.free) | (self.forced & self.held)
+
+
+@dataclass(frozen=True)
+class ScoredMethod(Method):
+    """Base of methods that keep forced tokens, and the best of the others by one score a token."""
+
+    _: dataclasses.KW_ONLY
+    heads_by: str = choice(
+        "mean", "mean", "max", help="attention of a KV head's query heads: their mean or the largest"
+    )
+    rows_by: str = choice("mean", "mean", "max", help="attention of the rows that count: their mean or the largest")
+    ahead: int = integer(0, minimum=0, help="tokens behind a token that its score is lent to; no pooling then")
+    behind: int = integer(0, minimum=0, help="tokens before a token that its score is lent to; no pooling then")
+    allocation: str = choice(
+        "head",
+        "head",
+        "layer",
+        "global",
+        "profile",
+        help="entries of a head: alike, by score over its layer's heads or over all layers', or by a profile",
+    )
+    floor: float = real(0.2, lo=0, hi=1, help="layer, global: share of its free entries that a head has for itself")
+    profile: str | None = text(
+        None, allowed="the path of a profile, or None", help="profile: the file with the shares"
+    )
+    mix: float = real(0.5, lo=0, hi=1, help="profile: weight of what global gives this prompt")
+
+    shares_options: ClassVar[bool] = True
+    #: Scores are positive and their ratios mean something, as those of attention do.
+    attention_like: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.allocation == "profile") != (self.profile is not None):
+            raise ValueError(
+                f"profile={self.profile!r} is not allowed with allocation={self.allocation!r}: allowed is the path "
+                "of a profile with allocation='profile', and None else"
+            )
+
+    # ------------------------------------------------------------ what a method defines
+
+    def score(self, view: LayerView, quota: Quota) -> Tensor | Scores:
+        """What a token is worth: [batch, kv_heads, length], or of the tokens before the recent ones alone."""
+        raise TypeError(f"{type(self).__name__} does not define score(view, quota)")
+
+    def quota(self, budget: int, mean_budget: int) -> Quota:
+        """Tokens that stay by force where `budget` entries do; here the options `recent` and `sinks` (15.2).
+
+        Args:
+            mean_budget: entries of a layer on average, before they were shared out over layers.
+        """
+        recent = min(getattr(self, "recent", 0), budget // 2)
+        return Quota(budget, min(getattr(self, "sinks", 0), (budget - recent) // 2), recent)
+
+    # ------------------------------------------------------------ what follows from it
+
+    @property
+    def reduction(self) -> Reduction:
+        """How attention is reduced, over rows and over heads."""
+        return self.rows_by, self.heads_by
+
+    @property
+    def lends(self) -> bool:
+        """Scores are lent to neighbours, which takes the place of pooling."""
+        return bool(self.ahead or self.behind)
+
+    @property
+    def decoded_reductions(self) -> tuple[Reduction, ...]:
+        return (self.reduction,)
+
+    @property
+    def layer_adaptive(self) -> bool:  # type: ignore[override]
+        return self.pools
+
+    @property
+    def pools(self) -> bool:
+        return self.allocation == "global" or (self.allocation == "profile" and self.mix > 0)
+
+    def ranking(self, view: LayerView, quota: Quota) -> Scores:
+        """Scores of the layer, lent to neighbours."""
+        scores = self.score(view, quota)
+        scores = scores if isinstance(scores, Scores) else Scores(scores)
+        if not self.lends:
+            return scores
+        ties = None if scores.ties is None else lend(scores.ties, self.ahead, self.behind)
+        value = scores.value if view.empty is None else scores.value.masked_fill(view.empty, -torch.inf)
+        return Scores(lend(value, self.ahead, self.behind), scores.first, ties)
+
+    def prepare(self, view: LayerView, budget: int) -> None:
+        self.ranking(view, self.quota(budget, budget))
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        if self.allocation == "head" and view.empty is None and not self.uneven:
+            quota = self.quota(budget, view.mean_budget or budget)
+            scores = self.ranking(view, quota)
+            return self.described(view, Plan(even_keep(view, scores, quota)))
+        return self.evicting(view, self.selection(view, budget))
+
+    def plan_heads(self, view: LayerView, counts: tuple[int, ...]) -> Plan:
+        return self.evicting(view, self.selection(view, counts))
+
+    def evicting(self, view: LayerView, selection: Selection) -> Plan:
+        """The plan that keeps what was selected and evicts the rest."""
+        return self.described(view, Plan(chosen(selection.kept), uneven=not selection.even))
+
+    def described(self, view: LayerView, plan: Plan) -> Plan:
+        """The plan, with what the report is to say."""
+        return plan
+
+    #: Heads keep different counts whatever the allocation (AdaKV).
+    uneven: ClassVar[bool] = False
+
+    def selection(self, view: LayerView, budget: int | tuple[int, ...]) -> Selection:
+        """What stays of one layer, and by what.
+
+        Args:
+            budget: entries of each KV head; or, where they were shared out over layers, of each apart.
+        """
+        mean = view.mean_budget or (budget if isinstance(budget, int) else sum(budget) // len(budget))
+        quota = self.quota(budget if isinstance(budget, int) else mean, mean)
+        scores = self.ranking(view, quota).over(view.length)
+        forced, held = forced_tokens(view, quota)
+        most = (held & ~forced).sum(-1).expand(view.batch, view.kv_heads)
+        base = (forced & held).sum(-1).expand(view.batch, view.kv_heads)
+        if isinstance(budget, tuple):
+            kv_heads = view.kv_heads * view.heads.size
+            if len(budget) != kv_heads:
+                raise ValueError(
+                    f"profile={self.profile!r} has {len(budget)} KV heads a layer, and the model {kv_heads}: "
+                    "allowed is a profile of this model"
+                )
+            free = view.heads.own(torch.tensor([budget], device=most.device)) - base
+            even = False
+        else:
+            free, even = self.shares(view, quota, scores, forced, held, base), self.allocation == "head"
+        even = even and view.empty is None and not self.uneven
+        return Selection(scores, forced, held, free.clamp(min=0).minimum(most), quota, even)
+
+    def shares(
+        self, view: LayerView, quota: Quota, scores: Scores, forced: Tensor, held: Tensor, base: Tensor
+    ) -> Tensor:
+        """Entries that each head of this layer keeps by score, known without the other layers: [batch, kv_heads]."""
+        if self.allocation == "layer":
+            pool = self.pool(view, scores, forced, held, quota)
+            rows = [share_out([pool.row(n)], self.floor)[0] for n in range(view.batch)]
+            return view.heads.own(torch.tensor(rows, device=base.device)) - base
+        return torch.full_like(base, quota.free)
+
+    # ------------------------------------------------------------ budgets over all layers
+
+    def keeps_all(self, length: int) -> bool:
+        if self.allocation != "profile" or self.pools or isinstance(self.budget, str):
+            return super().keeps_all(length)
+        return entries(self.budget, length, 0) >= length
+
+    def layer_budgets(self, budget: int, length: int, layers: int) -> list[Any]:
+        if self.allocation != "profile" or self.pools:
+            return super().layer_budgets(budget, length, layers)
+        return profile_counts(self.profile or "", layers, self.quota(budget, budget), length)
+
+    def observe(self, view: LayerView) -> Any:
+        if not self.pools:
+            return super().observe(view)
+        quota = self.quota(view.mean_budget, view.mean_budget)
+        scores = self.ranking(view, quota).over(view.length)
+        return self.pool(view, scores, *forced_tokens(view, quota), quota)
+
+    def pool(self, view: LayerView, scores: Scores, forced: Tensor, held: Tensor, quota: Quota) -> Pool:
+        """The layer's tokens as they compete, of all its heads."""
+        forced, held = (view.over_heads(x.expand_as(scores.value)) for x in (forced, held))
+        return Pool([view.over_heads(key) for key in scores.keys], forced, held, quota)
+
+    def allocate(self, weights: list[Any], budget: int, length: int) -> list[Any]:
+        if not self.pools:
+            return super().allocate(weights, budget, length)
+        if not isinstance(weights[0], Pool):  # a row without a token
+            return [0] * len(weights)
+        shared = [tuple(counts) for counts in share_out([pool.row(0) for pool in weights], self.floor)]
+        if self.allocation == "profile":
+            shared = profile_counts(self.profile or "", len(weights), weights[0].quota, length, shared, self.mix)
+        return shared
+
+
+def even_keep(view: LayerView, scores: Scores, quota: Quota) -> Tensor:
+    """Slots that stay where every head keeps equally many: int64 [batch, kv_heads, kept]."""
+    if scores.first is None and scores.ties is None:
+        return top_and_recent(scores.value, quota.budget, quota.recent, view.length, sinks=quota.sinks)
+    between = slice(quota.sinks, view.length - quota.recent)
+    ranks = ranks_by([key[..., between] for key in scores.keys])
+    whole = view.length - quota.recent - quota.sinks - ranks  # the higher the better, all different
+    padded = F.pad(whole, (quota.sinks, 0))
+    return top_and_recent(padded, quota.budget, quota.recent, view.length, sinks=quota.sinks)
+
+
+def forced_tokens(view: LayerView, quota: Quota) -> tuple[Tensor, Tensor]:
+    """Slots of the first `sinks` and last `recent` tokens, and slots that hold a token at all.
+
+    Returns:
+        bool [batch, kv_heads, length] twice, or [1, 1, length] where every slot holds a token.
+    """
+    if view.empty is None:
+        place = torch.arange(view.length, device=view.keys.device)[None, None]
+        held = torch.ones_like(place, dtype=torch.bool)
+        count: Any = view.length
+    else:
+        held = ~view.empty
+        place = held.cumsum(-1) - 1
+        count = held.sum(-1, keepdim=True)
+    return ((place < quota.sinks) | (place >= count - quota.recent)) & held, held
