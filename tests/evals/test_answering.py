@@ -103,3 +103,26 @@ def test_probes_tell_what_a_context_will_be_asked(model: Any, processor: Any):
     right = [sum(one.text == example.answer for one, example in zip(x, examples, strict=True)) for x in (said, plain)]
     assert right[0] > right[1]
     assert [one.kept for one in said] == [one.kept for one in plain]
+
+
+def test_questions_that_begin_unalike_share_a_context_whatever_the_tokenizer(tmp_path):
+    """MobileVLM's puts a blank in front of each text, Qwen2's joins one to the word behind it."""
+    from published_folders import write_internvl, write_mobilevlm
+
+    from kvweave.models import encode, processor_from_published
+
+    write_mobilevlm(tmp_path / "mobile")
+    write_internvl(tmp_path / "qwen", "qwen2")
+    for name in ("mobile", "qwen"):
+        processor = processor_from_published(tmp_path / name)
+        asked = [
+            Example(question, [{"role": "user", "content": [{"type": "text", "text": f"on a mat {question}"}]}],
+                    question, "", context="one")
+            for question in ("the cat sat", "What is this", "cat")
+        ]  # fmt: skip
+        batch = prepare(processor, asked, "unseen")
+        context = batch.inputs["input_ids"][0].tolist()
+        for number, example in enumerate(asked):
+            question = batch.rounds[number].questions[0]
+            assert context + question == encode(processor, example.messages)["input_ids"][0].tolist()
+        assert "cat" not in processor.decode(context)

@@ -1,4 +1,4 @@
-"""The command line: `kvweave run | eval | paper | flow | methods | lab`.
+"""The command line: `kvweave run | eval | paper | flow | plan | convert | methods | lab`.
 
 Exit codes: 0 done, 2 bad input, 1 anything else.
 """
@@ -13,11 +13,13 @@ import typer
 
 from kvweave import __version__
 from kvweave.cli.console import BAD_INPUT, STOPPED, UNEXPECTED, BadInput, bad_input
+from kvweave.cli.convert import convert
 from kvweave.cli.eval import evaluate
 from kvweave.cli.flow import flow
 from kvweave.cli.lab import lab
 from kvweave.cli.methods import methods
 from kvweave.cli.paper import paper
+from kvweave.cli.plan import plan
 from kvweave.cli.run import run
 
 app = typer.Typer(
@@ -30,6 +32,8 @@ app.command("run")(run)
 app.command("eval")(evaluate)
 app.command("paper")(paper)
 app.command("flow")(flow)
+app.command("plan")(plan)
+app.command("convert")(convert)
 app.command("methods")(methods)
 app.add_typer(lab, name="lab")
 

@@ -79,14 +79,14 @@ def check_model(model: str) -> None:
 
 
 @contextlib.contextmanager
-def model_errors() -> Iterator[None]:
-    """What is wrong with a model is said of the option that is at fault."""
+def model_errors(model: str = "--model") -> Iterator[None]:
+    """What is wrong with a model is said of the option that is at fault, `model` unless it is another."""
     from kvweave.models import ModelError
 
     try:
         yield
     except ModelError as error:
-        raise BadInput(f"--{error.option}: {error}") from error
+        raise BadInput(f"{model if error.option == 'model' else '--' + error.option}: {error}") from error
 
 
 def load(model: str, dtype: str, device: str, attention: str, trust_remote_code: bool) -> tuple[Any, Any]:

@@ -1,12 +1,15 @@
-"""From a name to a model and its processor, both by transformers' auto classes."""
+"""From a name to a model and its processor: by a publisher's layout if it is in one, else by the auto classes."""
 
 import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvweave.models.source import LAB, LABS, ModelError, first_line, found
+
+if TYPE_CHECKING:
+    from kvweave.models.published import Layout
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
@@ -52,9 +55,8 @@ def load(
     Raises:
         ModelError: it cannot be had; one line says why.
     """
-    for name, value, allowed in (("dtype", dtype, DTYPES), ("attention", attention, ATTENTIONS)):
-        if value not in allowed:
-            raise ModelError(f"{name}={value!r} is not allowed: allowed is one of {', '.join(allowed)}", name)
+    _check_choice("dtype", dtype, DTYPES)
+    _check_choice("attention", attention, ATTENTIONS)
     device = pick_device(device)
     path, where = found(model)
     keywords = {**where, "trust_remote_code": trust_remote_code}
@@ -63,10 +65,14 @@ def load(
         import kvweave.lab  # noqa: F401  AutoProcessor finds the lab's processor once this is imported
 
     with _refusals(model, attention):
-        kind, reader = _kinds(model, path, keywords)
-        processor = reader.from_pretrained(path, **keywords)
-        loaded, report = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **chosen, **keywords)
-        _check_missing(model, loaded, report)
+        layout = _layout(path, where)
+        if layout is not None:
+            processor, loaded = layout.processor(path), layout.load(path, dtype, **chosen)
+        else:
+            kind, reader = _kinds(model, path, keywords)
+            processor = reader.from_pretrained(path, **keywords)
+            loaded, report = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **chosen, **keywords)
+            _check_missing(model, loaded, report)
         loaded = loaded.to(device).eval()
         _check_numbers(model, loaded)
         return loaded, processor
@@ -82,7 +88,47 @@ def load_tokenizer(model: str) -> Any:
 
     path, where = found(model)
     with _refusals(model):
+        layout = _layout(path, where)
+        if layout is not None:
+            return layout.processor(path).tokenizer
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where)
+
+
+def skeleton(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+    """A model on torch's meta device, whose tensors have shapes and no contents, from its `config.json` alone.
+
+    Raises:
+        ModelError: it cannot be had; one line says why.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    _check_choice("dtype", dtype, DTYPES)
+    path, where = found(model, weights=False)
+    keywords = {**where, "trust_remote_code": trust_remote_code}
+    with _refusals(model):
+        layout = _layout(path, where)
+        if layout is not None:
+            return layout.skeleton(path, dtype).eval()
+        kind, _ = _kinds(model, path, keywords)
+        config = AutoConfig.from_pretrained(path, **keywords)
+        stored = config.dtype or config.get_text_config().dtype or torch.float32
+        with torch.device("meta"):
+            return kind.from_config(config, dtype=stored if dtype == "auto" else getattr(torch, dtype)).eval()
+
+
+def _layout(path: str, where: dict[str, Any]) -> "Layout | None":
+    """The publisher's layout that a checkpoint is in, by its `config.json`."""
+    from transformers import PreTrainedConfig
+
+    from kvweave.models.published import layout_of
+
+    return layout_of(PreTrainedConfig.get_config_dict(path, **where)[0])
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ModelError(f"{name}={value!r} is not allowed: allowed is one of {', '.join(allowed)}", name)
 
 
 def _kinds(model: str, path: str, keywords: dict[str, Any]) -> tuple[Any, Any]:

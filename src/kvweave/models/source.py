@@ -29,7 +29,7 @@ class ModelError(ValueError):
     """A model that cannot be had; the message says which, and what is allowed.
 
     Attributes:
-        option: what is at fault: "model", "dtype", "device" or "attention".
+        option: what is at fault: "model", "dtype", "device", "attention", "weights" or "images".
     """
 
     def __init__(self, message: str, option: str = "model") -> None:
@@ -37,9 +37,11 @@ class ModelError(ValueError):
         self.option = option
 
 
-def check(model: str) -> str:
+def check(model: str, *, weights: bool = True) -> str:
     """What `from_pretrained` is to be given for `model`; needs neither torch nor transformers.
 
+    Args:
+        weights: whether a folder has to hold them, too.
     Raises:
         ModelError: a folder that does not exist or holds no checkpoint, or a name that no checkpoint can have.
     """
@@ -49,7 +51,7 @@ def check(model: str) -> str:
     if _is(folder, "is_dir"):
         if not (folder / "config.json").is_file():
             raise ModelError(f"model={model!r} is a folder without config.json: allowed is {_ALLOWED}")
-        if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
+        if weights and not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
             raise ModelError(
                 f"model={model!r} is a folder without weights (*.safetensors, pytorch_model*.bin): "
                 f"allowed is {_ALLOWED}"
@@ -71,13 +73,16 @@ def _is(path: Path, what: str) -> bool:
         return False
 
 
-def found(model: str) -> tuple[str, dict[str, Any]]:
+def found(model: str, *, weights: bool = True) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is to be given, and with which keywords: on the hub, or in this machine's copies of it.
+
+    Args:
+        weights: whether a folder has to hold them, too.
 
     Raises:
         ModelError: there is no such model on the hub, or it cannot be reached and there is no copy.
     """
-    path = check(model)
+    path = check(model, weights=weights)
     if Path(path).is_dir():
         return path, {}
     why = _unreached(path)
@@ -128,10 +133,10 @@ def checkpoint_mark(model: str) -> str:
     path, keywords = found(model)
     folder = Path(path)
     if not folder.is_dir():
-        from transformers import AutoConfig
+        from huggingface_hub import hf_hub_download
 
         try:
-            return str(AutoConfig.from_pretrained(path, trust_remote_code=False, **keywords)._commit_hash)
+            return Path(hf_hub_download(path, "config.json", **keywords)).parent.name  # a folder for each commit
         except (OSError, ValueError) as error:
             raise ModelError(f"model={model!r} is not found on the hub: {first_line(error)}") from None
     digest = hashlib.sha256()

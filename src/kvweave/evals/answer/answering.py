@@ -5,6 +5,7 @@ alone is the prompt, compressed once; every question about it is read by the fro
 *probed*: the same, and before it is compressed the context is asked the processor's own probes (SPEC 13.2).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,6 @@ from kvweave.seam.names import CACHE
 from kvweave.seam.session import Session, compress
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # one entry a token
-_STRADDLING = 2  # tokens at most that a question shares with its context's end
 
 
 @dataclass(frozen=True)
@@ -124,27 +124,31 @@ def _tails(processor: Any, examples: Sequence[Example], ids: list[int]) -> list[
 
     Args:
         examples: of one context.
-        ids: of the first one's whole prompt; its end is its tail. Tokens that a question's beginning shares with the
-            context stay with the context.
+        ids: of the first one's whole prompt; its end is its tail. A token that joins a question's beginning to the
+            context is the question's, and so is what stands there in the prompts of the others.
     """
-    contexts, tails = zip(*(_divided(processor, example) for example in examples), strict=True)
+    contexts, texts = zip(*(_divided(processor, example) for example in examples), strict=True)
     for example, context in zip(examples, contexts, strict=True):
         if context != contexts[0]:
             raise ValueError(f"sample {example.id}: its context differs from that of {examples[0].id}")
-    for shared in range(_STRADDLING + 1):
-        end = tails[0][shared:]
-        if end and ids[-len(end) :] == end and all(tail[:shared] == tails[0][:shared] for tail in tails):
-            return [tail[shared:] for tail in tails]
-    raise ValueError(f"sample {examples[0].id}: its prompt's tokens do not end with those of its question")
+    context, *prompts = (
+        processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (contexts[0], *texts)
+    )
+    columns = zip(context, *prompts, strict=False)
+    start = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))  # alike in all
+    tails = [prompt[start:] for prompt in prompts]
+    if not tails[0] or ids[-len(tails[0]) :] != tails[0]:
+        raise ValueError(f"sample {examples[0].id}: its prompt's tokens do not end with those of its question")
+    return tails
 
 
-def _divided(processor: Any, example: Example) -> tuple[str, list[int]]:
-    """A prompt's text before its question, and the tokens from there on."""
+def _divided(processor: Any, example: Example) -> tuple[str, str]:
+    """A prompt's text before its question, and the whole of it."""
     text = written(processor, example.messages)
     start = text.rfind(example.question)
     if start < 0 or not example.question.strip():
         raise ValueError(f"sample {example.id}: its prompt does not hold its question {example.question!r}")
-    return text[:start], processor.tokenizer(text[start:], add_special_tokens=False)["input_ids"]
+    return text[:start], text
 
 
 def _without(inputs: dict[str, Tensor], counts: list[int], pad: int) -> dict[str, Tensor]:
