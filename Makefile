@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test test-kernels test-all test-versions lint format bench bench-decode bench-peers bench-flow guard results research docs models gpu clean
+.PHONY: run test test-kernels test-all test-versions lint format bench bench-decode bench-peers bench-flow guard results research docs models gpu gpu-smol clean
 
 run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
 	$(BIN)/kvweave run
@@ -72,11 +72,16 @@ models: $(READY)  ## docs/MODELS.md: every model type of transformers, tiny (10 
 gpu:  ## everything that needs a GPU, in one call of five minutes, with the Python at hand
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
+gpu-smol: $(READY)  ## train smol's tower, projector and adapters: five minutes on a GPU, then how well it answers
+	$(BIN)/kvweave lab train --model smol --device cuda --workers 12 --out out/smol
+	$(BIN)/kvweave lab eval --model out/smol/model --questions smol --images 4 --images 8 --images 12 --images 20 --device cuda --batch 128
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvweave needs Python 3.11 or later, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/kvweave lab fetch smol
 	touch $@
 
 # Triton, and a numpy that its interpreter works with; all else is that of $(VENV).

@@ -1,7 +1,6 @@
 """`kvweave eval`: methods x budgets x tasks, measured, as tables with intervals; resumable."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,7 @@ from kvweave.cli.console import out as stdout
 from kvweave.cli.tables import fitted
 
 if TYPE_CHECKING:
-    from kvweave.evals import LabTask, MileBenchTask, Task
+    from kvweave.evals import Task
     from kvweave.evals.run.plan import Cell
     from kvweave.evals.run.results import Result
 
@@ -33,7 +32,11 @@ def evaluate(
     count: Annotated[
         int | None, typer.Option(help="Samples a task.", show_default="100 of the lab's, all of a folder's")
     ] = None,
-    images: Annotated[int | None, typer.Option(help="Images an album, of the lab's.", show_default="8")] = None,
+    images: Annotated[int | None, typer.Option(help="Images an album, of generated ones.", show_default="8")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Of the texts that smol-text is asked about.", show_default="600")
+    ] = None,
+    questions: options.Questions = None,
     seeds: Annotated[
         str, typer.Option("--seeds", "--seed", help="Of samples and random draws, separated by commas.")
     ] = "0",
@@ -67,7 +70,12 @@ def evaluate(
     ] = True,
     batch: Annotated[
         int | None,
-        typer.Option("--batch-size", "--batch", help="Prompts answered together.", show_default="50 for lab, else 1"),
+        typer.Option(
+            "--batch-size",
+            "--batch",
+            help="Prompts answered together.",
+            show_default="50 for lab, 8 for smol, else 1",
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
     ray: Annotated[
@@ -91,12 +99,12 @@ def evaluate(
     folder in MileBench's layout also OUT/outputs, which its own scorer reads. Exits with 1 if samples failed: they
     are listed, not scored.
     """
-    from kvweave.evals import Evaluation, run, summarise, write_tables
+    from kvweave.evals import Evaluation, Options, milebench_tasks, run, summarise, write_tables
     from kvweave.evals.run.plan import parse_budgets, parse_methods
     from kvweave.evals.tables.outputs import write_outputs
     from kvweave.evals.tables.page import write_page
     from kvweave.evals.tables.tables import notes, tables
-    from kvweave.models import LABS
+    from kvweave.evals.tasks.sources import named
 
     check_out(out)
     quiet_libraries()
@@ -111,9 +119,13 @@ def evaluate(
                 "scoring": scoring != "official",
                 "truncation": truncation != "ours",
             }
-            found: tuple[Task, ...] = _lab_tasks(names or options.lab_tasks_of(model), count, images, given)
+            for option, value in given.items():
+                if value:
+                    raise ValueError(f"--{option} is for a folder of data: allowed is --data with it")
+            source = options.source(model, questions)
+            found: tuple[Task, ...] = named(source, names, count, images=images, tokens=tokens)
         else:
-            reading = {
+            reading: dict[str, Any] = {
                 "count": count,
                 "combined": combined,
                 "adversarial": adversarial,
@@ -124,7 +136,10 @@ def evaluate(
                 "tokenizer": model if truncation == "official" else "",
                 "max_new_tokens": max_new_tokens,
             }
-            found = _milebench_tasks(data, names, images, reading)
+            for option, size in {"images": images, "tokens": tokens, "questions": questions}.items():
+                if size is not None:
+                    raise ValueError(f"--{option} {size} is for generated questions: a folder's samples have theirs")
+            found = milebench_tasks(data, names, Options(**reading))
         evaluation = Evaluation(
             model=model,
             tasks=found,
@@ -141,7 +156,7 @@ def evaluate(
             results = run(
                 evaluation,
                 out,
-                batch=(50 if model in LABS else 1) if batch is None else batch,
+                batch=options.batch_size(model) if batch is None else batch,
                 workers=workers,
                 ray=ray,
                 device=device,
@@ -169,27 +184,6 @@ def evaluate(
     if summary["failed"]:
         err().print(f"{len(summary['failed'])} answers are missing: {out / 'table.md'} lists them", markup=False)
         raise typer.Exit(1)
-
-
-def _lab_tasks(
-    names: Sequence[str], count: int | None, images: int | None, given: dict[str, Any]
-) -> "tuple[LabTask, ...]":
-    from kvweave.evals import lab_tasks
-
-    for option, value in given.items():
-        if value:
-            raise ValueError(f"--{option} is for a folder of data: allowed is --data with it")
-    return lab_tasks(names, 100 if count is None else count, 8 if images is None else images)
-
-
-def _milebench_tasks(
-    data: Path, names: list[str], images: int | None, reading: dict[str, Any]
-) -> "tuple[MileBenchTask, ...]":
-    from kvweave.evals import Options, milebench_tasks
-
-    if images is not None:
-        raise ValueError(f"--images {images} is for the lab's albums: a folder's samples have theirs")
-    return milebench_tasks(data, names, Options(**reading))
 
 
 def _baseline(name: str | None, labels: list[str]) -> str | None:

@@ -23,6 +23,7 @@ def flow(
     ] = 0.25,
     images: options.Number = None,
     task: options.Task = None,
+    questions: options.Questions = None,
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -46,7 +47,7 @@ def flow(
     options.check_model(model)
     console.check_out(out)
     console.quiet_libraries()
-    ask = options.read_ask(image, prompt, images, task, seed)
+    ask = options.read_ask(options.source(model, questions), image, prompt, images, task, seed)
     options.say_own_world(model, ask)
     loaded, processor = options.load(model, dtype, device, attention, trust_remote_code)
     measured = _measure(model, loaded, processor, ask, method)

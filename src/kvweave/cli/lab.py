@@ -6,81 +6,26 @@ from typing import Annotated, Any
 import typer
 
 from kvweave.cli import console, options
+from kvweave.cli.train import fetch, train
+
+Questions = Annotated[str, typer.Option("--questions", help="Whose: lab, lab-large, smol or smol-text.")]
 
 lab = typer.Typer(help="The embedded model: train it, examine it, see what it is asked.", no_args_is_help=True)
 
 
-@lab.command()
-def train(
-    out: options.Out = Path("out/lab"),
-    seed: Annotated[int, typer.Option(**options.NUMBER, help="Of weights and albums.")] = 0,
-    world: Annotated[
-        str, typer.Option(help="small: from a seed; large: go on from --start, with larger pictures.")
-    ] = "small",
-    start: Annotated[
-        Path | None, typer.Option(help="Folder of a lab model to go on from.", show_default="with large, lab's own")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    device: options.Device = "auto",
-    json: options.Json = False,
-) -> None:
-    """Train the lab's model: about an hour on two CPU cores; can be stopped and resumed."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console.check_out(out)
-    console.quiet_libraries()
-    device = options.pick_device(device)
-    from kvweave.lab import TASKS, weights_path
-    from kvweave.lab.train import CURRICULA
-    from kvweave.lab.train import train as train_model
-
-    if world not in CURRICULA:
-        raise console.BadInput(f"--world {world!r} is unknown: allowed is one of {', '.join(CURRICULA)}")
-    if start is None and world == "large":
-        start = weights_path()
-    curriculum = CURRICULA[world]
-    steps = sum(stage.steps for stage in curriculum)
-    columns = (
-        TextColumn("[bold]training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console.err()) as progress:
-        bar = progress.add_task("training", total=steps, note="")
-
-        def on_step(record: dict[str, Any]) -> None:
-            weakest = min(TASKS, key=record["accuracy"].__getitem__)
-            note = f"loss {record['loss']:.3f}, weakest {weakest} {record['accuracy'][weakest]:.2f}"
-            progress.update(bar, completed=record["step"], note=note)
-
-        with (
-            console.bad_input(FileNotFoundError),
-            console.bad_input(FileExistsError, ValueError, option=f"--out {str(out)!r}"),
-        ):
-            result = train_model(
-                out,
-                seed,
-                device,
-                curriculum=curriculum,
-                start=start,
-                resume=resume,
-                progress=False,
-                on_step=on_step,
-            )
-    if json:
-        console.print_json({"out": str(out), **result})
-    else:
-        state = "was trained already" if result["already_finished"] else "is trained"
-        console.out().print(f"{out} {state}: {result['steps']} steps. Examine it: kvweave lab eval --model {out}")
+lab.command()(train)
+lab.command()(fetch)
 
 
 @lab.command("eval")
 def evaluate(
     model: options.ModelName = "lab",
     task: Annotated[list[str] | None, typer.Option(help="Repeatable.", show_default="all")] = None,
-    images: Annotated[list[int] | None, typer.Option(help="In an album; repeatable.", show_default="8, 12")] = None,
+    images: Annotated[
+        list[int] | None,
+        typer.Option(help="In an album; of smol-text, tokens; repeatable.", show_default="8 and 12; 600"),
+    ] = None,
+    questions: options.Questions = None,
     count: Annotated[int, typer.Option(**options.COUNT, help="Albums for each task and number of images.")] = 200,
     seed: Annotated[int, typer.Option(**options.NUMBER, help="Of the albums.")] = 0,
     batch: Annotated[int, typer.Option(**options.COUNT, help="Questions answered together.")] = 16,
@@ -97,10 +42,12 @@ def evaluate(
     options.check_model(model)
     console.check_out(out)
     console.quiet_libraries()
-    tasks, numbers = options.check_tasks(task or []), images or [8, 12]
+    source = options.source(model, questions)
+    tasks = options.check_tasks(task or [], source)
+    numbers = images or sorted({source.size, source.example_size})
     for number in numbers:
-        for name in tasks:
-            options.read_example(number, name, seed)  # refuses what has no room before the model is loaded
+        with console.bad_input(option=f"--{source.unit} {number}"):
+            source.make(tasks, 1, number)  # refuses what has no room before the model is loaded
     loaded, processor = options.load(model, dtype, device, attention, trust_remote_code)
     from kvweave.evals.tasks import lab_score
 
@@ -115,6 +62,7 @@ def evaluate(
             numbers,
             seed,
             batch,
+            make=source.make,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     result = {"model": model, **scores, "command": console.command_line()}
@@ -150,12 +98,13 @@ def example(
     images: options.Number = None,
     task: options.Task = None,
     seed: options.Seed = None,
+    questions: Questions = "lab",
     out: options.Out = Path("out/example"),
     json: options.Json = False,
 ) -> None:
     """Write the pictures and words of one hold-out question, as the model gets them."""
     console.check_out(out)
-    ask = options.read_ask(None, None, images, task, seed)
+    ask = options.read_example(options.source(questions), images, task, seed or 0)
     pieces: list[dict[str, str]] = []
     names = iter(f"image-{n:02}.png" for n in range(1, len(ask.images) + 1))
     with console.writing(out) as folder:
@@ -182,19 +131,22 @@ def example(
 def export(
     folder: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.")],
     task: Annotated[list[str] | None, typer.Option(help="Repeatable.", show_default="all")] = None,
-    images: Annotated[int, typer.Option(help="In an album.")] = 8,
+    images: Annotated[
+        int | None, typer.Option(help="In an album; of smol-text, tokens.", show_default="8; 600")
+    ] = None,
     count: Annotated[int, typer.Option(**options.COUNT, help="Questions a task.")] = 100,
     seed: Annotated[int, typer.Option(**options.NUMBER, help="Of the albums.")] = 0,
+    questions: Questions = "lab",
     json: options.Json = False,
 ) -> None:
     """Write the lab's hold-out questions in MileBench's format, for `kvweave eval --data` and other tools."""
     console.check_out(folder)
-    tasks = options.check_tasks(task or [])
-    from kvweave.evals import lab_tasks
+    source = options.source(questions)
+    tasks = options.check_tasks(task or [], source)
     from kvweave.evals.tasks.export import export as write
 
-    with console.bad_input():
-        found = lab_tasks(tasks, count, images)
+    with console.bad_input(option=f"--{source.unit} {images}"):
+        found = source.make(tasks, count, source.size if images is None else images)
     with console.err().status("drawing"):
         files = [write(one, folder, seed) for one in found]
     if json:

@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,20 +15,28 @@ from kvweave.ops.brief import brief
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from kvweave.evals.tasks.sources import Source
     from kvweave.methods.base import Method
 
 ModelName = Annotated[
-    str, typer.Option("--model", help="lab, lab-large, a folder, or an id of the Hugging Face hub.")
+    str, typer.Option("--model", help="lab, lab-large, smol, smol-text, a folder, or an id of the Hugging Face hub.")
 ]
 Images = Annotated[
     list[Path] | None, typer.Option("--image", help="An image of your own; repeatable, in the prompt's order.")
 ]
 PromptText = Annotated[str | None, typer.Option("--prompt", help="What to ask about the images.")]
 Number = Annotated[
-    int | None, typer.Option("--images", help="Pictures in the generated example (1 to 12).", show_default="12")
+    int | None,
+    typer.Option("--images", help="Pictures in the generated example; of smol-text, tokens.", show_default="12; 600"),
 ]
 Task = Annotated[
-    str | None, typer.Option("--task", help="What the generated example asks.", show_default="image_needle")
+    str | None, typer.Option("--task", help="What the generated example asks.", show_default="image_needle; needle")
+]
+Questions = Annotated[
+    str | None,
+    typer.Option(
+        "--questions", help="Whose: lab, lab-large, smol or smol-text.", show_default="the model's own, else lab"
+    ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of the generated example.", show_default="0")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
@@ -43,7 +51,6 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, n
 #: What may be counted, and what may be zero besides.
 COUNT: dict[str, Any] = {"min": 1, "max": 2**31 - 1}
 NUMBER: dict[str, Any] = {"min": 0, "max": 2**31 - 1}
-DEFAULT_IMAGES, DEFAULT_TASK = 12, "image_needle"
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,14 @@ def encode(processor: Any, ask: Ask) -> Any:
 
 
 def read_ask(
-    images: list[Path] | None, prompt: str | None, number: int | None, task: str | None, seed: int | None
+    found: "Source",
+    images: list[Path] | None,
+    prompt: str | None,
+    number: int | None,
+    task: str | None,
+    seed: int | None,
 ) -> Ask:
-    """The user's own images and prompt, or an example of the lab's."""
+    """The user's own images and prompt, or an example of a source's."""
     given = {"--images": number, "--task": task, "--seed": seed}
     if images or prompt is not None:
         for option, value in given.items():
@@ -128,11 +140,7 @@ def read_ask(
                     f"{option} {value!r} is for the generated example: allowed is either it, or --image and --prompt"
                 )
         return _own(images or [], prompt)
-    return read_example(
-        DEFAULT_IMAGES if number is None else number,
-        DEFAULT_TASK if task is None else task,
-        seed or 0,
-    )
+    return read_example(found, number, task, seed or 0)
 
 
 def say_own_world(model: str, ask: Ask) -> None:
@@ -144,29 +152,43 @@ def say_own_world(model: str, ask: Ask) -> None:
         err().print(OWN_WORLD)
 
 
-def check_tasks(names: list[str]) -> list[str]:
-    """The lab's tasks by these names; all of the small world if there are none."""
-    from kvweave.lab import ALL_TASKS, TASKS
-
+def check_tasks(names: Sequence[str], found: "Source") -> list[str]:
+    """A source's tasks by these names; its own if there are none."""
     for name in names:
-        if name not in ALL_TASKS:
-            near = difflib.get_close_matches(name, ALL_TASKS, n=1, cutoff=0.4)
+        if name not in found.known:
+            near = difflib.get_close_matches(name, found.known, n=1, cutoff=0.4)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            raise BadInput(f"--task {name!r} is unknown{hint}: allowed is one of {', '.join(ALL_TASKS)}")
-    return names or list(TASKS)
+            raise BadInput(f"--task {name!r} is unknown{hint}: allowed is one of {', '.join(found.known)}")
+    return list(names or found.tasks)
 
 
-def read_example(number: int, task: str, seed: int) -> Ask:
-    """A hold-out question of the lab's."""
-    from kvweave.lab import example
-
-    check_tasks([task])
+def read_example(found: "Source", number: int | None = None, task: str | None = None, seed: int = 0) -> Ask:
+    """A hold-out question of a source's."""
+    name = found.example if task is None else task
+    check_tasks([name], found)
     if not 0 <= seed <= NUMBER["max"]:
         raise BadInput(f"--seed {brief(seed)}: allowed is an int >= 0, below 2**31")
-    with bad_input(option=f"--images {brief(number)}"):
-        sample = example(images=number, seed=seed, task=task)
-    question = sample.question.removeprefix("question: ")
-    return Ask(sample.messages(), sample.images, question, sample.answer)
+    size = found.example_size if number is None else number
+    with bad_input(option=f"--{found.unit} {brief(size)}"):
+        example = found.make([name], 1, size)[0].examples(seed)[0]
+    pieces = example.messages[0]["content"]
+    images = [piece["image"] for piece in pieces if piece["type"] == "image"]
+    return Ask(example.messages, images, example.question.removeprefix("question: "), example.answer)
+
+
+def batch_size(model: str) -> int:
+    """Prompts answered together where nothing is said."""
+    from kvweave.models import LABS, SMOL
+
+    return 50 if model in LABS else 8 if model in SMOL else 1
+
+
+def source(model: str, questions: str | None = None) -> "Source":
+    """Whose questions are asked."""
+    from kvweave.evals.tasks import sources
+
+    with bad_input(option="--questions"):
+        return sources.source(model, questions)
 
 
 def _own(paths: list[Path], prompt: str | None) -> Ask:
@@ -186,10 +208,3 @@ def _open(path: Path) -> "Image":
         return open_picture(path)
     except PictureError as error:
         raise BadInput(f"--image {error}") from error
-
-
-def lab_tasks_of(model: str) -> tuple[str, ...]:
-    """The lab's tasks that are asked where none are named: those of the model's world."""
-    from kvweave.lab import LARGE_TASKS, TASKS
-
-    return LARGE_TASKS if model == "lab-large" else TASKS

@@ -14,9 +14,11 @@ from kvweave.cli.tables import fitted
 
 if TYPE_CHECKING:
     from kvweave.evals.paper import Sheet
+    from kvweave.evals.tasks import sources
     from kvweave.evals.tasks.tasks import Task
 
-_LENGTHS = (1, 2, 4, 8, 12)  # images of the lab's prompts whose time is measured
+_LENGTHS = (1, 2, 4, 8, 12)  # images of the prompts whose time is measured
+_TOKENS = (250, 500, 1000, 2000)  # of those of smol-text
 
 
 def paper(
@@ -39,7 +41,10 @@ def paper(
     batch: Annotated[
         int | None,
         typer.Option(
-            "--batch", **options.COUNT, help="Prompts answered together.", show_default="50 with lab, else 1"
+            "--batch",
+            **options.COUNT,
+            help="Prompts answered together.",
+            show_default="50 with lab, 8 with smol, else 1",
         ),
     ] = None,
     workers: Annotated[int, typer.Option(**options.COUNT, help="Processes, of one thread each.")] = 1,
@@ -56,7 +61,6 @@ def paper(
     command resumes.
     """
     from kvweave.evals.paper import RECIPES, Subject, find, make
-    from kvweave.models import LABS
 
     if list_:
         _list(json)
@@ -71,9 +75,7 @@ def paper(
         check_out(out)
         chosen = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         asked, by_length = (
-            _lab(chosen or options.lab_tasks_of(model), samples)
-            if data is None
-            else _milebench(data, chosen, samples)
+            _generated(options.source(model), chosen, samples) if data is None else _milebench(data, chosen, samples)
         )
         subject = Subject(
             model=model,
@@ -84,7 +86,7 @@ def paper(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             device=device,
-            batch=batch or (50 if model in LABS else 1),
+            batch=batch or options.batch_size(model),
             workers=workers,
             command=command_line(),
         )
@@ -100,15 +102,16 @@ def paper(
 Source = tuple[Callable[[Sequence[str]], "tuple[Task, ...]"], Callable[[], "tuple[Task, ...]"]]
 
 
-def _lab(chosen: Sequence[str], samples: int | None) -> Source:
-    """The lab's tasks whatever a paper asked; and prompts of several lengths."""
-    from kvweave.evals import lab_tasks
+def _generated(source: "sources.Source", chosen: Sequence[str], samples: int | None) -> Source:
+    """The model's own tasks whatever a paper asked; and prompts of several lengths."""
+    from kvweave.evals.tasks.sources import named
 
     def tasks(names: Sequence[str]) -> "tuple[Task, ...]":
-        return lab_tasks(chosen, 100 if samples is None else samples)
+        return named(source, chosen, samples)
 
     def by_length() -> "tuple[Task, ...]":
-        return tuple(task for images in _LENGTHS for task in lab_tasks(["lookup"], 8, images))
+        lengths = _LENGTHS if source.unit == "images" else _TOKENS
+        return tuple(task for size in lengths for task in source.make([source.by_length], 8, size))
 
     return tasks, by_length
 

@@ -34,6 +34,7 @@ def run(
     ] = None,
     images: options.Number = None,
     task: options.Task = None,
+    questions: options.Questions = None,
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -50,7 +51,7 @@ def run(
     options.check_model(model)
     console.check_out(out)
     console.quiet_libraries()
-    ask = options.read_ask(image, prompt, images, task, seed)
+    ask = options.read_ask(options.source(model, questions), image, prompt, images, task, seed)
     if repeats is None:
         from kvweave.models import LABS
 

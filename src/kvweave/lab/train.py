@@ -16,12 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from kvweave.lab import words
 from kvweave.lab.model import Forward, create
+from kvweave.lab.runs import forget_after, write_whole
 from kvweave.lab.world import AUXILIARY, FAMILIES, TASKS, WORLDS, Albums, World, generator, layout, slot
 
 if TYPE_CHECKING:
@@ -388,7 +389,7 @@ def train(
     if checkpoint.exists():
         trainer.restore(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
     already_finished = trainer.finished
-    _forget_after(log, trainer.step)
+    forget_after(log, trainer.step)
     try:
         with _progress_bar(progress, trainer) as show, log.open("a") as lines:
             while not trainer.finished:
@@ -396,7 +397,7 @@ def train(
                 lines.write(json.dumps(record) + "\n")
                 if trainer.step % save_every == 0 or trainer.finished:
                     lines.flush()
-                    _save(trainer.state(), checkpoint)
+                    write_whole(checkpoint, partial(torch.save, trainer.state()))
                 show(record)
                 if on_step:
                     on_step(record)
@@ -417,20 +418,6 @@ def export(model: Any, out: str | Path) -> None:
     rounded = {name: weight.to(torch.bfloat16) for name, weight in own.items()}
     model.save_pretrained(out, state_dict=rounded)
     LabProcessor.create().save_pretrained(out)
-
-
-def _save(state: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint so that an interruption leaves either the old or the new one."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _forget_after(log: Path, step: int) -> None:
-    """Drop the lines of steps that the checkpoint had not seen yet: they are taken again."""
-    if log.exists():
-        lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 def _progress_bar(shown: bool, trainer: Trainer) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:

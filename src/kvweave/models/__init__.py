@@ -9,11 +9,12 @@ from kvweave.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGen
 from kvweave.models.mobilevlm_processor import MobileVLMProcessor
 from kvweave.models.pictures import PictureError, open_picture
 from kvweave.models.published import from_published, processor_from_published
-from kvweave.models.source import LAB, LABS, ModelError, check, checkpoint_mark
+from kvweave.models.source import LAB, LABS, SMOL, ModelError, check, checkpoint_mark
 
 __all__ = [
     "LAB",
     "LABS",
+    "SMOL",
     "MobileVLMConfig",
     "MobileVLMForConditionalGeneration",
     "MobileVLMProcessor",

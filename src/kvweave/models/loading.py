@@ -47,7 +47,7 @@ def load(
     A checkpoint that reads text only comes with its tokenizer in the processor's place (see `reads_images`).
 
     Args:
-        model: a hub's id, a folder, "lab" or "lab-large".
+        model: a hub's id, a folder, "lab", "lab-large", "smol" or "smol-text".
         dtype: of the weights; "auto": as the checkpoint has them.
         device: "auto": CUDA where there is one.
         attention: "sdpa", "eager" or a flash attention; "auto": what transformers picks, sdpa where the model has it.

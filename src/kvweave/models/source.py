@@ -9,8 +9,11 @@ from typing import Any
 
 LAB = "lab"
 LABS = {LAB: "weights", "lab-large": "weights_large"}  # folders of the embedded models
+SMOL = ("smol", "smol-text")  # put together on this machine from what a package index has
 
-_ALLOWED = "lab, lab-large, a folder with a checkpoint, or an id of the Hugging Face hub such as owner/name"
+_ALLOWED = (
+    "lab, lab-large, smol, smol-text, a folder with a checkpoint, or an id of the Hugging Face hub such as owner/name"
+)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _PATIENCE = 5.0  # seconds that the hub has for an answer
@@ -38,15 +41,20 @@ class ModelError(ValueError):
 
 
 def check(model: str, *, weights: bool = True) -> str:
-    """What `from_pretrained` is to be given for `model`; needs neither torch nor transformers.
+    """What `from_pretrained` is to be given for `model`; needs neither torch nor transformers, but for smol.
+
+    The first time that smol or smol-text is asked for, it is put together in the user's cache folder.
 
     Args:
         weights: whether a folder has to hold them, too.
     Raises:
-        ModelError: a folder that does not exist or holds no checkpoint, or a name that no checkpoint can have.
+        ModelError: a folder that does not exist or holds no checkpoint, a name that no checkpoint can have, or smol
+            without what it is made from.
     """
     if model in LABS:
         return str(Path(__file__).parent.parent / "lab" / LABS[model])
+    if model in SMOL:
+        return _smol(model)
     folder = Path(model).expanduser()
     if _is(folder, "is_dir"):
         if not (folder / "config.json").is_file():
@@ -60,10 +68,19 @@ def check(model: str, *, weights: bool = True) -> str:
     if _is(folder, "exists"):
         raise ModelError(f"model={model!r} is a file, not a folder: allowed is {_ALLOWED}")
     if not _ID.fullmatch(model):
-        near = difflib.get_close_matches(model, LABS, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(model, (*LABS, *SMOL), n=1, cutoff=0.6)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ModelError(f"model={model[:200]!r} does not exist{hint}: allowed is {_ALLOWED}")
     return model
+
+
+def _smol(model: str) -> str:
+    from kvweave.lab import smol
+
+    try:
+        return str(smol.model_folder() if model == "smol" else smol.language_folder())
+    except smol.SmolError as error:
+        raise ModelError(f"model={model!r} cannot be had: {error}") from error
 
 
 def _is(path: Path, what: str) -> bool:

@@ -110,7 +110,7 @@ def prepare(processor: Any, examples: Sequence[Example], protocol: str) -> Batch
                 frozenset(n for n, at in enumerate(asked) if at < turn),
             )
         )
-    cut = _without(inputs, [len(tail[0]) for tail in tails], processor.tokenizer.pad_token_id or 0)
+    cut = _without(inputs, [len(tail[0]) for tail in tails], _tokenizer(processor).pad_token_id or 0)
     return Batch(examples, cut, rounds)
 
 
@@ -132,7 +132,7 @@ def _tails(processor: Any, examples: Sequence[Example], ids: list[int]) -> list[
         if context != contexts[0]:
             raise ValueError(f"sample {example.id}: its context differs from that of {examples[0].id}")
     context, *prompts = (
-        processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (contexts[0], *texts)
+        _tokenizer(processor)(text, add_special_tokens=False)["input_ids"] for text in (contexts[0], *texts)
     )
     columns = zip(context, *prompts, strict=False)
     start = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))  # alike in all
@@ -149,6 +149,11 @@ def _divided(processor: Any, example: Example) -> tuple[str, str]:
     if start < 0 or not example.question.strip():
         raise ValueError(f"sample {example.id}: its prompt does not hold its question {example.question!r}")
     return text[:start], text
+
+
+def _tokenizer(processor: Any) -> Any:
+    """A processor's tokenizer, or the tokenizer that stands in its place."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def _without(inputs: dict[str, Tensor], counts: list[int], pad: int) -> dict[str, Tensor]:

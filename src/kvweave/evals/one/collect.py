@@ -158,6 +158,9 @@ def grids_of(processor: Any, config: Any, inputs: Any, tokens: Sequence[Token], 
     merge = getattr(getattr(processor, "image_processor", None), "merge_size", None)
     merge = merge or getattr(vision, "spatial_merge_size", None) or 1
     given = None if shapes is None else [(t, h, w) for t, h, w in shapes.tolist()]
+    pixels, patch = inputs.get("pixel_values"), getattr(processor, "patch_size", None)
+    if given is None and patch and pixels is not None and pixels.ndim == 4:  # LLaVA's: a token for each patch
+        given, merge = [(1, pixels.shape[-2] // patch, pixels.shape[-1] // patch)] * len(pixels), 1
     return grids([token.visual for token in tokens], images, given, merge)
 
 

@@ -29,6 +29,7 @@ METRICS: dict[str, Score] = {
     "strict_rouge": strict.rouge,
     "strict_choice": strict.choice,
     "strict_words": strict.words,
+    "strict_parts": strict.parts,
 }
 
 

@@ -31,6 +31,12 @@ def words(prediction: str, answer: str, choices: Sequence[str] = ()) -> float:
     return float(_within(split(answer), split(prediction)))
 
 
+def parts(prediction: str, answer: str, choices: Sequence[str] = ()) -> float:
+    """Share of the answer's parts, commas between them, whose words stand in the prediction as in `words`."""
+    wanted = answer.split(", ")
+    return sum(words(prediction, part) for part in wanted) / len(wanted)
+
+
 def choice(prediction: str, answer: str, choices: Sequence[str]) -> float:
     """1 if the prediction names the answer and no other choice.
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kvweave.evals.scores.metrics import METRICS
 from kvweave.evals.scores.words import rouge_l
 from kvweave.evals.tables.intervals import wilson
-from kvweave.lab.world import TASKS, Sample, parse, require_holdout, samples
+from kvweave.lab.world import TASKS, Sample, parse, require_holdout
 from kvweave.models.chat import encode
+
+if TYPE_CHECKING:
+    from kvweave.evals.tasks.tasks import Task
 
 LONGEST_ANSWER = 6  # tokens: the opening, up to three words, the end, and one to spare
 LONGEST_LIST = 15  # four objects, a digit and a robot
@@ -51,17 +55,30 @@ def answers(
     Prompts of one batch are padded on the left. `max_new_tokens` is by default what the longest answer takes.
     Further keywords go to `model.generate`.
     """
-    import torch
 
     if max_new_tokens is None:
         max_new_tokens = max((longest_answer(sample.task) for sample in samples), default=LONGEST_ANSWER)
+    asked = [sample.messages() for sample in samples]
+    return answered(model, processor, asked, batch_size, max_new_tokens, on_batch, **generate)
+
+
+def answered(
+    model: Any,
+    processor: Any,
+    conversations: Sequence[Sequence[dict[str, Any]]],
+    batch_size: int,
+    max_new_tokens: int,
+    on_batch: Callable[[int], None] | None = None,
+    **generate: Any,
+) -> list[str]:
+    """What `answers` does, of any messages."""
+    import torch
 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     given: list[str] = []
-    for first in range(0, len(samples), batch_size):
-        batch = samples[first : first + batch_size]
-        inputs = encode(processor, *(sample.messages() for sample in batch)).to(model.device)
+    for first in range(0, len(conversations), batch_size):
+        inputs = encode(processor, *conversations[first : first + batch_size]).to(model.device)
         with torch.inference_mode():
             tokens = model.generate(**inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False} | generate)
         new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -80,22 +97,31 @@ def evaluate(
     seed: int = 0,
     batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    make: Callable[[Sequence[str], int, int], Sequence[Task]] | None = None,
     **generate: Any,
 ) -> dict[str, Any]:
-    """Accuracy on `count` hold-out albums for each task and each number of images.
+    """Accuracy on `count` hold-out albums for each task and number of images, or of tokens if `make` takes these.
 
-    `progress` hears (answers given, answers in all). Further keywords go to `model.generate`. The result can
-    be written as JSON: ``{"seed": ..., "count": ..., "scores": {"8": {"lookup": {"exact": ..., ...}}}}``.
+    `make` makes tasks as those in `kvweave.evals.tasks.sources`; None: the lab's. An answer is right if the task's
+    first metric gives it 1. `progress` hears (answers given, answers in all). Further keywords go to
+    `model.generate`. The result can be written as JSON:
+    ``{"seed": ..., "count": ..., "scores": {"8": {"lookup": {"exact": ..., ...}}}}``.
     """
+    from kvweave.evals.tasks.tasks import lab_tasks
+
+    make = make or lab_tasks
     tasks, images = tuple(tasks), tuple(images)
     total, done = count * len(tasks) * len(images), 0
     scores: dict[str, dict[str, Any]] = {}
     for number in images:
-        for task in tasks:
-            asked = samples(task, count, number, seed)
+        for task in make(tasks, count, number):
+            asked = task.examples(seed)
             report = None if progress is None else partial(_report, progress, done, total)
-            given = answers(model, processor, asked, batch, on_batch=report, **generate)
-            scores.setdefault(str(number), {})[task] = asdict(score(asked, given))
+            conversations = [example.messages for example in asked]
+            given = answered(model, processor, conversations, batch, task.max_new_tokens, report, **generate)
+            scores.setdefault(str(number), {})[task.name] = asdict(
+                _score([one.answer for one in asked], given, task.metrics[0])
+            )
             done += count
     return {"seed": seed, "count": count, "scores": scores}
 
@@ -109,7 +135,11 @@ def score(samples: Sequence[Sample], given: Sequence[str]) -> Score:
     require_holdout(samples)
     if len(samples) != len(given) or not samples:
         raise ValueError(f"{len(given)} answers for {len(samples)} samples")
-    right = sum(sample.answer == answer for sample, answer in zip(samples, given, strict=True))
-    overlap = sum(rouge_l(answer, sample.answer) for sample, answer in zip(samples, given, strict=True))
-    low, high = wilson(right, len(samples))
-    return Score(len(samples), right, right / len(samples), overlap / len(samples), low, high)
+    return _score([sample.answer for sample in samples], given)
+
+
+def _score(answers: Sequence[str], given: Sequence[str], metric: str = "exact") -> Score:
+    right = sum(METRICS[metric](said, answer, ()) == 1 for answer, said in zip(answers, given, strict=True))
+    overlap = sum(rouge_l(said, answer) for answer, said in zip(answers, given, strict=True))
+    low, high = wilson(right, len(given))
+    return Score(len(given), right, right / len(given), overlap / len(given), low, high)

@@ -1,0 +1,177 @@
+"""Six kinds of questions about long texts, for `smol-text` and any other model that reads text.
+
+*needle*: two codes somewhere in prose, each behind its name, one asked for. *reversed*: the same, each before its
+name. *records*: six keyed records among the prose, one value of one asked for. *several*: both codes in one question.
+*copy*: a long sentence of the prose, to be said again. *prose*: the README of an installed package goes on; what the
+model makes of it is held against the full cache's continuation token by token (fidelity), and against the file's own.
+
+Answers are sentences whose first words give nothing away: a value is read from the cache while it is said.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from kvweave.evals.tasks.tasks import Example
+
+KINDS = ("needle", "records", "several", "copy", "prose", "reversed")
+ASKED = KINDS[:-1]  # where none are named: SmolLM2 itself answers a third of the reversed
+FEWEST, MOST = 200, 6_000  # tokens
+_PER_SENTENCE = 14  # tokens of a sentence of prose, roughly
+_WORDS_PER_TOKEN = 0.35  # of a README
+
+_PLACES = (
+    "boat house", "north gate", "clock tower", "wine cellar", "bird tower", "salt store", "grain loft", "tool shed",
+    "music room", "west wing", "lamp room", "map room", "rose garden", "ice house", "rope walk", "toll house",
+)  # fmt: skip
+_WHO = ("the baker", "a young teacher", "the mayor", "an old sailor", "the doctor", "a painter", "the gardener",
+        "a tall farmer", "the librarian", "a tired postman", "the carpenter", "a visiting singer")  # fmt: skip
+_DID = ("walked slowly past", "talked for an hour about", "bought new paint for", "forgot an umbrella near",
+        "wrote a short letter about", "took two photographs of", "repaired a broken window of", "waited in front of",
+        "read an old story about", "planted a small tree beside", "asked everyone about", "dreamed of")  # fmt: skip
+_WHAT = ("the stone bridge", "the fish market", "the village school", "the train station", "the little chapel",
+         "the town hall", "the football field", "the green park", "the coffee shop", "the museum",
+         "the river bank", "the main road")  # fmt: skip
+_WHEN = ("on Monday", "after lunch", "before sunrise", "during the storm", "in early spring", "last winter",
+         "on the first warm day", "late in the evening", "while it rained", "at the end of the week",
+         "for the third time", "without any reason")  # fmt: skip
+_READMES = ("hypothesis", "numpy", "rich", "typer", "safetensors", "pre_commit", "regex", "tqdm", "click", "Jinja2",
+            "pydantic", "networkx", "matplotlib", "attrs", "filelock", "fsspec")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """One kind, on texts of about `tokens` tokens, as SmolLM2 counts them."""
+
+    name: str
+    count: int = 100
+    tokens: int = 600
+
+    @property
+    def max_new_tokens(self) -> int:
+        return {"copy": 80, "several": 64, "prose": 64}.get(self.name, 32)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Values: whether all of them, and only whole, are said; texts: the words' overlap."""
+        return ("rouge_l",) if self.name in ("copy", "prose") else ("strict_parts",)
+
+    def examples(self, seed: int) -> list[Example]:
+        """`count` questions, each about a text of its own."""
+        return [self._example(seed, n) for n in range(self.count)]
+
+    def to_dict(self) -> dict[str, Any]:
+        readmes = {"readmes": _installed()} if self.name == "prose" else {}
+        return {"source": "text", **asdict(self), **readmes}
+
+    def _example(self, seed: int, number: int) -> Example:
+        rng = np.random.default_rng([seed, KINDS.index(self.name), self.tokens, number])
+        context, question, answer = {"records": _records, "prose": _prose, "copy": _copy}.get(self.name, _codes)(
+            self.name, self.tokens, rng
+        )
+        pieces = [{"type": "text", "text": text} for text in (context, question)]
+        name = f"{self.name}/{self.tokens}/{seed}/{number}"
+        return Example(name, [{"role": "user", "content": pieces}], question, answer)
+
+
+def text_tasks(names: Sequence[str] = ASKED, count: int = 100, tokens: int = 600) -> tuple[TextTask, ...]:
+    """Tasks by name.
+
+    Raises:
+        ValueError: a name, a count or a number of tokens that is not allowed.
+    """
+    if count < 1:
+        raise ValueError(f"count={count} is not allowed: allowed is an int >= 1")
+    if not FEWEST <= tokens <= MOST:
+        raise ValueError(f"tokens={tokens} is not allowed: allowed is {FEWEST} to {MOST}")
+    if not names:
+        raise ValueError(f"tasks is empty: allowed is at least one of {', '.join(KINDS)}")
+    for name in names:
+        if name not in KINDS:
+            raise ValueError(f"tasks={name!r} is unknown: allowed is one of {', '.join(KINDS)}")
+    return tuple(TextTask(name, count, tokens) for name in dict.fromkeys(names))
+
+
+_Made = tuple[str, str, str]  # context, question, answer
+
+
+def _codes(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
+    places = _places(2, rng)
+    codes = [str(code) for code in rng.choice(np.arange(10_000, 100_000), 2, replace=False)]
+    facts = [
+        f"Number {code} belongs to the {place}." if kind == "reversed" else f"The code of the {place} is {code}."
+        for place, code in zip(places, codes, strict=True)
+    ]
+    context = _strewn(facts, tokens, rng)
+    match kind:
+        case "reversed":
+            return context, f"Which number belongs to the {places[0]}?", codes[0]
+        case "several":
+            question = f"What is the code of the {places[0]}, and what is the code of the {places[1]}?"
+            return context, question, ", ".join(codes)
+    return context, f"What is the code of the {places[0]}?", codes[0]
+
+
+def _records(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
+    places, prices = _places(6, rng), [str(price) for price in rng.choice(np.arange(1_000, 10_000), 6, replace=False)]
+    rows = [f"\n{place}: {price} crowns\n" for place, price in zip(places, prices, strict=True)]
+    return _strewn(rows, tokens, rng), f"What is the price of the {places[0]}?", prices[0]
+
+
+def _copy(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
+    parts = [f"{_pick(_WHO, rng)} {_pick(_DID, rng)} {_pick(_WHAT, rng)}" for _ in range(2)]
+    asked = f"It is written in the town book that {parts[0]}, and that {parts[1]}."
+    return (
+        _strewn([asked], tokens, rng),
+        'Repeat the sentence that begins with "It is written in the town book".',
+        asked,
+    )
+
+
+def _prose(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
+    found = [text for name in _installed() if len(text := _readme(name)) > 8 * tokens]
+    if not found:
+        raise ValueError(f"tokens={tokens} is not allowed: no installed package has so long a README")
+    words = _pick(found, rng).split(" ")
+    length = int(tokens * _WORDS_PER_TOKEN)
+    first = int(rng.integers(max(1, len(words) - length - 100)))
+    context = " ".join(words[first : first + length])
+    return context, "Continue this text.", " ".join(words[first + length : first + length + 40])
+
+
+def _strewn(facts: Sequence[str], tokens: int, rng: np.random.Generator) -> str:
+    """Prose of about so many tokens, the facts anywhere in it, in a random order."""
+    sentences = [
+        f"{_pick(_WHO, rng)} {_pick(_DID, rng)} {_pick(_WHAT, rng)} {_pick(_WHEN, rng)}.".capitalize()
+        for _ in range(tokens // _PER_SENTENCE - len(facts))
+    ]
+    for fact in facts:
+        sentences.insert(int(rng.integers(len(sentences) + 1)), fact)
+    return " ".join(sentences)
+
+
+def _places(count: int, rng: np.random.Generator) -> list[str]:
+    return [_PLACES[n] for n in rng.choice(len(_PLACES), count, replace=False)]
+
+
+def _pick(items: Sequence[str], rng: np.random.Generator) -> str:
+    return items[int(rng.integers(len(items)))]
+
+
+def _installed() -> list[str]:
+    """Packages with a README that are here, with their versions."""
+    here = []
+    for name in _READMES:
+        try:
+            here.append(f"{name}=={metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return here
+
+
+def _readme(package: str) -> str:
+    described = metadata.metadata(package.split("==")[0])
+    return described.get("Description") or str(described.get_payload())  # type: ignore[attr-defined]
