@@ -37,12 +37,13 @@ from benchmarks import measure
 from benchmarks.console import console as terminal
 from benchmarks.console import show
 from benchmarks.shapes import QWEN, Layer, Shape, layer_of
+from kvweave.memory.heads import block_of, stored
 from kvweave.memory.packed import PackedSlots, packed
-from kvweave.memory.slots import Slots, stored
+from kvweave.memory.slots import Slots
 from kvweave.ops.quantize import Quantization
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.reader import Reader
-from kvweave.seam.turn import Conversation
+from kvweave.seam.shared import Shared
 
 Blocks = Sequence[Slots | PackedSlots]
 
@@ -111,15 +112,14 @@ def kept(layer: Layer, name: str, budget: float) -> list[Slots]:
 def layers_with(layer: Layer, blocks: Blocks, batch: int, count: int) -> list[CompressedLayer]:
     """`count` layers that hold copies of `blocks`, at the point where decoding starts."""
     visual = layer.visual.expand(batch, -1)
-    talk = Conversation(kvweave.get_method("full"), layers=count, end=layer.length, attached=True)
-    talk.prompt = kvweave.Prompt(visual, torch.ones_like(visual))
+    shared = Shared(kvweave.get_method("full"), layers=count, attached=True)
+    shared.turn.begin(kvweave.Prompt(visual, torch.ones_like(visual)), layer.length, 0)
     rows = torch.zeros(batch, dtype=torch.int64)
     made = []
     for index in range(count):
-        one = CompressedLayer(index, talk)
+        one = CompressedLayer(index, shared)
         one.lazy_initialization(layer.keys, layer.values)
-        one.blocks = [block.rows(rows) for block in blocks]  # copies
-        one.seen = layer.length
+        one.hold(block_of([block.rows(rows) for block in blocks]), layer.length)  # copies
         made.append(one)
     return made
 

@@ -12,7 +12,8 @@ from benchmarks import measure
 from benchmarks.gpu import clock
 from benchmarks.gpu.plan import BUDGET, BUDGETS, Case, Plan
 from benchmarks.gpu.report import Report
-from kvweave.memory.attend import attend, attend_few_bits, attend_uneven
+from kvweave.memory.attend import attend
+from kvweave.memory.heads import attend_uneven
 from kvweave.memory.packed import PackedSlots, packed
 from kvweave.memory.slots import Slots
 from kvweave.ops.quantize import Quantization
@@ -77,7 +78,7 @@ def _slots(plan: Plan, batch: int, kept: int, kv_heads: int | None = None) -> Sl
 def _grown(plan: Plan, batch: int, kept: int) -> Slots:
     """Slots of one head in a buffer with room, as decoding leaves them."""
     token = [plan.normal(batch, 1, 1, plan.dim) for _ in range(2)]
-    grown = _slots(plan, batch, kept - 1, 1).appended(token[0], token[1], kept - 1)
+    grown = _slots(plan, batch, kept - 1, 1).append(token[0], token[1], kept - 1)
     assert isinstance(grown, Slots)
     return grown
 
@@ -173,6 +174,6 @@ def _few_bits(plan: Plan, layers: Sequence[Slots | PackedSlots], query: Tensor) 
     def run() -> None:
         for slots in layers:
             assert isinstance(slots, PackedSlots)
-            attend_few_bits(query, slots, None, None)
+            slots.attend(query, None, None)
 
     return clock.seconds({"": clock.captured(run, plan.device)}, plan.rounds, plan.device)[""]

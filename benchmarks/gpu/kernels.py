@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.plan import LIMITS, Plan
 from benchmarks.gpu.report import Report
-from kvweave.memory.attend import attend, attend_few_bits, attend_uneven
+from kvweave.memory.attend import attend
+from kvweave.memory.heads import attend_uneven
 from kvweave.memory.packed import PackedSlots, packed
 from kvweave.memory.slots import Slots
 from kvweave.ops.match import nearest
@@ -172,7 +173,7 @@ def _attention(
     for head, count in enumerate(counts):
         part = [x[:, head : head + 1] for x in moved[1:]]
         slots = Slots(part[0][:, :, :count], part[1][:, :, :count])
-        blocks.append(slots.appended(part[0][:, :, count : count + 1], part[1][:, :, count : count + 1], count))
+        blocks.append(slots.append(part[0][:, :, count : count + 1], part[1][:, :, count : count + 1], count))
     together = attend_uneven(moved[0], blocks, None)
     if together is not None:
         hidden = torch.arange(length) > torch.tensor(counts)[:, None, None]
@@ -191,6 +192,6 @@ def _attention(
         # numbers of few bits are rounded once more
         yield (
             f"attention of a token, {bits} bits",
-            error(attend_few_bits(moved[0], few, None, None), exact(*whole)),
+            error(few.attend(moved[0], None, None), exact(*whole)),
             2 * limit,
         )

@@ -19,6 +19,7 @@ from benchmarks.gpu import clock
 from benchmarks.gpu.decode import UNEVEN
 from benchmarks.gpu.plan import BUDGET, BUDGETS, Case, Plan
 from benchmarks.gpu.report import Report
+from kvweave.memory.heads import block_of
 from kvweave.memory.packed import packed
 from kvweave.memory.slots import Slots
 from kvweave.ops.quantize import Quantization
@@ -162,16 +163,16 @@ def _filled(plan: Plan, model: Qwen2ForCausalLM, case: Case, kept: int, setting:
     """A compressed cache of random slots, as after a prompt."""
     cache = kvweave.CompressedCache(model.config, kvweave.get_method("snapkv", budget=setting.budget))
     nothing = torch.zeros(case.batch, case.length, dtype=torch.bool, device=plan.device)
-    cache.conversation.prompt = kvweave.Prompt(nothing, ~nothing)
-    cache.conversation.end = case.length
+    cache.shared.turn.begin(kvweave.Prompt(nothing, ~nothing), case.length, 0)
     for layer in cache.compressed_layers:
         shares = UNEVEN if setting.kind == "uneven" else (1.0,)
         heads = plan.kv_heads // len(shares)
         blocks = [_block(plan, case, max(1, int(share * kept)), heads) for share in shares]
         layer.lazy_initialization(blocks[0].keys, blocks[0].values)
         few = setting.kind == "4 bits"
-        layer.blocks = [packed(block, Quantization(4, 32, 32)) for block in blocks] if few else list(blocks)
-        layer.seen = case.length
+        layer.hold(
+            block_of([packed(block, Quantization(4, 32, 32)) for block in blocks] if few else blocks), case.length
+        )
         if setting.graph:
             layer.reserve(4 * plan.steps)  # a layer at a time: its slots are copied
     return cache

@@ -23,7 +23,7 @@ from benchmarks import measure
 from benchmarks.console import console, show
 from benchmarks.decode import FULL, LAYERS, Attention, Bench, forward, layers_with
 from benchmarks.shapes import QWEN, layer_of
-from kvweave.memory.slots import stored
+from kvweave.memory.heads import stored
 from kvweave.methods import parse_method
 from kvweave.ops.statistics import AttentionRule, window_attention
 

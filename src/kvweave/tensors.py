@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvweave.cut.rows import Group, Share, compact, fits, group_rows, observe
+from kvweave.cut.rows import Group, compact, fits, group_rows, observe
+from kvweave.cut.shares import by_row, share_out
 from kvweave.cut.waiting import decoded_attention, tell_attention
 from kvweave.memory.slots import Slots
 from kvweave.methods.base import Method
@@ -70,7 +70,7 @@ def compress_tensors(
     budgets = [entries(method.budget, n, bytes_per_entry) for n in lengths]
     rule = AttentionRule(dim**-0.5 if scaling is None else scaling)
 
-    layers_of_slots = [Slots(k, v).explicit(prompt.valid, padded=padded) for k, v in zip(keys, values, strict=True)]
+    layers_of_slots = [Slots(k, v).as_slots(prompt.valid, padded=padded) for k, v in zip(keys, values, strict=True)]
 
     def view(layer: int) -> list[Group]:
         groups = group_rows(
@@ -94,15 +94,15 @@ def compress_tensors(
 
     if method.layer_adaptive:
         views = [view(layer) for layer in range(layers)]
-        weights = [observe(method, groups, budgets, lengths, probed=(probed,)) for groups in views]
-        shares = _adaptive(method, views[0], weights, budgets, lengths)
+        weights = [by_row(g, observe(method, g, budgets, lengths, probed=(probed,))) for g in views]
+        shares = share_out(method, budgets, lengths, layers, weights)
     else:
         views = []
-        shares = [list(method.layer_budgets(b, n, layers)) for b, n in zip(budgets, lengths, strict=True)]
+        shares = share_out(method, budgets, lengths, layers)
     done = []
     for layer in range(layers):
         groups = views[layer] if views else view(layer)
-        share = [row[layer] for row in shares]
+        share = shares[layer]
         if fits(groups, share) and not padded:  # the tensors that came in, bit for bit
             own = keys[layer]
             positions = torch.arange(length, device=own.device).expand(*own.shape[:2], -1)
@@ -126,17 +126,6 @@ def _tell(
     if method.keeps_rows:
         view.decoded_queries, view.decoded_counted = queries, counted
     view.probed = probed
-
-
-def _adaptive(
-    method: Method, groups: list[Group], weights: list[list[Any]], budgets: list[int], lengths: list[int]
-) -> list[list[Share]]:
-    """Layer budgets of each row from what was observed of all layers; `weights[layer][group]`."""
-    shares: list[list[Share]] = [[] for _ in budgets]
-    for n, group in enumerate(groups):
-        row = group.index[0]
-        shares[row] = method.allocate([layer[n] for layer in weights], budgets[row], lengths[row])
-    return shares
 
 
 def _entry_bytes(keys: Tensor, values: Tensor) -> int:

@@ -43,7 +43,13 @@ def test_what_is_said_to_have_json_and_out_has_both() -> None:
 
 def test_methods_list_what_stands_around_others(kvweave, tmp_path: Path) -> None:
     told = json.loads(kvweave("methods", "--json").out)
-    assert [wrapper["name"] for wrapper in told["wrappers"]] == ["quantized"]
+    assert [wrapper["name"] for wrapper in told["wrappers"]] == [
+        "critical",
+        "fold",
+        "quantized",
+        "regress",
+        "residual",
+    ]
     shown = kvweave("methods", "--out", "here").out
     assert re.search(r"^ *quantized +Lets another", shown, re.MULTILINE)
     assert "MISSING" not in shown

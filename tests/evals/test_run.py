@@ -282,7 +282,7 @@ def test_the_command_writes_its_tables(tmp_path: Path):
         (["--workers", "0"], "workers=0"),
         (["--batch", "0"], "batch=0"),
         (["--data", "no/such/folder"], "data='no/such/folder' does not exist"),
-        (["--data", ".", "--images", "4"], "--images 4 is for the lab's albums"),
+        (["--data", ".", "--images", "4"], "--images 4 is for generated questions"),
         (["--adversarial"], "--adversarial is for a folder of data"),
         (["--model", "no/such/folder"], "model='no/such/folder' does not exist"),
         (["--device", "abacus"], "device='abacus'"),

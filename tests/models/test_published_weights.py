@@ -375,6 +375,21 @@ def test_a_folder_of_another_layout_is_refused(tmp_path):
         from_published(tmp_path)
 
 
+@pytest.mark.parametrize("value", ["text", 3, [], {}, -1, True, None])
+@pytest.mark.parametrize(
+    "name", ["llm_config", "llm_config__vocab_size", "vision_config__patch_size", "select_layer"]
+)
+def test_values_of_another_kind_are_one_line(tmp_path, name, value):
+    write_internvl(tmp_path)
+    edit(tmp_path / "config.json", **{name: value})
+    try:
+        from_published(tmp_path)
+    except ModelError as refused:
+        assert len(str(refused).splitlines()) == 1  # noqa: PT017
+    else:
+        assert name == "select_layer"  # which other layers may be
+
+
 def test_two_files_that_disagree_on_an_id_are_refused(tmp_path):
     write_internvl(tmp_path, "qwen2")
     edit(tmp_path / "added_tokens.json", **{"<IMG_CONTEXT>": 7})

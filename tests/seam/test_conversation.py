@@ -678,7 +678,7 @@ def test_a_reset_cache_is_a_new_one(attached, method, hold):
         cache.freeze()
         cache.reserve(4)
         cache.reset()
-    assert vars(cache.conversation) == vars(fresh.conversation)
+    assert vars(cache.shared) == vars(fresh.shared)
     for each in (cache, fresh):
         with torch.no_grad():
             attached(input_ids=words(1, 26), past_key_values=each)

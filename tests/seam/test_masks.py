@@ -186,15 +186,15 @@ def test_decoding_reads_no_mask_where_it_hides_nothing_that_is_held():
     mask = ids != 0
     mask[1, 4:] = True  # padding in front of the prompt alone, which its cut leaves behind
     cache = kvweave.CompressedCache(model.config, STREAMING)
-    asked, look = [], type(cache.conversation).look
+    asked, look = [], type(cache.shared.turn).look
 
-    class Counted(type(cache.conversation)):
+    class Counted(type(cache.shared.turn)):
         def look(self, **options):
             before = self.shown
             look(self, **options)
             asked.append((before, self.shown, self.sees_all))
 
-    cache.conversation.__class__ = Counted
+    cache.shared.turn.__class__ = Counted
     handle = kvweave.attach(model)
     model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5)
     handle.detach()

@@ -119,7 +119,7 @@ def test_rotary_tables_are_brought_to_each_layers_device():
     prompt = Prompt(visual, torch.ones_like(visual))
     tables = tuple(torch.randn(1, 130, 16) for _ in range(2))
     groups = [
-        group_rows(Slots(keys, values).explicit(prompt.valid), None, prompt, RULE, rotary=rotary)
+        group_rows(Slots(keys, values).as_slots(prompt.valid), None, prompt, RULE, rotary=rotary)
         for rotary in (tables, tuple(table.as_subclass(Elsewhere) for table in tables))
     ]
     for mine, here in zip(groups[1][0].view.rotary, groups[0][0].view.rotary, strict=True):
@@ -135,12 +135,12 @@ def test_heads_of_unequal_counts_return_their_attention_weights():
         model(**inputs)
         cache = session.cache
         out = model(input_ids=words(1, 1), past_key_values=cache, output_attentions=True)
-    assert any(len(layer.blocks) > 1 for layer in cache.layers)
+    assert any(len(layer.block.parts) > 1 for layer in cache.layers)
     for layer, weights in zip(cache.layers, out.attentions, strict=True):
         assert weights.shape == (1, 4, 1, layer.keys.shape[2])
         assert_close(weights.sum(-1), torch.ones(1, 4, 1))
         empty = (layer.positions < 0).repeat_interleave(2, 1)
-        assert empty.any() == (len(layer.blocks) > 1)
+        assert empty.any() == (len(layer.block.parts) > 1)
         assert not weights[:, :, 0][empty].any()
 
 

@@ -32,12 +32,12 @@ def test_appending_is_concatenating(written, steps):
     start = column
     for new in steps:
         more = new_tokens(new)
-        slots = slots.appended(*more, column)
+        slots = slots.append(*more, column)
         keys, values = torch.cat([keys, more[0]], 2), torch.cat([values, more[1]], 2)
         column += new
     assert torch.equal(slots.keys, keys)
     assert torch.equal(slots.values, values)
-    whole = slots.explicit(torch.ones(2, column, dtype=torch.bool))
+    whole = slots.as_slots(torch.ones(2, column, dtype=torch.bool))
     assert torch.equal(whole.positions[..., first:], torch.arange(start, column).expand(2, 2, -1))
     assert torch.equal(whole.mass[..., first:], torch.ones(2, 2, column - start))
     if written:
@@ -48,7 +48,7 @@ def test_most_tokens_are_decoded_without_moving_the_cache():
     slots, moves = random_slots(200), 0
     for column in range(700, 900):
         before = slots.keys.data_ptr()
-        slots = slots.appended(*new_tokens(1), column)
+        slots = slots.append(*new_tokens(1), column)
         moves += slots.keys.data_ptr() != before
     assert moves <= 5
     room = slots.keys.untyped_storage().nbytes() / slots.keys.nbytes
@@ -59,13 +59,13 @@ def test_a_longer_branch_does_not_write_into_what_a_shorter_one_reads():
     """`crop` and go on: what was handed out before keeps its slots up to the crop."""
     slots = random_slots()
     for column in range(100, 106):
-        slots = slots.appended(*new_tokens(1), column)
+        slots = slots.append(*new_tokens(1), column)
     read = slots.before(103, 106)
     expected = read.keys.clone()
-    other = read.appended(*new_tokens(1), 103)
+    other = read.append(*new_tokens(1), 103)
     assert torch.equal(read.keys, expected)
     assert torch.equal(other.keys[:, :, :-1], expected)
-    assert other.positions_of_all()[0, 0, -4:].tolist() == [100, 101, 102, 103]
+    assert other.all_positions()[0, 0, -4:].tolist() == [100, 101, 102, 103]
 
 
 @pytest.mark.parametrize("gone", [0, 1, 5, 6, 9])
@@ -73,14 +73,14 @@ def test_cropping_packed_slots_forgets_the_last_columns(gone):
     slots = packed(random_slots(40), Quantization(bits=8, group=8, residual=4))
     assert isinstance(slots, PackedSlots)
     for column in range(200, 206):
-        slots = slots.appended(*new_tokens(1), column)
-    whole = slots.unpacked()
-    left = slots.before(206 - gone if gone <= 6 else 110, 206).unpacked()
+        slots = slots.append(*new_tokens(1), column)
+    whole = slots.as_slots()
+    left = slots.before(206 - gone if gone <= 6 else 110, 206).as_slots()
     if gone <= 6:
         assert left.count == 46 - gone
-        assert torch.equal(left.positions_of_all(), whole.positions_of_all()[..., : 46 - gone])
+        assert torch.equal(left.all_positions(), whole.all_positions()[..., : 46 - gone])
     else:
-        assert left.positions_of_all().max() < 110
+        assert left.all_positions().max() < 110
     assert_close(left.keys, whole.keys[:, :, : left.count], 0.05)
 
 
@@ -89,11 +89,11 @@ def test_packing_goes_on_in_whole_groups_while_decoding():
     slots = packed(random_slots(12), setting)
     counts = []
     for column in range(100, 120):
-        slots = slots.appended(*new_tokens(1), column)
+        slots = slots.append(*new_tokens(1), column)
         counts.append((slots.packed, slots.rest.keys.shape[2]))
     assert [young for _, young in counts] == [5, 6, 7, 8, 9, 10, 11, 4] * 2 + [5, 6, 7, 8]
     assert counts[-1][0] == 24
-    assert slots.unpacked().count == 32
+    assert slots.as_slots().count == 32
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.1), (4, 1.5)], ids=["8 bits", "4 bits"])
@@ -128,7 +128,7 @@ def test_quantised_beams_and_crops_and_turns_run():
         assert cache.report["totals"]["kept"] == 2 * 27
 
 
-@pytest.mark.parametrize("bad", [{"bits": 3}, {"bits": True}, {"group": 0}, {"residual": -1}, {"method": "snapkv"}])
+@pytest.mark.parametrize("bad", [{"bits": 3}, {"bits": True}, {"group": 0}, {"residual": -1}, {"method": "snapcv"}])
 def test_bad_quantisation_is_named(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*allowed"):
         kvweave.Quantized(**{"method": kvweave.SnapKV(), **bad})
@@ -188,10 +188,10 @@ def test_uneven_heads_are_stored_apart_and_free_memory():
     model, inputs = text_model(), text_inputs((60,))
     with kvweave.compress(model, kvweave.AdaKV(budget=0.3, window=4)) as session:
         decode(model, inputs, 1)
-    uneven = [layer for layer in session.cache.layers if len(layer.blocks) > 1]
+    uneven = [layer for layer in session.cache.layers if len(layer.block.parts) > 1]
     assert uneven
     for layer in uneven:
-        counts = [block.count for block in layer.blocks]
+        counts = [block.count for block in layer.block.parts]
         assert sum(counts) == 2 * 18
         assert sum(storages(layer)) == sum(counts) * 2 * 8 * 4  # keys and values of 8 float32 each
 
@@ -235,7 +235,7 @@ def test_the_cache_holds_what_compress_tensors_gives(name, kind, monkeypatch):
     with kvweave.compress(model, method) as session, torch.no_grad():
         cache = model(**inputs).past_key_values
     queries, keys, values, scaling = zip(*taken.values(), strict=True)
-    talk = session.cache.conversation
+    talk = session.cache.shared.turn
     if kind == "cohere2":  # compress_tensors speaks of half-split pairs: bring keys and tables into that layout
         order = torch.cat([torch.arange(0, 8, 2), torch.arange(1, 8, 2)])
         queries, keys = [x[..., order] for x in queries], [x[..., order] for x in keys]

@@ -103,5 +103,7 @@ def assert_alike(mine, theirs):
         if key == "rows":
             for row, other in zip(mine[key], value, strict=True):
                 assert_alike(row, other)
+        elif isinstance(value, dict):
+            assert_alike(mine[key], value)
         else:
-            assert mine[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
+            assert mine[key] == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value), key

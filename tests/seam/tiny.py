@@ -168,7 +168,7 @@ def decode(model, inputs, steps=4, **options):
 
 def storages(layer):
     """The storages that a compressed layer's keys and values lie in, each once, in bytes."""
-    tensors = [x for block in layer.blocks for x in (block.keys, block.values)]
+    tensors = [x for block in layer.block.parts for x in (block.keys, block.values)]
     return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
 
 

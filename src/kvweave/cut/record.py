@@ -1,6 +1,8 @@
 """What a layer's last cut did, as the report says it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -32,8 +34,8 @@ class Record:
     @property
     def words(self) -> dict[str, Any]:
         """What the method says of all layers and rows alike."""
-        said: dict[str, Any] = grouped(self.rows[0]).get("report", {}) if self.rows else {}
-        return said
+        words: dict[str, Any] = grouped(self.rows[0]).get("report", {}) if self.rows else {}
+        return words
 
     def described(self) -> dict[str, Any]:
         """JSON-able. Counts are means over rows and KV heads, whole numbers that add up to the length."""
@@ -42,11 +44,11 @@ class Record:
         n = len(counted)
         words: dict[str, Any] = {"flow": None, "scope": None}
         for name in dict.fromkeys(name for row in self.rows for name in row):
-            said = [row[name] for row in self.rows if name in row]
-            if all(isinstance(value, (str, bool)) for value in said):
-                words[name] = said[0] if len(set(said)) == 1 else "mixed"
+            values = [row[name] for row in self.rows if name in row]
+            if all(isinstance(value, (str, bool)) for value in values):
+                words[name] = values[0] if len(set(values)) == 1 else "mixed"
             else:
-                words[name] = sum(said) / len(said)
+                words[name] = sum(values) / len(values)
         words = _of_the_layer(words)
         described = {
             **_counts(*(sum(column) / n for column in zip(*counted, strict=True))),
@@ -57,7 +59,7 @@ class Record:
         }
         if n > 1:
             described["rows"] = [
-                _counts(*row) | _of_the_layer(said) for row, said in zip(counted, self.rows, strict=True)
+                _counts(*row) | _of_the_layer(own) for row, own in zip(counted, self.rows, strict=True)
             ]
         return described
 
@@ -81,3 +83,15 @@ def grouped(words: dict[str, Any]) -> dict[str, Any]:
 def _counts(length: float, kept: float, represented: float) -> dict[str, int]:
     total, stay, merged = round(length), round(kept), round(represented - kept)
     return {"length": total, "kept": stay, "merged": merged, "evicted": total - stay - merged}
+
+
+def peak(records: Sequence[Record], together: bool) -> int:
+    """Most bytes held at once while these layers were filled and cut.
+
+    Args:
+        together: none was cut before all were filled.
+    """
+    if together:
+        return sum(record.bytes_before + record.bytes_behind for record in records)
+    cut = [0, *accumulate(record.bytes_after for record in records)]
+    return max((done + record.bytes_before for done, record in zip(cut, records, strict=False)), default=0)

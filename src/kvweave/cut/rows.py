@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvweave.memory.slots import Slots, side_by_side
+from kvweave.memory.heads import side_by_side
+from kvweave.memory.slots import Slots
 from kvweave.methods.base import ALL_ROWS, Method
 from kvweave.ops.device import exact
 from kvweave.ops.heads import HERE, Heads
@@ -197,7 +198,7 @@ def observe(
                 weight = method.observe(view)  # a group of one row
         elif budgets[row] < (lengths[row] if method.layer_adaptive else view.length):
             if method.layer_adaptive:  # a group of one row
-                weight = float(method.observe(view))
+                weight = method.observe(view)
             elif method.query_rows:
                 for view.probed in probed:
                     method.prepare(view, view.mean_budget)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvweave.memory.attend import attend
+from kvweave.memory.masks import at_columns, by_head
 from kvweave.memory.slots import Room, Slots
 
 _ROUND = 64  # capacities are multiples of it, so that few shapes are compiled
@@ -36,12 +38,11 @@ class FixedSlots:
     @classmethod
     @torch.inference_mode(False)
     def of(cls, slots: Slots, tokens: int, column: int, valid: Tensor) -> "FixedSlots":
-        """`slots`, positions written out, with room for `tokens` more, of columns from `column` on.
+        """`slots`, whose positions are written out, with room for `tokens` more, of columns from `column` on.
 
         Args:
             valid: bool [batch, columns], those that a token to come sees.
         """
-        slots = slots.written()
         count = slots.count
         capacity = -(-(count + tokens) // _ROUND) * _ROUND
         room = Room.of(slots, capacity)
@@ -54,7 +55,7 @@ class FixedSlots:
         bias[:, :, :count].masked_fill_(slots.stands_for_others_than(valid), least)
         bias[:, :, count:] = least
         columns = torch.arange(column, column + capacity - count, device=bias.device).clamp(max=column + tokens - 1)
-        known = slots.positions_of_all()
+        known = slots.all_positions()
         positions = torch.cat([known, columns.expand(*known.shape[:2], -1)], -1)
         cursor = torch.tensor(count, device=slots.keys.device)
         for tensor in (room.keys, room.values, bias, positions, cursor):
@@ -66,21 +67,58 @@ class FixedSlots:
         """What is copied, saved and sent: memory that another process may share is not written to."""
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Put one token, [batch, kv_heads, 1, dim], behind the others."""
+    def append(self, keys: Tensor, values: Tensor, column: int = 0) -> "FixedSlots":
+        """One token, [batch, kv_heads, 1, dim], is written in place, where `cursor` says; returns itself."""
         at = self.cursor.view(1)
         self.keys.index_copy_(2, at, keys)
         self.values.index_copy_(2, at, values)
         self.bias.index_fill_(2, at, 0)
         self.cursor.add_(1)
+        return self
 
     @property
     def seen(self) -> Tensor:
         """int64 [], logical length."""
         return self.cursor + (self.column - self.start.count)
 
-    def settled(self) -> Slots:
+    @property
+    def columns(self) -> int:
+        """Logical columns, those of all the room included."""
+        return self.column + self.keys.shape[2] - self.start.count
+
+    @property
+    def nbytes(self) -> int:
+        return self.as_slots().nbytes
+
+    @property
+    def has_positions(self) -> bool:
+        return True
+
+    @property
+    def parts(self) -> "tuple[FixedSlots, ...]":
+        return (self,)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    def rows(self, index: Tensor) -> Slots:
+        """Of no fixed address any more."""
+        return self.out_of_room().rows(index)
+
+    def before(self, column: int, seen: int) -> Slots:
+        """Of no fixed address any more."""
+        return self.out_of_room().before(column, seen)
+
+    def as_slots(self, valid: Tensor | None = None, *, padded: bool | None = None) -> Slots:
         """The same as slots of a known number (a host synchronisation)."""
+        return self.out_of_room().as_slots(valid)
+
+    def outline(self, valid: Tensor | None = None) -> Slots:
+        return self.out_of_room().outline(valid)
+
+    def out_of_room(self) -> Slots:
+        """The slots where they lie, no longer fixed (a host synchronisation)."""
         count = int(self.cursor)
         room = Room(self.keys, self.values, None) if self.start.added(self.keys.dtype) is None else None
         return replace(
@@ -91,3 +129,14 @@ class FixedSlots:
             column=self.column,
             room=room,
         )
+
+    def mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+        bias = self.bias[:, :, None]
+        if mask is None:
+            return bias
+        shown = at_columns(mask, self.positions, queries.shape[1], 1)
+        bias, least = by_head(bias, shown.shape[1]), torch.finfo(bias.dtype).min
+        return bias.masked_fill(~shown, least) if shown.dtype == torch.bool else (shown + bias).clamp(min=least)
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float | None, dropout: float) -> Tensor:
+        return attend(query, self.keys, self.values, mask, scaling, dropout)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvweave.memory.attend import as_bias, attend, by_kernel
 from kvweave.memory.slots import Slots
 from kvweave.ops.quantize import Packed, Quantization, pack
 
@@ -33,8 +34,23 @@ class PackedSlots:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes + self.rest.nbytes
 
-    def unpacked(self) -> Slots:
+    @property
+    def has_positions(self) -> bool:
+        return self.rest.has_positions
+
+    @property
+    def parts(self) -> "tuple[PackedSlots, ...]":
+        return (self,)
+
+    @property
+    def tensors(self) -> None:
+        return None
+
+    def as_slots(self, valid: Tensor | None = None, *, padded: bool | None = None) -> Slots:
         """All slots in full precision; lives as long as attention reads it."""
+        return self._unpacked().as_slots(valid)
+
+    def _unpacked(self) -> Slots:
         keys, values = self.keys.unpacked().flatten(2, 3), self.values.unpacked().flatten(3)
         return replace(
             self.rest,
@@ -43,15 +59,17 @@ class PackedSlots:
             room=None,
         )
 
-    def outlined(self) -> Slots:
-        """What is known of the slots, without keys and values."""
+    def outline(self, valid: Tensor | None = None) -> Slots:
+        return self._outline().as_slots(valid)
+
+    def _outline(self) -> Slots:
         nothing = self.rest.keys.new_empty(1)
         shape = (*self.rest.keys.shape[:2], self.packed + self.rest.count, 1)
         return replace(self.rest, keys=nothing.expand(shape), values=nothing.expand(shape), room=None)
 
-    def appended(self, keys: Tensor, values: Tensor, column: int) -> "Slots | PackedSlots":
+    def append(self, keys: Tensor, values: Tensor, column: int) -> "Slots | PackedSlots":
         """These slots and new ones; whole groups of what is no longer young are packed."""
-        young = replace(self.rest, bias=None, has_empty=False).appended(keys, values, column)  # these speak of all
+        young = replace(self.rest, bias=None, has_empty=False).append(keys, values, column)  # these speak of all
         grown = packed(replace(young, bias=self.rest.bias, has_empty=self.rest.has_empty), self.setting)
         if not isinstance(grown, PackedSlots):
             return replace(self, rest=grown)
@@ -60,21 +78,43 @@ class PackedSlots:
         )
 
     def before(self, column: int, seen: int) -> "Slots | PackedSlots":
-        """The slots of columns before `column`."""
         young = self.rest.keys.shape[2]
-        whole = self.unpacked().before(column, seen)
-        gone = young + self.packed - whole.count
+        left = self._unpacked().before(column, seen)
+        gone = young + self.packed - left.count
         if gone > young:
-            return packed(whole, self.setting)
-        rest = replace(
-            whole, keys=self.rest.keys[:, :, : young - gone], values=self.rest.values[:, :, : young - gone]
-        )
+            return packed(left, self.setting)
+        rest = replace(left, keys=self.rest.keys[:, :, : young - gone], values=self.rest.values[:, :, : young - gone])
         return replace(self, rest=rest)
 
     def rows(self, index: Tensor) -> "PackedSlots":
-        """The given rows of the batch, in that order."""
         at = index.to(self.rest.keys.device)
         return replace(self, keys=self.keys.rows(at), values=self.values.rows(at), rest=self.rest.rows(index))
+
+    def mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+        return self._outline().mask(mask, queries)
+
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scaling: float | None, dropout: float = 0.0
+    ) -> Tensor | None:
+        """Of slots in few bits the whole is not written out, but for a mask of its own for each query head."""
+        batch, heads, _, dim = query.shape
+        rest, kv_heads = self.rest, self.rest.keys.shape[1]
+        if dropout:
+            return self._unpacked().attend(query, mask, scaling, dropout)
+        if mask is not None and mask.shape[1] not in (1, kv_heads):
+            slots = self._unpacked()
+            return attend(query, slots.keys, slots.values, mask, scaling)
+        group = self.setting.group
+        if group >= 16 and group & (group - 1) == 0 and by_kernel(mask, kv_heads, query, rest.keys, rest.values):
+            from kvweave.ops.decode import attend_packed
+        else:
+            from kvweave.ops.packed_attention import attend_packed
+        rows = query.reshape(batch, kv_heads, -1, dim)
+        shape = batch, kv_heads, self.packed + rest.count
+        bias = None if mask is None else as_bias(mask, query.dtype).expand(shape)
+        scaling = dim**-0.5 if scaling is None else scaling
+        out = attend_packed(rows, self.keys, self.values, (rest.keys, rest.values), bias, scaling)
+        return out.reshape(batch, 1, heads, -1)
 
 
 def packed(slots: Slots, setting: Quantization) -> Slots | PackedSlots:

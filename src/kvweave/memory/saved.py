@@ -62,14 +62,14 @@ def load(path: str | os.PathLike[str], kinds: Mapping[str, type]) -> Any:
         with open(path, "rb") as file:
             header = _header(file.read(8), file)
         with safe_open(path, "pt") as opened:
-            told = opened.metadata() or {}
-            if told.get("format") != FORMAT:
-                raise ValueError(f"its format is {told.get('format')!r}")
-            digest = told["digest"]
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}")
+            digest = metadata["digest"]
             if _digest(path, header.replace(digest.encode(), _NO_DIGEST.encode())) != digest:
                 raise ValueError("it was altered after it was written")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return _read(json.loads(told["state"]), kinds, tensors)
+        return _read(json.loads(metadata["state"]), kinds, tensors)
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -86,9 +86,9 @@ def _header(size: bytes, file: Any) -> bytes:
 def _digest(path: str | os.PathLike[str], header: bytes) -> str:
     """SHA-256 of the file with this header."""
     digest = hashlib.sha256(header)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        for start in range(8 + len(header), len(whole), _CHUNK):
-            digest.update(whole[start : start + _CHUNK])
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for start in range(8 + len(header), len(mapped), _CHUNK):
+            digest.update(mapped[start : start + _CHUNK])
     return digest.hexdigest()
 
 
@@ -107,8 +107,8 @@ def _written(x: Any, names: Mapping[type, str], tensors: dict[str, Tensor]) -> A
     if type(x) is dict:
         return {"dict": [[_written(part, names, tensors) for part in pair] for pair in x.items()]}
     if is_dataclass(x) and type(x) in names:
-        told = [field.name for field in fields(x) if field.name != "room"]  # buffers with room for more
-        parts = {name: _written(getattr(x, name), names, tensors) for name in told}
+        stored = [field.name for field in fields(x) if field.name != "room"]  # buffers with room for more
+        parts = {name: _written(getattr(x, name), names, tensors) for name in stored}
         return {"kind": names[type(x)], "fields": parts}
     raise TypeError(
         f"a {type(x).__name__} cannot be saved: allowed are numbers, texts, tensors and {sorted(names.values())}"

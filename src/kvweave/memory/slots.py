@@ -1,6 +1,6 @@
 """What memory holds of a layer: keys, values, and which tokens they stand for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvweave.plan import Compacted
+from kvweave.memory.attend import attend
+from kvweave.memory.masks import slot_mask
 
 _FEW = 16  # new slots up to which decoding is assumed, and the least room that is made for more
 
@@ -85,15 +86,22 @@ class Slots:
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
 
-    def unpacked(self) -> "Slots":
-        """All slots in full precision: themselves."""
-        return self
+    @property
+    def has_positions(self) -> bool:
+        return self.positions is not None
 
-    def appended(self, keys: Tensor, values: Tensor, column: int) -> "Slots":
-        """These slots and new ones, [batch, kv_heads, new, dim], of columns from `column` on.
+    @property
+    def parts(self) -> "tuple[Slots, ...]":
+        return (self,)
 
-        A few new slots are written behind the old ones where there is room for them.
-        """
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    # ---------------------------------------------------------------- coming and going
+
+    def append(self, keys: Tensor, values: Tensor, column: int) -> "Slots":
+        """These slots and new ones; a few are written behind the old ones where there is room for them."""
         new, total = keys.shape[2], self.count + keys.shape[2]
         if new > _FEW or keys.requires_grad:
             room = None
@@ -109,25 +117,43 @@ class Slots:
         first = self.column if self.tail else column
         return replace(self, keys=grown[0], values=grown[1], tail=self.tail + new, column=first, room=room)
 
-    def added(self, dtype: torch.dtype) -> Tensor | None:
-        """What all slots' logits are given, [batch, kv_heads, slots]: the bias, least where empty; None: nothing."""
-        if self.room is not None and self.room.bias is not None:
-            return self.room.bias[:, :, : self.count].to(dtype)
-        if self.positions is None or (self.bias is None and not self.has_empty):
-            return None
-        bias = torch.zeros_like(self.positions, dtype=dtype) if self.bias is None else self.bias.to(dtype)
-        if self.has_empty:
-            bias = bias.masked_fill(self.positions < 0, torch.finfo(dtype).min)
-        return F.pad(bias, (0, self.tail))  # decoded tokens weigh one
+    def rows(self, index: Tensor) -> "Slots":
+        return self._each(lambda x: x[index.to(x.device)])
 
-    def outlined(self) -> "Slots":
-        """What is known of the slots, without keys and values."""
-        nothing = self.keys.new_empty(1).expand(*self.keys.shape[:3], 1)
-        return replace(self, keys=nothing, values=nothing, room=None)
+    def before(self, column: int, seen: int) -> "Slots":
+        if self.positions is None or seen - column <= self.tail:
+            gone = seen - column
+            left = replace(
+                self, keys=self.keys[:, :, : self.count - gone], values=self.values[:, :, : self.count - gone]
+            )
+            return replace(left, tail=self.tail - gone) if self.positions is not None else left
+        # Decoded tokens lie at the end of every head; those of a prompt that was cut may lie anywhere.
+        everything = self.as_slots()
+        assert everything.positions is not None
+        left = everything.first(everything.count - int((everything.positions >= column).sum(-1).min()))
+        assert left.positions is not None
+        assert left.mass is not None
+        gone_slots = left.positions >= column
+        if bool(gone_slots.any()):
+            left.positions = left.positions.masked_fill(gone_slots, -1)
+            left.mass = left.mass.masked_fill(gone_slots, 0)
+            left.has_empty = True
+            left.room = None
+        return left
 
-    def written(self) -> "Slots":
-        """With positions, mass and bias of all slots written out, where those of the old ones are."""
-        if not self.tail or self.positions is None or self.mass is None:
+    # ---------------------------------------------------------------- which tokens they stand for
+
+    def as_slots(self, valid: Tensor | None = None, *, padded: bool | None = None) -> "Slots":
+        """Themselves, with positions, mass and bias of all slots written out where those of the old ones are.
+
+        Args:
+            valid: bool [batch, columns]; where slot j is column j, positions and mass are written out too, and slots
+                of columns that are no real token are empty.
+            padded: some column is none; None: the device is asked.
+        """
+        if self.positions is None or self.mass is None:
+            return self if valid is None else self._of_columns(valid, padded)
+        if not self.tail:
             return self
         shape = (*self.positions.shape[:2], self.tail)
         columns = torch.arange(self.column, self.column + self.tail, device=self.positions.device).expand(shape)
@@ -139,53 +165,105 @@ class Slots:
             tail=0,
         )
 
-    def positions_of_all(self) -> Tensor:
-        """int64 [batch, kv_heads, slots], where those of the old slots are known."""
-        positions = self.written().positions
-        assert positions is not None
-        return positions
-
-    def explicit(self, valid: Tensor, *, padded: bool | None = None) -> "Slots":
-        """With positions and mass written out; slots of columns that are not `valid` [batch, columns] are empty.
-
-        Args:
-            padded: some column is not valid; None: the device is asked.
-        """
-        if self.positions is not None:
-            return self.written()
+    def _of_columns(self, valid: Tensor, padded: bool | None) -> "Slots":
         batch, kv_heads, count, _ = self.keys.shape
         real = valid[:, None, :count].to(self.keys.device).expand(batch, kv_heads, -1)
         columns = torch.arange(count, device=self.keys.device).expand(batch, kv_heads, -1)
-        held = columns.masked_fill(~real, -1)
+        positions = columns.masked_fill(~real, -1)
         has_empty = not bool(real.all()) if padded is None else padded
-        return replace(self, positions=held, mass=real.to(torch.float32), has_empty=has_empty)
+        return replace(self, positions=positions, mass=real.to(torch.float32), has_empty=has_empty)
+
+    def outline(self, valid: Tensor | None = None) -> "Slots":
+        nothing = self.keys.new_empty(1).expand(*self.keys.shape[:3], 1)
+        return replace(self, keys=nothing, values=nothing, room=None).as_slots(valid)
+
+    def all_positions(self) -> Tensor:
+        """int64 [batch, kv_heads, slots], where those of the old slots are known."""
+        positions = self.as_slots().positions
+        assert positions is not None
+        return positions
 
     def stands_for_others_than(self, valid: Tensor) -> Tensor:
         """Filled slots of columns that are not `valid` [batch, columns]: bool [batch, kv_heads, slots]."""
-        positions = self.positions_of_all()
+        positions = self.all_positions()
         real = valid.to(positions.device).gather(1, positions.clamp(min=0).flatten(1)).view_as(positions)
         return (positions >= 0) & ~real
 
+    # ---------------------------------------------------------------- attention
+
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        """What all slots' logits are given, [batch, kv_heads, slots]: the bias, least where empty; None: nothing."""
+        if self.room is not None and self.room.bias is not None:
+            return self.room.bias[:, :, : self.count].to(dtype)
+        if self.positions is None or (self.bias is None and not self.has_empty):
+            return None
+        bias = torch.zeros_like(self.positions, dtype=dtype) if self.bias is None else self.bias.to(dtype)
+        if self.has_empty:
+            bias = bias.masked_fill(self.positions < 0, torch.finfo(dtype).min)
+        return F.pad(bias, (0, self.tail))  # decoded tokens weigh one
+
+    def mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+        if self.positions is None:
+            return mask
+        if mask is None and queries.shape[2] == 1:
+            added = self.added(queries.dtype)
+            return None if added is None else added[:, :, None]
+        slots = self.as_slots()
+        assert slots.positions is not None
+        return slot_mask(slots.positions, slots.bias, slots.has_empty, mask, queries)
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float | None, dropout: float) -> Tensor | None:
+        if self.positions is None:
+            return None
+        return attend(query, self.keys, self.values, mask, scaling, dropout)
+
+    def shown(self, padding: Tensor | None) -> Tensor | None:
+        """Slots that attention sees which masks nothing but padding, bool [batch, kv_heads, slots]; None: all.
+
+        Args:
+            padding: [batch, columns], 0 or False where there is no token; None: nowhere.
+        """
+        if padding is None and not self.has_empty:
+            return None
+        positions = self.all_positions()
+        seen = positions >= 0
+        if padding is not None:
+            seen &= padding.bool().gather(1, positions.clamp(min=0).flatten(1)).view_as(seen)
+        return seen
+
+    # ---------------------------------------------------------------- parts
+
     def first(self, count: int) -> "Slots":
         """The first `count` slots; what lay behind them is room."""
-        return self.written()._cut(slice(None, count), self.room)
+        return self._span(slice(None, count), self.room)
 
-    def after(self, count: int) -> "Slots":
-        """The slots behind the first `count`."""
-        return self.written()._cut(slice(count, None), None)
+    def parted(self, count: int) -> "tuple[Slots, Slots]":
+        """The first `count` slots, and those behind them."""
+        return self.first(count), self._span(slice(count, None), None)
 
-    def _cut(self, part: slice, room: Room | None) -> "Slots":
-        def of(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:, :, part]
+    def _span(self, span: slice, room: Room | None) -> "Slots":
+        slots = self.as_slots()
+        return replace(slots._each(lambda x: x[:, :, span]), room=room)
+
+    def head(self, number: int) -> "Slots":
+        """The slots of one KV head."""
+        part = slice(number, number + 1)
+        return self._each(lambda x: x[:, part])
+
+    def _each(self, of: Callable[[Tensor], Tensor]) -> "Slots":
+        """With `of` each tensor, and no room."""
+
+        def known(x: Tensor | None) -> Tensor | None:
+            return None if x is None else of(x)
 
         return replace(
             self,
-            keys=self.keys[:, :, part],
-            values=self.values[:, :, part],
-            positions=of(self.positions),
-            mass=of(self.mass),
-            bias=of(self.bias),
-            room=room,
+            keys=of(self.keys),
+            values=of(self.values),
+            positions=known(self.positions),
+            mass=known(self.mass),
+            bias=known(self.bias),
+            room=None,
         )
 
     def padded(self, count: int) -> "Slots":
@@ -193,71 +271,16 @@ class Slots:
         missing = count - self.count
         if not missing or self.positions is None or self.mass is None:
             return self
-        whole = self.written()
-        assert whole.positions is not None
-        assert whole.mass is not None
+        slots = self.as_slots()
+        assert slots.positions is not None
+        assert slots.mass is not None
         return Slots(
-            F.pad(whole.keys, (0, 0, missing, 0)),
-            F.pad(whole.values, (0, 0, missing, 0)),
-            F.pad(whole.positions, (missing, 0), value=-1),
-            F.pad(whole.mass, (missing, 0)),
-            None if whole.bias is None else F.pad(whole.bias, (missing, 0)),
+            F.pad(slots.keys, (0, 0, missing, 0)),
+            F.pad(slots.values, (0, 0, missing, 0)),
+            F.pad(slots.positions, (missing, 0), value=-1),
+            F.pad(slots.mass, (missing, 0)),
+            None if slots.bias is None else F.pad(slots.bias, (missing, 0)),
             True,
-        )
-
-    def head(self, number: int) -> "Slots":
-        """The slots of one KV head."""
-        part = slice(number, number + 1)
-
-        def of(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:, part]
-
-        return replace(
-            self,
-            keys=self.keys[:, part],
-            values=self.values[:, part],
-            positions=of(self.positions),
-            mass=of(self.mass),
-            bias=of(self.bias),
-            room=None,
-        )
-
-    def before(self, column: int, seen: int) -> "Slots":
-        """The slots of columns before `column`, where `seen` have been stored."""
-        if self.positions is None or seen - column <= self.tail:
-            gone = seen - column
-            left = replace(
-                self, keys=self.keys[:, :, : self.count - gone], values=self.values[:, :, : self.count - gone]
-            )
-            return replace(left, tail=self.tail - gone) if self.positions is not None else left
-        # Decoded tokens lie at the end of every head; those of a prompt that was cut may lie anywhere.
-        whole = self.written()
-        assert whole.positions is not None
-        left = whole.first(whole.count - int((whole.positions >= column).sum(-1).min()))
-        assert left.positions is not None
-        assert left.mass is not None
-        gone_slots = left.positions >= column
-        if bool(gone_slots.any()):
-            left.positions = left.positions.masked_fill(gone_slots, -1)
-            left.mass = left.mass.masked_fill(gone_slots, 0)
-            left.has_empty = True
-            left.room = None
-        return left
-
-    def rows(self, index: Tensor) -> "Slots":
-        """The given rows of the batch, in that order."""
-
-        def of(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[index.to(x.device)]
-
-        return replace(
-            self,
-            keys=self.keys[index.to(self.keys.device)],
-            values=self.values[index.to(self.values.device)],
-            positions=of(self.positions),
-            mass=of(self.mass),
-            bias=of(self.bias),
-            room=None,
         )
 
 
@@ -266,93 +289,3 @@ def _with_room(x: Tensor, capacity: int) -> Tensor:
     buffer = x.new_empty(*x.shape[:2], capacity, x.shape[3])
     buffer[:, :, : x.shape[2]] = x
     return buffer
-
-
-def stored(done: Compacted, behind: Slots | None = None) -> list[Slots]:
-    """What memory holds of a compacted layer: heads that keep different counts apart, so that memory is freed.
-
-    Args:
-        behind: slots of the same heads that follow, untouched.
-    """
-    _, kv_heads, slots = done.positions.shape
-    if done.full:
-        block = Slots(done.keys, done.values, done.positions, done.mass, done.bias)
-        return [block if behind is None else _joined(block, behind, slice(0, kv_heads))]
-    counts = (done.positions >= 0).sum(-1)  # [batch, kv_heads]
-    longest: list[int] = counts.amax(0).tolist()
-    has_empty = bool((counts < slots).any())
-    if len(set(longest)) == 1:
-        parts = [(slice(0, kv_heads), longest[0])]
-    else:
-        parts = [(slice(head, head + 1), count) for head, count in enumerate(longest)]
-    blocks = []
-    for heads, count in parts:
-        start = slots - count  # empty slots come first
-
-        def part(x: Tensor, heads: slice = heads, start: int = start, count: int = count) -> Tensor:
-            piece = x[:, heads, start:]
-            return piece if count == slots and len(parts) == 1 else piece.clone()
-
-        block = Slots(
-            part(done.keys),
-            part(done.values),
-            part(done.positions),
-            part(done.mass),
-            None if done.bias is None else part(done.bias),
-            has_empty and bool((done.positions[:, heads, start:] < 0).any()),
-        )
-        blocks.append(block if behind is None else _joined(block, behind, heads))
-    return blocks
-
-
-def _joined(block: Slots, behind: Slots, heads: slice) -> Slots:
-    assert behind.positions is not None
-    assert behind.mass is not None
-    assert block.positions is not None
-    assert block.mass is not None
-    bias = block.bias
-    if bias is not None:
-        more = torch.zeros_like(behind.mass) if behind.bias is None else behind.bias
-        bias = torch.cat([bias, more[:, heads]], -1)
-    return Slots(
-        torch.cat([block.keys, behind.keys[:, heads]], 2),
-        torch.cat([block.values, behind.values[:, heads]], 2),
-        torch.cat([block.positions, behind.positions[:, heads]], -1),
-        torch.cat([block.mass, behind.mass[:, heads]], -1),
-        bias,
-        block.has_empty,
-    )
-
-
-def rectangular(blocks: Sequence[Slots]) -> Slots:
-    """All heads side by side, those that hold less with empty slots in front; a single block is returned as it is."""
-    if len(blocks) == 1:
-        return blocks[0]
-    blocks = [block.written() for block in blocks]
-    positions = [block.positions for block in blocks if block.positions is not None]
-    masses = [block.mass for block in blocks if block.mass is not None]
-    biases = [block.bias for block in blocks if block.bias is not None]
-    return Slots(
-        side_by_side([block.keys for block in blocks], 1, empty=0),
-        side_by_side([block.values for block in blocks], 1, empty=0),
-        side_by_side(positions, 1, empty=-1),
-        side_by_side(masses, 1, empty=0),
-        side_by_side(biases, 1, empty=0) if biases else None,
-        True,
-    )
-
-
-def side_by_side(tensors: Sequence[Tensor], dim: int, *, empty: int) -> Tensor:
-    """Tensors [batch, kv_heads, n, ...] of unequal n as one; shorter ones have empty slots in front.
-
-    Args:
-        dim: along which they are put: 0, rows, or 1, heads.
-        empty: what fills the slots in front.
-    """
-    slots = max(x.shape[2] for x in tensors)
-
-    def padded(x: Tensor) -> Tensor:
-        missing = slots - x.shape[2]
-        return torch.cat([x.new_full((*x.shape[:2], missing, *x.shape[3:]), empty), x], 2) if missing else x
-
-    return torch.cat([padded(x) for x in tensors], dim)

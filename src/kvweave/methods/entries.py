@@ -162,14 +162,22 @@ def fitted(
     changed = (outcome.kind != kinds.index("none"))[..., None] & entries.mutable
     whole = plan.apply(view)
     values = torch.where(changed[..., None], outcome.entries.values, whole.values.to(outcome.entries.values.dtype))
-    log = {f"fitted.{kind}": (outcome.kind == n).sum(-1) for n, kind in enumerate(kinds)}
+
+    def everywhere(x: Tensor) -> Tensor:
+        """[batch] here: [batch, processes that share the layer's heads]."""
+        return view.over_heads(x[:, None])
+
+    winners = view.over_heads(outcome.kind)
+    log = {f"fitted.{kind}": (winners == n).sum(-1) for n, kind in enumerate(kinds)}
     if gate:
-        log |= {"held_out.none": outcome.held_out[0], "held_out.winner": outcome.held_out[1]}
-    log |= {"reference_tokens": rows.tokens(rows.counted)[:, 0], "value_step": outcome.step}
+        errors = [everywhere(error).mean(-1) for error in outcome.held_out]
+        log |= {"held_out.none": errors[0], "held_out.winner": errors[1]}
+    log |= {"reference_tokens": rows.tokens(rows.counted)[:, 0], "value_step": everywhere(outcome.step).mean(-1)}
     bias = plan.bias
     if "both" in kinds:
         bias = outcome.entries.bias.float()
-        log |= {"bias_min": bias.amin((1, 2)), "bias_max": bias.amax((1, 2))}
+        log["bias_min"] = everywhere(bias.amin((1, 2))).amin(-1)
+        log["bias_max"] = everywhere(bias.amax((1, 2))).amax(-1)
     return replace(plan, values=values, bias=bias, log={**plan.log, **log})
 
 

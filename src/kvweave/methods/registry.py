@@ -75,8 +75,8 @@ def method_class(name: str) -> type[Method]:
     module, _, short = name.rpartition(".") if isinstance(name, str) else ("", "", name)
     if module and module not in sys.modules:
         raise ValueError(
-            f"method={brief(name)} is of a module that is not imported: allowed is one of {_names(known)}, or a "
-            "method whose module was imported before, as --plugin MODULE does"
+            f"method={brief(name)} is of a module that is not imported: allowed is one of kvweave.list_methods(), or "
+            "a method whose module was imported before, as --plugin MODULE does"
         )
     if not isinstance(short, str) or short not in known:
         raise ValueError(

@@ -64,7 +64,7 @@ def load(
     if model in LABS:
         import kvweave.lab  # noqa: F401  AutoProcessor finds the lab's processor once this is imported
 
-    with _refusals(model, attention):
+    with refusals(model, attention):
         layout = _layout(path, where)
         if layout is not None:
             processor, loaded = layout.processor(path), layout.load(path, dtype, **chosen)
@@ -87,7 +87,7 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     path, where = found(model)
-    with _refusals(model):
+    with refusals(model):
         layout = _layout(path, where)
         if layout is not None:
             return layout.processor(path).tokenizer
@@ -106,7 +106,7 @@ def skeleton(model: str, dtype: str = "auto", trust_remote_code: bool = False) -
     _check_choice("dtype", dtype, DTYPES)
     path, where = found(model, weights=False)
     keywords = {**where, "trust_remote_code": trust_remote_code}
-    with _refusals(model):
+    with refusals(model):
         layout = _layout(path, where)
         if layout is not None:
             return layout.skeleton(path, dtype).eval()
@@ -177,7 +177,7 @@ def _check_numbers(model: str, loaded: Any) -> None:
 
 
 @contextmanager
-def _refusals(model: str, attention: str = "auto") -> Iterator[None]:
+def refusals(model: str, attention: str = "auto") -> Iterator[None]:
     """What transformers raises, as one line that says what is at fault."""
     try:
         yield

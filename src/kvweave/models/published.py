@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from kvweave.models import weights
-from kvweave.models.loading import DTYPES
+from kvweave.models.loading import DTYPES, refusals
 from kvweave.models.source import ModelError
 
 _DERIVED = ("position_ids", "rotary_emb.inv_freq")  # old files hold these, the model computes them
@@ -135,7 +135,8 @@ def from_published(
         ModelError: another layout, an option of it that is not known, a tensor that is missing, spare or misshapen
             (`position_ids` and `rotary_emb.inv_freq` may be there), a file that is damaged; one line says which.
     """
-    return _known(folder).load(folder, dtype, attn_implementation)
+    with refusals(str(folder), attn_implementation or "auto"):
+        return _known(folder).load(folder, dtype, attn_implementation)
 
 
 def processor_from_published(folder: str | Path) -> ProcessorMixin:
@@ -144,7 +145,8 @@ def processor_from_published(folder: str | Path) -> ProcessorMixin:
     Raises:
         ModelError: another layout, or tokenizer files that are missing or unknown; one line says which.
     """
-    return _known(folder).processor(folder)
+    with refusals(str(folder)):
+        return _known(folder).processor(folder)
 
 
 def local(path: str | Path) -> Path:

@@ -100,24 +100,27 @@ def answer_probes(model: nn.Module, cache: CompressedCache, probes: Sequence[Seq
     with rewindable(cache), _progress(len(probes)) as step:
         for probe in probes:
             fed = _answer(model, cache, probe, most)
-            cache.take_back(fed)
+            _take_back(cache, fed)
             spent += fed
             step()
-    cache.cut_probed(
-        {"count": len(probes), "tokens": spent, "seconds": round(time.perf_counter() - started, 3)},
-    )
+    seconds = round(time.perf_counter() - started, 3)
+    cache.shared.turn.note_probes({"count": len(probes), "tokens": spent, "seconds": seconds})
+    cache.cut_waiting()
 
 
 def _answer(model: nn.Module, cache: CompressedCache, probe: Sequence[int], most: int) -> int:
     """One probe and the greedy answer to it; returns how many tokens they have in the cache."""
-    talk = cache.conversation
-    assert talk.prompt is not None
+    turn = cache.shared.turn
+    assert turn.prompt is not None
     seen = cache.get_seq_length()
-    valid = talk.prompt.valid[:, :seen]
+    valid = turn.prompt.valid[:, :seen]
     tokens = torch.tensor([list(probe)], device=valid.device).expand(len(valid), -1)
-    cache.expect(len(probe), most)
+    turn.expect(len(probe), most)
+    for layer in cache.compressed_layers:
+        if layer.prompt_cut.waiting is not None:
+            layer.prompt_cut.waiting.expect(len(probe) + most)
     padded = not bool(valid.all())
-    last = talk.last_position
+    last = turn.last_position
     for _ in range(most):
         seen = cache.get_seq_length()
         step: dict[str, Any] = {"input_ids": tokens, CACHE: cache, "use_cache": True, "return_dict": True}
@@ -128,9 +131,19 @@ def _answer(model: nn.Module, cache: CompressedCache, probe: Sequence[int], most
             step["position_ids"] = last + torch.arange(1, tokens.shape[1] + 1, device=last.device)
             last = step["position_ids"][..., -1:]
         tokens = model(**step).logits[:, -1:].argmax(-1)
-        if cache.answered():
-            break
+        if turn.counted is None or not bool(turn.counted[:, cache.decoded - 1].any()):
+            break  # the answer has ended in all rows
     return cache.decoded
+
+
+def _take_back(cache: CompressedCache, tokens: int) -> None:
+    """Note what the probe and its answer looked at, and forget them, `tokens` together."""
+    turn = cache.shared.turn
+    assert turn.counted is not None
+    for layer in cache.compressed_layers:
+        layer.count_attention(turn.counted)
+    cache.crop(-tokens)
+    turn.expect(0, 0)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,14 +9,16 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvweave.cut.record import Record
+from kvweave.cut.prompt_cut import Pending
+from kvweave.cut.shares import by_row, share_out
 from kvweave.methods.base import Method
-from kvweave.ops.device import writable
 from kvweave.prompt import Prompt
-from kvweave.seam.layer import CompressedLayer, Pending
+from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.reader import unwrapped
+from kvweave.seam.report import described, layer_kinds
 from kvweave.seam.saved import read, write
-from kvweave.seam.turn import Conversation
+from kvweave.seam.shared import Shared
+from kvweave.seam.turn import State
 
 
 class CompressedCache(Cache):
@@ -42,12 +43,12 @@ class CompressedCache(Cache):
         crossed = set(getattr(decoder, "cross_attention_layers", None) or ())
         layers: list[Any] = list(DynamicCache(config=config).layers)
         places = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in crossed]
-        self.conversation = Conversation(method, layers=len(places), trace=trace, hold=hold)
+        self.shared = Shared(method, layers=len(places), trace=trace, hold=hold)
         self.session: Callable[[], Any] | None = None  # a weak reference to who attached the model that fills it
         for index, place in enumerate(places):
-            layers[place] = CompressedLayer(index, self.conversation)
-        self._kinds = [
-            "cross_attention" if i in crossed else kind for i, kind in enumerate(_layer_kinds(decoder, layers))
+            layers[place] = CompressedLayer(index, self.shared)
+        self.kinds = [
+            "cross_attention" if i in crossed else kind for i, kind in enumerate(layer_kinds(decoder, layers))
         ]
         super().__init__(layers=layers)
 
@@ -82,31 +83,33 @@ class CompressedCache(Cache):
         """
         return read(cls, path, unwrapped(model))
 
-    def stand_in_for(self, given: Cache) -> None:
+    def stand_in_for(self, other: Cache) -> None:
         """Take the place of an empty cache: layers that are not compressed stay its own, with all they were told.
 
         `generate` tells a cache that it made, before the first forward pass, to record the past of its sliding
         layers where drafts may be taken back.
         """
-        for place, layer in enumerate(given.layers[: len(self.layers)]):
+        for place, layer in enumerate(other.layers[: len(self.layers)]):
             if type(layer) is type(self.layers[place]):
                 self.layers[place] = layer
+
+    # ---------------------------------------------------------------- what it holds
 
     @property
     def prompt(self) -> Prompt | None:
         """Visual and padding masks of everything seen; None before the first forward pass."""
-        return self.conversation.prompt
+        return self.shared.turn.prompt
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
         """The layers that are compressed."""
-        return [x for x in self.layers if isinstance(x, CompressedLayer) and x.kind == "full"]
+        return [x for x in self.layers if isinstance(x, CompressedLayer) and not x.why]
 
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decode steps: room for them is laid out, in every layer."""
-        whole = all(isinstance(layer, CompressedLayer) for layer in self.layers)
-        return self.conversation.room is not None and whole and self.method.storage is None
+        ours = all(isinstance(layer, CompressedLayer) for layer in self.layers)
+        return self.shared.room is not None and ours and self.method.storage is None
 
     @property
     def fixed(self) -> bool:
@@ -137,13 +140,12 @@ class CompressedCache(Cache):
         """Leave the buffers of `reserve`; what was decoded is then known to the host."""
         if not self.fixed:
             return
-        talk = self.conversation
-        assert talk.prompt is not None
         for layer in self.compressed_layers:
             layer.settle()
-        new = self.compressed_layers[0].seen - talk.prompt.length
-        valid = talk.prompt.valid.new_ones(talk.prompt.valid.shape[0], new)
-        talk.prompt = talk.prompt.extended(torch.zeros_like(valid), valid)
+        assert self.prompt is not None
+        self.shared.turn.extend(self.compressed_layers[0].seen - self.prompt.length)
+
+    # ---------------------------------------------------------------- when it is cut
 
     def declare_prompt(self, length: int) -> None:
         """Say how long the prompt is that comes next in pieces, so that it is compressed once, when it is complete.
@@ -157,28 +159,28 @@ class CompressedCache(Cache):
             raise ValueError(
                 f"length={length!r} is not allowed: an int above the {self.get_seq_length()} tokens seen"
             )
-        self.conversation.declared = length
+        self.shared.turn.declare(length)
 
     def freeze(self) -> None:
         """Compress no more: further prompts are appended whole, as one context serves many questions.
 
         Ask one, then `crop` the cache back to the length it had, and ask the next.
         """
-        self._cut_deferred()
-        self.conversation.frozen = True
+        self.cut_waiting()
+        self.shared.turn.freeze()
 
     @property
     def waits(self) -> bool:
         """The prompt's cut is deferred and has not come yet."""
-        return any(layer.waiting is not None for layer in self.compressed_layers)
+        return self.shared.turn.state is State.WAITING
 
     def cut_if_due(self) -> None:
         """Make the deferred cut, once as many tokens have been decoded as the method asks for.
 
         Called when the tokens at hand are the reply's, and not candidates that may be taken back.
         """
-        if self.waits and not self.conversation.held and self.decoded >= self.method.defer:
-            self._cut_deferred()
+        if self.waits and not self.shared.turn.on_request and self.decoded >= self.method.defer:
+            self.cut_waiting()
 
     def compress(self, probes: Any = None, *, processor: Any = None, probe_tokens: int = 32) -> None:
         """Cut the prompt that a cache made with `hold=True` holds whole.
@@ -190,11 +192,11 @@ class CompressedCache(Cache):
         Raises:
             ValueError: there is no prompt, it was cut already, or probes that are not allowed.
         """
-        talk = self.conversation
-        if talk.end is None or self.decoded < 0:
+        turn = self.shared.turn
+        if turn.end is None or self.decoded < 0:
             raise ValueError("compress: the cache holds no whole prompt: allowed is one that a model has read")
         if probes is not None:
-            if not talk.held or talk.deferred is not None or self.decoded:
+            if not turn.on_request or turn.deferred is not None or self.decoded:
                 raise ValueError(
                     f"probes={probes!r} is not allowed: the cache was cut already, or a reply has begun; allowed is "
                     "right after the prompt, on CompressedCache(config, method, hold=True)"
@@ -203,124 +205,68 @@ class CompressedCache(Cache):
             if session is None:
                 raise ValueError("probes: no model is attached to this cache: allowed is after kvweave.attach(model)")
             session.answer_probes(self, probes, processor, probe_tokens)
-        elif not talk.held or talk.deferred is not None:
+        elif not turn.on_request or turn.deferred is not None:
             raise ValueError(
                 "compress: the cache was cut already; allowed is CompressedCache(config, method, hold=True)"
             )
-        self._cut_deferred()
+        self.cut_waiting()
 
     @property
     def decoded(self) -> int:
         """Tokens behind the last prompt."""
-        end = self.conversation.end
+        end = self.shared.turn.end
         return 0 if end is None else self.get_seq_length() - end
 
-    def count_decoded(self, start: int, live: Tensor, ended: Tensor) -> None:
-        """Note which of the first decoded tokens belong to a reply that has not ended.
-
-        Args:
-            start: number of the first of them; the first decoded token is 0.
-            live: bool [batch, new], tokens that the attention mask shows; ended: alike, tokens that end a reply.
-        """
-        talk = self.conversation
-        if talk.counted is None:
-            talk.counted = torch.zeros(len(live), talk.awaited, dtype=torch.bool, device=live.device)
-        talk.counted = writable(talk.counted)
-        for n in range(min(live.shape[1], talk.awaited - start)):
-            at = start + n
-            going = live[:, n] if at < talk.asked else live[:, n] & ~ended[:, n]  # a probe may hold an end of turn
-            talk.counted[:, at] = going & talk.counted[:, at - 1] if at else going
-
-    def expect(self, asked: int, most: int) -> None:
-        """A probe of `asked` tokens comes, with an answer of `most`, whose end ends the counting."""
-        tokens = asked + most
-        self.conversation.expected, self.conversation.asked, self.conversation.counted = tokens, asked, None
-        for layer in self.compressed_layers:
-            if layer.waiting is not None:
-                layer.waiting.expect(tokens)
-
-    def answered(self) -> bool:
-        """The answers to the probe have ended in all rows."""
-        counted = self.conversation.counted
-        return counted is None or not bool(counted[:, self.decoded - 1].any())
-
-    def take_back(self, tokens: int) -> None:
-        """Note what the probe and its answer looked at, and forget them, `tokens` together."""
-        talk = self.conversation
-        assert talk.counted is not None
-        for layer in self.compressed_layers:
-            layer.count_attention(talk.counted)
-        self.crop(-tokens)
-        talk.expected, talk.asked, talk.counted = 0, 0, None
-
-    def cut_probed(self, cost: dict[str, Any]) -> None:
-        """Make the cut that waited for probes; `cost` goes into the report."""
-        self.conversation.probes = cost
-        self._cut_deferred()
-
     @torch.compiler.disable
-    def _cut_deferred(self) -> None:
-        talk = self.conversation
-        layers = [layer for layer in self.compressed_layers if layer.waiting is not None]
-        if not layers:
+    def cut_waiting(self) -> None:
+        """Cut the layers that wait, if any."""
+        layers = [layer for layer in self.compressed_layers if layer.prompt_cut.waiting is not None]
+        waiting = [layer.prompt_cut.waiting for layer in layers if layer.prompt_cut.waiting is not None]
+        if not waiting:
             return
-        first = layers[0].waiting
-        assert first is not None
+        counted, first = self.shared.turn.counted, waiting[0]
         if self.method.pools:  # what decides is known once all layers have been told
-            pending = [layer.due(None, talk.counted) for layer in layers]
-            self._cut_together(layers, pending)
+            self._cut_together(layers, [layer.due(None, counted) for layer in layers])
         else:
-            lengths = first.prompt.lengths
-            shares: list[list[Any]] = []  # of each row, by layer
-            for row, (budget, length) in enumerate(zip(first.budgets, lengths, strict=True)):
-                if self.method.layer_adaptive:
-                    weights = [layer.waiting.weights[row] for layer in layers if layer.waiting is not None]
-                    shares.append(self.method.allocate(weights, budget, length))
-                else:
-                    whole = self.method.layer_budgets(budget, length, talk.layers)
-                    shares.append([whole[layer.index] for layer in layers])
+            adaptive = self.method.layer_adaptive
+            weights = [prompt.weights for prompt in waiting] if adaptive else None
+            shares = share_out(self.method, first.budgets, first.prompt.lengths, self.shared.layers, weights)
             for place, layer in enumerate(layers):
-                share = [of_row[place] for of_row in shares]
-                layer.cut(layer.due(share, talk.counted), share)
-        talk.deferred = self.decoded
+                share = shares[place if adaptive else layer.index]
+                layer.cut(layer.due(share, counted), share)
+        self.shared.turn.finish(deferred=self.decoded)
 
     def finish_prompt(self) -> None:
-        """Cut the layers of a layer-adaptive method, once all of them have been observed."""
+        """A forward pass has ended: cut what waited for all layers to be observed, and lay out room to decode in."""
         if self.fixed:
             return
-        self._cut_pending()
-        talk = self.conversation
-        if (
-            talk.room is not None
-            and self.is_compileable
-            and talk.end is not None
-            and self.get_seq_length() >= talk.end
-            and not self.waits
-        ):
-            self.reserve(talk.room)
+        self._cut_observed()
+        self.shared.turn.finish()
+        end, room = self.shared.turn.end, self.shared.room
+        complete = end is not None and self.get_seq_length() >= end
+        if room is not None and self.is_compileable and complete and not self.waits:
+            self.reserve(room)
 
-    def _cut_pending(self) -> None:
+    def _cut_observed(self) -> None:
+        """Cut the layers that had to be observed first, once all have been."""
         layers = self.compressed_layers
-        pending = [layer.pending for layer in layers if layer.pending is not None]
-        if not layers or len(pending) < len(layers):
-            return
-        self._cut_together(layers, pending)
+        pending = [layer.prompt_cut.pending for layer in layers if layer.prompt_cut.pending is not None]
+        if layers and len(pending) == len(layers):
+            self._cut_together(layers, pending)
 
-    def _cut_together(self, layers: list[CompressedLayer], pending: list[Pending]) -> None:
+    def _cut_together(self, layers: Sequence[CompressedLayer], pending: Sequence[Pending]) -> None:
         """Cut layers whose budgets depend on what was observed of all of them."""
-        first = pending[0]
-        shares: list[list[Any]] = [[] for _ in first.lengths]
-        for n, group in enumerate(first.groups):
-            row = group.index[0]
-            weights = [p.weights[n] for p in pending]
-            shares[row] = self.method.allocate(weights, first.budgets[row], first.lengths[row])
-        for place, (layer, p) in enumerate(zip(layers, pending, strict=True)):
-            layer.cut(p, [share[place] for share in shares])
+        first, weights = pending[0], [by_row(prompt.groups, prompt.weights) for prompt in pending]
+        shares = share_out(self.method, first.budgets, first.lengths, len(layers), weights)
+        for layer, prompt, share in zip(layers, pending, shares, strict=True):
+            layer.cut(prompt, share)
+
+    # ---------------------------------------------------------------- columns and rows go
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.conversation.reset()
+        self.shared.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, all of them if there are no more; a positive number (older transformers) is the
@@ -330,25 +276,25 @@ class CompressedCache(Cache):
         one comes.
         """
         self.settle()
-        seen, asked = self.get_seq_length(), int(tokens_to_remove)
-        asked = max(asked, -seen)
-        super().crop(asked)
-        length = min(asked, seen) if asked > 0 else seen + asked
+        seen, removed = self.get_seq_length(), int(tokens_to_remove)
+        removed = max(removed, -seen)
+        super().crop(removed)
+        length = min(removed, seen) if removed > 0 else seen + removed
         if length < seen:
-            self.conversation.crop(length)
+            self.shared.crop(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.conversation.select(beam_idx)
+        self.shared.turn.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.prompt is not None:
-            self.conversation.select(torch.arange(self.prompt.valid.shape[0]).repeat_interleave(repeats))
+            self.shared.turn.select(torch.arange(self.prompt.valid.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.conversation.select(indices)
+        self.shared.turn.select(indices)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -360,41 +306,4 @@ class CompressedCache(Cache):
         held at once. `deferred`: tokens decoded before the cut, None: it has not come. `probes`: how many were asked,
         their tokens and the seconds that they took.
         """
-        layers = [self._described(place) for place in range(len(self.layers))]
-        done = [layer for layer in layers if layer["compressed"]]
-        totals: dict[str, Any] = {
-            name: sum(layer[name] for layer in done)
-            for name in ("length", "kept", "merged", "evicted", "bytes", "bytes_before")
-        }
-        totals["layers"] = len(done)
-        totals["peak_bytes"] = self._peak([x.record for x in self.compressed_layers if x.record is not None])
-        deferred = None if self.waits else self.conversation.deferred or 0
-        report = {"method": self.method.to_dict(), "layers": layers, "totals": totals, "deferred": deferred}
-        for record in (x.record for x in self.compressed_layers if x.record is not None):
-            report |= record.words
-        return report | ({"probes": self.conversation.probes} if self.conversation.probes else {})
-
-    def _peak(self, records: list[Record]) -> int:
-        """Most bytes held at once while these layers were filled and cut."""
-        if (
-            self.method.layer_adaptive or self.method.defer or self.conversation.held
-        ):  # none is cut before all are filled
-            return sum(record.bytes_before + record.bytes_behind for record in records)
-        cut = [0, *accumulate(record.bytes_after for record in records)]
-        return max((done + record.bytes_before for done, record in zip(cut, records, strict=False)), default=0)
-
-    def _described(self, place: int) -> dict[str, Any]:
-        """One layer's part of the report."""
-        layer, kind = self.layers[place], self._kinds[place]
-        if isinstance(layer, CompressedLayer) and layer.kind == "full" and layer.record is not None:
-            return {"layer": place, "kind": kind, "compressed": True, **layer.record.described()}
-        why = layer.kind if isinstance(layer, CompressedLayer) and layer.kind != "full" else kind
-        return {"layer": place, "kind": why, "compressed": False}
-
-
-def _layer_kinds(decoder: Any, layers: Sequence[Any]) -> list[str]:
-    """What each layer's attention is called, by the config, else by transformers' choice of a cache for it."""
-    named = list(getattr(decoder, "layer_types", None) or [])
-    if len(named) == len(layers):
-        return named
-    return ["sliding_attention" if getattr(layer, "is_sliding", False) else "full_attention" for layer in layers]
+        return described(self)

@@ -1,4 +1,4 @@
-"""The cache that a forward pass fills, and what it is told before: the columns to come, where the prompt ends."""
+"""The cache that a forward pass fills, and what it is told before: where the prompt ends, what its columns are."""
 
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from kvweave.methods.base import Method
+from kvweave.prompt import Prompt, given_images, visual_mask, visual_token_ids
 from kvweave.seam import guard, names, reader
 from kvweave.seam.cache import CompressedCache
-from kvweave.seam.columns import count_decoded, prompt_end, prompt_of
 from kvweave.seam.draft import redecode
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.names import Call
@@ -32,31 +32,31 @@ def cache_of(session: "Session", part: nn.Module, call: Call) -> CompressedCache
     return cache_for(session, part, call.cache)
 
 
-def cache_for(session: "Session", part: Any, given: Any = None) -> CompressedCache:
+def cache_for(session: "Session", part: Any, own: Any = None) -> CompressedCache:
     """The cache that a prompt of `part` fills: the caller's own if there is one, made over in place."""
     assert session.method is not None
-    if given is not None:
-        if type(given) is not DynamicCache or getattr(given, "offloading", False):
-            kind = "offloaded " if getattr(given, "offloading", False) else ""
+    if own is not None:
+        if type(own) is not DynamicCache or getattr(own, "offloading", False):
+            kind = "offloaded " if getattr(own, "offloading", False) else ""
             raise ValueError(
-                f"{names.CACHE}={kind}{type(given).__name__} cannot be compressed: allowed is none, an empty "
+                f"{names.CACHE}={kind}{type(own).__name__} cannot be compressed: allowed is none, an empty "
                 "DynamicCache or a kvweave.CompressedCache"
             )
-        if tokens := names.tokens_in(given):
+        if tokens := names.tokens_in(own):
             raise ValueError(
                 f"{names.CACHE}=DynamicCache already holds {tokens} tokens that were not "
                 "compressed: allowed is none, an empty DynamicCache or a kvweave.CompressedCache"
             )
     cache = CompressedCache(part.config, session.method, trace=session.trace)
-    return cache if given is None else _in_place(given, cache)
+    return cache if own is None else _in_place(own, cache)
 
 
-def _in_place(given: DynamicCache, cache: CompressedCache) -> CompressedCache:
+def _in_place(own: DynamicCache, cache: CompressedCache) -> CompressedCache:
     """The caller's own object becomes `cache`: whoever holds it reads on where the model left it."""
-    cache.stand_in_for(given)
-    given.__class__ = CompressedCache
-    vars(given).update(vars(cache))
-    return given
+    cache.stand_in_for(own)
+    own.__class__ = CompressedCache
+    vars(own).update(vars(cache))
+    return own
 
 
 def check_bias(method: Method, implementation: str) -> None:
@@ -74,7 +74,7 @@ def tokens_before_the_cut(session: "Session", cache: Any, length: int) -> int | 
     """How many decoded tokens will read the whole prompt of `length` that comes next; None: it stays whole."""
     method = session.method
     if isinstance(cache, CompressedCache):
-        method = None if cache.conversation.frozen or cache.conversation.held else cache.method
+        method = None if cache.shared.turn.frozen or cache.shared.turn.on_request else cache.method
     if method is None or method.keeps_all(length):
         return None
     return 0 if method.redecode or session.probed else method.defer
@@ -82,49 +82,144 @@ def tokens_before_the_cut(session: "Session", cache: Any, length: int) -> int | 
 
 def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: Call) -> None:
     """Tell the cache what the forward pass's columns are, and where the prompt ends."""
-    running, talk = session.running, cache.conversation
+    running, turn = session.running, cache.shared.turn
+    if cache.fixed:
+        if call.new == 1:  # buffers take the token in, and nothing else changes
+            cache.shared.attached = True
+            turn.trust_room(running.prompted)
+            return
+        cache.settle()
     cache.cut_if_due()  # candidates of assisted decoding have been taken back by now
     seen, new = cache.get_seq_length(), call.new
     end = prompt_end(session, cache, seen, new)
     prompted = end is not None and seen < end
-    if session.probed and prompted:
-        talk.held = True
-    if talk.held and prompted:
-        talk.last_position = call.last_position()
+    if prompted and session.probed:
+        turn.hold()
     cache.session = weakref.ref(session)
-    redecodes = talk.method.redecode and not talk.held and cache.waits
+    redecodes = cache.method.redecode and not turn.on_request and cache.waits
     if redecodes and not prompted and not running.aside:
         redecode(running, part, cache, call)
         running.cache = cache
     running.before = guard.held(cache)
     if not torch.compiler.is_compiling():
         reader.passed.layers.clear()
-    talk.attached = True
-    talk.spread_over(session.base)
-    talk.prompt = prompt_of(session, cache, call, seen, seen + new if end is None else end)
-    ended = talk.end if end is None else end  # of another cache than the one that `generate` was given
-    talk.look(
-        decoding=running.prompted and ended is not None and seen >= ended,
+    cache.shared.attached = True
+    cache.shared.spread_over(session.base)
+    prompt = prompt_of(session, cache, call, seen, seen + new if end is None else end)
+    turn.begin(
+        prompt,
+        end,
+        seen,
+        generating=running.prompted,
         masked=call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.dim() == 2),
+        last_position=call.last_position() if turn.on_request and prompted else None,
     )
-    if not talk.frozen and end is not None:
-        talk.end = end
-        if prompted:
-            talk.counted = None
-    if talk.declared is not None and seen + new >= talk.declared:
-        talk.declared = None
-    if talk.awaited and talk.end is not None:
+    if cache.shared.awaited and turn.end is not None:
         count_decoded(session, cache, call.ids, seen, new)
 
 
 def note_rotary(session: "Session", module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A hook before a module's forward pass: the rotary tables, for methods that turn keys."""
     cache, place = session.running.cache, module.layer_idx
-    if cache is None or not cache.conversation.turns_keys or place >= len(cache.layers):
+    if cache is None or not cache.method.turns_keys or place >= len(cache.layers):
         return
     layer = cache.layers[place]
     if not isinstance(layer, CompressedLayer) or layer.index or not getattr(module, "is_causal", True):
         return  # all compressed layers are turned by the same tables; a vision tower has its own
     tables = names.rotary_tables(kwargs, session.base.config.get_text_config(decoder=True))
     if tables is not None:
-        cache.conversation.append_rotary(*tables, layer.seen, interleaved=names.interleaved(module))
+        cache.shared.turn.append_rotary(*tables, layer.seen, interleaved=names.interleaved(module))
+
+
+# -------------------------------------------------------------------- what its columns are
+
+
+def prompt_end(session: "Session", cache: CompressedCache, seen: int, new: int) -> int | None:
+    """Logical length at which the prompt ends that a forward pass belongs to; None: it decodes."""
+    running = session.running
+    if running.aside:
+        return None
+    if running.request is not None and running.request.length is not None and running.own is cache:
+        return running.request.length
+    if cache.shared.turn.declared is not None:
+        return cache.shared.turn.declared
+    return seen + new if new > 1 or seen == 0 else None
+
+
+def prompt_of(session: "Session", cache: CompressedCache, call: Call, seen: int, end: int) -> Prompt:
+    """What is known of all columns once a forward pass has appended its own.
+
+    Args:
+        seen: columns before; end: where the prompt ends.
+    """
+    assert call.inputs is not None
+    batch, new = call.inputs.shape[:2]
+    device, prompt = call.inputs.device, cache.prompt
+    visual = _visual(session, cache, call, seen, min(end, seen + new))
+    mask = call.seen_columns(compiled=cache.is_compileable)
+    valid = torch.ones(batch, new, dtype=torch.bool, device=device)
+    if mask is not None:
+        valid = mask[:, -new:].bool().to(device)
+        decoding = seen >= end and session.running.prompted  # behind the prompt it says nothing new of the others
+        if seen and prompt is not None and mask.shape[1] >= seen + new and not decoding:
+            prompt = Prompt(prompt.visual[:, :seen], mask.bool().to(device)[:, :seen])
+    if not seen or prompt is None:
+        return Prompt(visual, valid)
+    return prompt.cropped(seen).to(device).extended(visual, valid)
+
+
+def _visual(session: "Session", cache: CompressedCache, call: Call, seen: int, end: int) -> Tensor:
+    """Modalities, bool [batch, new]: as the user said, else from what the model was given."""
+    assert call.inputs is not None
+    batch, new = call.inputs.shape[:2]
+    device, config = call.inputs.device, session.base.config
+    users = session.visual
+    if users is not None and users.shape[1] < end:
+        raise ValueError(f"visual has {users.shape[1]} columns, and the prompt has {end}: allowed is as many")
+    known = None if users is None else users[:, seen : seen + new]
+    if known is None:
+        known = visual_mask(config, call.ids, call.kwargs)
+    if known is None and session.running.visual is not None:  # what the outer generate was given
+        known = session.running.visual[:, seen : seen + new]
+    if known is None:
+        if cache.method.uses_modality and visual_token_ids(config) and not seen:
+            guard.warn(
+                f"{cache.method.name} goes by modality, and embeddings alone do not tell which tokens are visual: "
+                "all count as text unless kvweave.compress(..., visual=mask) says otherwise"
+            )
+        return torch.zeros(batch, new, dtype=torch.bool, device=device)
+    images = given_images(call.kwargs) if cache.method.uses_modality else []
+    if images and not bool(known.any()):
+        guard.warn(
+            f"{cache.method.name} goes by modality, and no token was recognised as visual although "
+            f"{', '.join(images)} was given: all count as text unless kvweave.compress(..., visual=mask) says "
+            "otherwise"
+        )
+    known = known.to(device)
+    if known.shape[0] != batch:  # beams and samples repeat the rows that generate was given
+        if batch % known.shape[0]:
+            raise ValueError(f"visual has {known.shape[0]} rows, which does not fit a batch of {batch}")
+        known = known.repeat_interleave(batch // known.shape[0], 0)
+    missing = known.new_zeros(batch, max(0, new - known.shape[1]))  # decoded tokens behind the prompt: text
+    return torch.cat([known, missing], 1)[:, -new:]
+
+
+def count_decoded(session: "Session", cache: CompressedCache, ids: Tensor | None, seen: int, new: int) -> None:
+    """Tell the cache which of a forward pass's columns are decoded tokens of replies that have not ended."""
+    end, prompt = cache.shared.turn.end or 0, cache.prompt
+    first = max(seen, end)
+    if prompt is None or first >= min(seen + new, end + cache.shared.awaited):
+        return
+    live = prompt.valid[:, first : seen + new]
+    ended = torch.zeros_like(live)
+    if ids is not None:
+        stops = torch.tensor(_stops(session), device=ids.device)
+        ended = torch.isin(ids[:, first - seen :], stops).to(live.device)
+    cache.shared.turn.count(first - end, live, ended, cache.shared.awaited)
+
+
+def _stops(session: "Session") -> list[int]:
+    """Tokens that end a reply, as `generate` was users or the model's settings say."""
+    request = session.running.request
+    settings: Any = getattr(session.base, "generation_config", None)
+    return request.stops if request is not None else names.listed(getattr(settings, "eos_token_id", None))

@@ -51,7 +51,7 @@ def _telling(session: "Session", generate: Callable[..., Any]) -> Callable[..., 
                 return generate(*args, **request.arguments())
         finally:
             if planned is not None:
-                planned.conversation.room = None
+                planned.shared.room = None
                 planned.settle()
 
     return wrapped
@@ -60,8 +60,8 @@ def _telling(session: "Session", generate: Callable[..., Any]) -> Callable[..., 
 def _with_room(session: "Session", request: Request) -> CompressedCache | None:
     """The cache of a `generate` whose decode steps are to be compiled, room asked for; None: they are not."""
     uncompiled = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "disable_compile")
-    plain = (request.asked("num_beams") or 1) == 1 and not any(map(request.asked, uncompiled))
-    if request.asked("compile_config") is None or not plain or request.asked("use_cache") is False:
+    plain = (request.setting("num_beams") or 1) == 1 and not any(map(request.setting, uncompiled))
+    if request.setting("compile_config") is None or not plain or request.setting("use_cache") is False:
         return None
     cache = request.cache
     if session.method is not None and (cache is None or type(cache) is DynamicCache):
@@ -72,7 +72,7 @@ def _with_room(session: "Session", request: Request) -> CompressedCache | None:
         raise ValueError("compile_config is not allowed with flash attention: allowed is sdpa or eager")
     if cache.method.redecode:
         raise ValueError("compile_config is not allowed with redecode=True: allowed is one of them")
-    cache.conversation.room = request.new_tokens()
+    cache.shared.room = request.new_tokens()
     return cache
 
 

@@ -39,7 +39,7 @@ def check_filled(model: nn.Module, cache: CompressedCache, before: int, kwargs: 
     layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
     if not layers or held(cache) > before:
         return
-    given = ", ".join(sorted(name for name, value in kwargs.items() if value is not None))
+    inputs = ", ".join(sorted(name for name, value in kwargs.items() if value is not None))
     returned = names.cache_of(output)
     kept = "no cache"
     if returned is not None:
@@ -47,7 +47,7 @@ def check_filled(model: nn.Module, cache: CompressedCache, before: int, kwargs: 
         kept = f"a {type(returned).__name__} of {size} tokens"
     raise RuntimeError(
         f"{type(model).__name__} ran and filled none of the {len(layers)} layers that kvweave would compress: it was "
-        f"given {given}, and returned {kept}. Either it does not read the cache that it is given (known names: "
+        f"given {inputs}, and returned {kept}. Either it does not read the cache that it is given (known names: "
         f"{', '.join(names.CACHE_NAMES)}), or it makes its own. kvweave.detach(model) lets it run uncompressed"
     )
 
@@ -63,12 +63,12 @@ def check_read(model: nn.Module, decoder: Any, cache: CompressedCache) -> None:
             continue
         layer.unread = False
         if (id(decoder), place) in reader.passed.layers:
-            layer.kind = "keys are transformed after the cache"
+            layer.why = "keys are transformed after the cache"
             continue
         modules = [m for m in model.modules() if getattr(m, "layer_idx", None) == place]
         if not any(names.asks_by_name(type(module)) for module in modules):
-            layer.kind = "attention is not looked up by name"
-        elif layer.kind == "full":
+            layer.why = "attention is not looked up by name"
+        elif layer.compressed:
             raise RuntimeError(
                 f"{type(model).__name__}: nobody read the keys of layer {place}: its attention, "
                 f"attn_implementation={names.implementation(decoder)!r}, was replaced or chosen anew while kvweave "

@@ -75,11 +75,13 @@ class Call:
 
     def uses_cache(self, model: nn.Module, decoder: Any) -> bool:
         """Whether keys and values will be kept, as the caller or else the config says."""
-        asked = self.kwargs.get("use_cache")
+        use_cache = self.kwargs.get("use_cache")
         checkpoints = next((name for name in CHECKPOINTING if hasattr(type(model), name)), "")
         if model.training and getattr(model, checkpoints, False):
             return False  # transformers switches the cache off
-        return self.cache is not None or bool(getattr(decoder, "use_cache", False) if asked is None else asked)
+        return self.cache is not None or bool(
+            getattr(decoder, "use_cache", False) if use_cache is None else use_cache
+        )
 
     def arguments(self, cache: Any) -> dict[str, Any]:
         """The forward pass's keywords, with this cache."""
@@ -115,10 +117,10 @@ def without_cache(kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     Raises:
         ValueError: two caches, under two names.
     """
-    given = {name: kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None}
-    first = next(iter(given.values()), None)
-    if any(cache is not first for cache in given.values()):
-        raise ValueError(f"{' and '.join(given)} are two caches: allowed is one, under either name")
+    caches = {name: kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None}
+    first = next(iter(caches.values()), None)
+    if any(cache is not first for cache in caches.values()):
+        raise ValueError(f"{' and '.join(caches)} are two caches: allowed is one, under either name")
     return first, {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
 
 
@@ -175,22 +177,22 @@ class Request:
         self.length: int | None = max(lengths, default=None)
         self.stops = self._stops(model)
 
-    def asked(self, name: str) -> Any:
+    def setting(self, name: str) -> Any:
         """A setting of generation, as the call or else the configuration says."""
         value = self.kwargs.get(name)
         return getattr(self._settings, name, None) if value is None else value
 
     def new_tokens(self) -> int:
         """Most tokens that it may decode."""
-        most = self.asked("max_new_tokens")
-        return int(most) if most is not None else max(1, (self.asked("max_length") or 0) - (self.length or 0))
+        most = self.setting("max_new_tokens")
+        return int(most) if most is not None else max(1, (self.setting("max_length") or 0) - (self.length or 0))
 
     def arguments(self) -> dict[str, Any]:
         """The keywords of `generate`."""
         return self.kwargs | ({} if self.cache is None else {CACHE: self.cache})
 
     def _stops(self, model: Any) -> list[int]:
-        stops = self.asked("eos_token_id")
+        stops = self.setting("eos_token_id")
         if stops is None:
             stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         return listed(stops)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvweave.cut.prompt_cut import PromptCut
 from kvweave.cut.record import Record
 from kvweave.cut.waiting import Waiting
 from kvweave.memory import saved
+from kvweave.memory.heads import RaggedHeads
 from kvweave.memory.packed import PackedSlots
 from kvweave.memory.slots import Slots
 from kvweave.methods.registry import method_from_dict
@@ -19,33 +21,45 @@ from kvweave.ops.quantize import Packed, Quantization
 from kvweave.ops.statistics import AttentionRule, Flow
 from kvweave.prompt import Prompt
 from kvweave.seam.layer import CompressedLayer
+from kvweave.seam.turn import State, Turn
 
 if TYPE_CHECKING:
     from kvweave.seam.cache import CompressedCache
 
 _KINDS: dict[str, type] = {
     kind.__name__: kind
-    for kind in (Slots, PackedSlots, Packed, Quantization, Prompt, Waiting, Record, AttentionRule, Flow)
+    for kind in (
+        Slots,
+        PackedSlots,
+        RaggedHeads,
+        Packed,
+        Quantization,
+        Prompt,
+        PromptCut,
+        Waiting,
+        Record,
+        AttentionRule,
+        Flow,
+    )
 }
-#: Of a turn and of a layer, what belongs to the process that runs it, or is told apart.
-_OF_THE_TURN = {"method", "attached", "known", "heads", "room", "trace", "hold", "layers"}
-_OF_THE_LAYER = {"index", "conversation", "fixed", "_blocks", "_seen", "pending", "unread", "device"}
+#: Of a layer, what belongs to the process that runs it, or is made anew.
+_OF_THE_PROCESS = {"index", "shared", "fixed", "unread", "device"}
 _SAMPLES = 16  # numbers of each weight that tell models apart
 _SHAPES = ("head", "hidden", "layer", "rope", "sliding", "chunk", "scal", "model_type")
 
 
 def write(cache: "CompressedCache", path: str | os.PathLike[str], model: PreTrainedModel) -> None:
     """Save `cache`, which belongs to `model`."""
-    talk = cache.conversation
-    if any(isinstance(layer, CompressedLayer) and (layer.unread or layer.pending) for layer in cache.layers):
+    ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    if any(layer.unread or layer.prompt_cut.pending for layer in ours):
         raise ValueError("save: a forward pass is filling the cache; allowed is between two of them")
     cache.settle()
     state = {
         "model": fingerprint(model),
         "method": json.dumps(cache.method.to_dict()),
-        "trace": talk.trace,
-        "hold": talk.hold,
-        "turn": {name: value for name, value in vars(talk).items() if name not in _OF_THE_TURN},
+        "trace": cache.shared.trace,
+        "hold": cache.shared.hold,
+        "turn": vars(cache.shared.turn) | {"state": cache.shared.turn.state.value},
         "layers": [_layer(layer) for layer in cache.layers],
     }
     saved.save(path, state, _KINDS)
@@ -54,9 +68,9 @@ def write(cache: "CompressedCache", path: str | os.PathLike[str], model: PreTrai
 def read(kind: "type[CompressedCache]", path: str | os.PathLike[str], model: PreTrainedModel) -> "CompressedCache":
     """The cache that was saved, where `model` has its layers."""
     state = saved.load(path, _KINDS)
-    told, own = state["model"], fingerprint(model)
-    if told != own:
-        other = [name for name in own if told.get(name) != own[name]]
+    saved_for, own = state["model"], fingerprint(model)
+    if saved_for != own:
+        other = [name for name in own if saved_for.get(name) != own[name]]
         raise ValueError(
             f"{os.fspath(path)} was saved for another model: {', '.join(other)} differ from those of this "
             f"{type(model).__name__}; allowed is the model that filled the cache"
@@ -66,7 +80,8 @@ def read(kind: "type[CompressedCache]", path: str | os.PathLike[str], model: Pre
     )
     devices = _devices(model)
     first = devices.get(0, model.device)
-    vars(cache.conversation).update(_moved(state["turn"], first))
+    turn = _moved(state["turn"], first)
+    cache.shared.turn = Turn(**turn | {"state": State(turn["state"])})
     for place, (layer, parts) in enumerate(zip(cache.layers, state["layers"], strict=True)):
         device = devices.get(place, first)
         vars(layer).update(_moved(parts, device))
@@ -79,8 +94,7 @@ def _layer(layer: Any) -> dict[str, Any]:
     """What a layer holds; transformers' own are told by their attributes."""
     if not isinstance(layer, CompressedLayer):
         return {name: value for name, value in vars(layer).items() if name != "device"}
-    parts = {name: value for name, value in vars(layer).items() if name not in _OF_THE_LAYER}
-    return parts | {"_blocks": layer.blocks, "_seen": layer.seen}
+    return {name: value for name, value in vars(layer).items() if name not in _OF_THE_PROCESS}
 
 
 def _moved(x: Any, device: torch.device) -> Any:
@@ -117,9 +131,9 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
             step = max(1, weight.numel() // _SAMPLES)
             some = weight.detach().reshape(-1)[::step].cpu().contiguous()
             weights.update(some.view(torch.uint8).numpy().tobytes())
-    told = json.dumps(shapes, sort_keys=True, default=str)
+    text = json.dumps(shapes, sort_keys=True, default=str)
     return {
         "class": type(model).__name__,
-        "configuration": hashlib.sha256(told.encode()).hexdigest(),
+        "configuration": hashlib.sha256(text.encode()).hexdigest(),
         "weights": weights.hexdigest(),
     }

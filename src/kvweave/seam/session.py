@@ -187,12 +187,6 @@ class Session:
             running.own = cache
         if running.request is None or running.own is cache:  # not the other branch of classifier-free guidance
             self.cache = cache
-        if cache.fixed:
-            if call.new == 1:
-                cache.conversation.attached = True
-                cache.conversation.sees_all = running.prompted  # its mask was heard when room was laid out
-                return (), call.arguments(cache)
-            cache.settle()
         if any(isinstance(layer, CompressedLayer) for layer in cache.layers):
             prepare(self, part, cache, call)
         return (), call.arguments(cache)
@@ -209,7 +203,7 @@ class Session:
         cache, running.cache = running.cache, None
         if cache is None:
             return
-        cache.conversation.attached = False
+        cache.shared.attached = False
         if out is None or cache.fixed:
             return  # the forward pass raised, or changed tensors alone
         guard.check_filled(self.base, cache, running.before, kwargs, out)
@@ -230,9 +224,9 @@ class Session:
         """For `CompressedCache.compress`: ask the model, and cut the cache by what it looked at."""
         if not self.attached:
             raise ValueError("probes: the model is not attached any more: allowed is after kvweave.attach(model)")
-        asked = read_probes(probes, processor, tokens)
+        ids = read_probes(probes, processor, tokens)
         if cache.waits:
-            self._answer(cache, asked, tokens)
+            self._answer(cache, ids, tokens)
 
     def _answer(self, cache: CompressedCache, probes: list[list[int]], tokens: int) -> None:
         if cache.decoded:
@@ -280,8 +274,8 @@ def compress(
     chosen = chosen_method(method, budget)
     if visual is not None and (visual.dtype != torch.bool or visual.dim() != 2):
         raise ValueError(f"visual must be bool [batch, length], got {visual.dtype} {list(visual.shape)}")
-    asked = None if probes is None else read_probes(probes, processor, probe_tokens)
-    return Session(model, chosen, visual=visual, trace=trace, probes=asked, probe_tokens=probe_tokens)
+    ids = None if probes is None else read_probes(probes, processor, probe_tokens)
+    return Session(model, chosen, visual=visual, trace=trace, probes=ids, probe_tokens=probe_tokens)
 
 
 def attach(model: Any) -> Session:

@@ -1,119 +1,144 @@
-"""What all layers of a compressed cache share: the method, the prompt, and where it ends."""
+"""When a cache is cut: one turn of a conversation, from its prompt's first column to the last decoded token.
+
+    FILLING ──> OBSERVED ──> CUT           at once, or when all layers have been observed
+                        └──> WAITING ──> CUT   with `defer`, probes or `hold`
+    FROZEN                                 nothing is cut any more
+
+A further prompt fills the same turn anew; `Shared.reset` makes a new one. No code but this writes a turn's fields.
+"""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvweave.methods.base import Method
-from kvweave.ops.heads import HERE, Heads
+from kvweave.ops.device import writable
 from kvweave.ops.rotary import paired_tables
 from kvweave.prompt import Prompt
 
 
+class State(Enum):
+    """Where a turn is."""
+
+    FILLING = "filling"  # no prompt, or one of which some is still to come
+    OBSERVED = "observed"  # layers have read the whole prompt
+    WAITING = "waiting"  # they hold it whole until tokens have been decoded, or the cut is asked for
+    CUT = "cut"
+    FROZEN = "frozen"  # what comes from now on stays whole
+
+
 @dataclass
-class Conversation:
-    """What all layers of a cache share.
+class Turn:
+    """One turn.
 
     Attributes:
-        method: what decides.
+        state: where it is.
+        on_request: its prompt stays whole until the cut is asked for, or until probes have been answered.
         prompt: modalities and padding of everything seen; None before the first forward pass.
         end: logical length at which the current prompt ends; slots after it are decoded tokens.
         declared: the prompt's end as the user told it, for prompts that come in pieces outside `generate`.
-        frozen: what comes from now on stays whole.
-        layers: how many layers are compressed.
-        trace: keep each layer's fate, for pictures.
-        rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
-        interleaved: how rotary pairs channels.
-        attached: a model that knows how to read this cache is running.
         counted: with a deferred cut, bool [batch, tokens], the first decoded tokens that belong to a reply which has
             not ended; None: no cut is waiting.
         deferred: tokens decoded before the last prompt's cut, where it waited; else None.
-        hold: the cache was made to hold prompts whole until `CompressedCache.compress` is called.
-        held: the prompt stays whole until then, or until probes have been answered.
-        expected: tokens of the probe that is being answered, its answer's included; 0: none is.
-        asked: of those, the probe's own.
+        probe: tokens of the probe that is being answered, and of the answer at most; zeros: none is.
         last_position: position ids of the prompt's last tokens, [..., batch, 1], where the model was given them.
         probes: what answering the probes before the last cut took; empty: there were none.
-        known: views' statistics by what they are of, for caches that are filled with one and the same prompt.
+        rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
+        interleaved: how rotary pairs channels.
         cut: bool [batch, columns], tokens that the last cut took for real: no slot of a layer that was cut stands
             for another column before its end; None: nothing was cut.
         shown: the mask shows every column that a slot stands for; None: nobody has looked since it may have changed.
         sees_all: the token that is being decoded sees every slot, so that the model's mask need not be read.
-        heads: processes that share each layer's heads, where the model is tensor parallel.
-        query_heads: of a layer, in all of them.
-        room: tokens to come for which memory is laid out once the prompt is cut, or None.
     """
 
-    method: Method
+    state: State = State.FILLING
+    on_request: bool = False
     prompt: Prompt | None = None
     end: int | None = None
     declared: int | None = None
-    frozen: bool = False
-    layers: int = 0
-    trace: bool = False
-    rotary: tuple[Tensor, Tensor] | None = None
-    interleaved: bool = False
-    attached: bool = False
     counted: Tensor | None = None
     deferred: int | None = None
-    hold: bool = False
-    held: bool = False
-    expected: int = 0
-    asked: int = 0
+    probe: tuple[int, int] = (0, 0)
     last_position: Tensor | None = None
     probes: dict[str, Any] = field(default_factory=dict)
-    known: dict[Any, dict[Any, Any]] | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    interleaved: bool = False
     cut: Tensor | None = None
     shown: bool | None = None
     sees_all: bool = False
-    heads: Heads = HERE
-    query_heads: int = 0
-    room: int | None = None
-
-    def __post_init__(self) -> None:
-        self.held = self.hold
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied, saved and sent: memory that another process may share is not written to."""
-        return vars(self) | {
-            "counted": None if self.counted is None else self.counted.clone(),
-            "attached": False,
-            "heads": HERE,
-        }
-
-    def reset(self) -> None:
-        """As it was made: nothing seen, nothing cut, nothing frozen."""
-        vars(self).update(
-            vars(Conversation(self.method, layers=self.layers, trace=self.trace, hold=self.hold)),
-        )
+        return vars(self) | {"counted": None if self.counted is None else self.counted.clone()}
 
     @property
-    def query_rows(self) -> int:
-        """Queries of how many of a prompt's last rows are needed."""
-        return self.method.probed_rows if self.held else self.method.query_rows
+    def frozen(self) -> bool:
+        """Nothing is cut any more."""
+        return self.state is State.FROZEN
 
-    @property
-    def awaited(self) -> int:
-        """Tokens behind the prompt whose queries are wanted."""
-        return self.expected or (0 if self.held else self.method.defer)
+    # ---------------------------------------------------------------- a prompt comes
 
-    @property
-    def turns_keys(self) -> bool:
-        """The method needs the rotary tables."""
-        return self.method.turns_keys
+    def declare(self, length: int) -> None:
+        """The prompt that comes ends at this logical length."""
+        self.declared = length
 
-    def spread_over(self, model: Any) -> None:
-        """Know where the layers' heads are, of a model that may be tensor parallel."""
-        if (getattr(model, "_tp_size", None) or 1) > 1:
-            mesh = model._device_mesh
-            self.heads = Heads(mesh["tp"].get_group() if mesh.ndim > 1 else mesh.get_group())
-            self.query_heads = model.config.get_text_config(decoder=True).num_attention_heads
+    def hold(self) -> None:
+        """The prompt stays whole until probes have been answered."""
+        self.on_request = True
 
-    def heads_of(self, query_heads: int) -> Heads:
-        """Where a layer's other heads are that has as many query heads here: a plan may leave attention whole."""
-        return self.heads if query_heads * self.heads.size == self.query_heads else HERE
+    def begin(
+        self,
+        prompt: Prompt,
+        end: int | None,
+        seen: int,
+        *,
+        generating: bool = False,
+        masked: bool = False,
+        last_position: Tensor | None = None,
+    ) -> None:
+        """A forward pass begins.
+
+        Args:
+            prompt: what is known of all columns, the new ones included.
+            end: where the prompt ends that they belong to; None: they are decoded.
+            seen: columns before.
+            generating: inside a `generate` that knows its prompt, whose mask only grows by what it adds.
+            masked: with a mask that `prompt` does not speak of.
+            last_position: as in the attribute.
+        """
+        self.prompt = prompt
+        prompted = end is not None and seen < end
+        ended = self.end if end is None else end  # of another cache than the one that `generate` was given
+        self.look(decoding=generating and ended is not None and seen >= ended, masked=masked)
+        if self.on_request and prompted:
+            self.last_position = last_position
+        if end is not None and not self.frozen:
+            self.end = end
+            if prompted:
+                self.counted, self.state = None, State.FILLING
+        if self.declared is not None and prompt.length >= self.declared:
+            self.declared = None
+
+    def extend(self, tokens: int) -> None:
+        """So many tokens were decoded while memory lay in fixed buffers."""
+        assert self.prompt is not None
+        valid = self.prompt.valid.new_ones(self.prompt.valid.shape[0], tokens)
+        self.prompt = self.prompt.extended(torch.zeros_like(valid), valid)
+
+    def append_rotary(self, cos: Tensor, sin: Tensor, seen: int, *, interleaved: bool) -> None:
+        """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `seen` columns."""
+        tables = [paired_tables(table, interleaved=interleaved) for table in (cos, sin)]
+        if self.prompt is not None:
+            tables = [table.expand(self.prompt.valid.shape[0], -1, -1) for table in tables]
+        if self.rotary is not None and seen:
+            tables = [torch.cat([old[:, :seen], new], 1) for old, new in zip(self.rotary, tables, strict=True)]
+        self.recall_rotary((tables[0], tables[1]), interleaved=interleaved)
+
+    def recall_rotary(self, tables: tuple[Tensor, Tensor] | None, *, interleaved: bool) -> None:
+        """The tables of everything seen, as another cache noted them."""
+        self.rotary, self.interleaved = tables, interleaved
 
     def look(self, *, decoding: bool, masked: bool) -> None:
         """Find out whether a decoded token may go without the model's mask: read from the device once a prompt.
@@ -135,21 +160,71 @@ class Conversation:
             self.shown = bool(shown.all())
         self.sees_all = decoding and not masked and bool(self.shown)
 
+    def trust_room(self, prompted: bool) -> None:
+        """A token comes into fixed buffers: the mask was read when they were laid out, of a `generate`'s prompt."""
+        self.sees_all = prompted
+
+    # ---------------------------------------------------------------- it is complete, and cut
+
+    def observe(self) -> None:
+        """A layer has read the whole prompt."""
+        self.deferred, self.probes = None, {}
+        if self.state is State.FILLING:
+            self.state = State.OBSERVED
+
+    def wait(self) -> None:
+        """A layer holds the prompt whole until its cut is due."""
+        self.state = State.WAITING
+
     def note_cut(self, valid: Tensor) -> None:
         """The layers' slots of the columns `valid` [batch, columns] stand for those alone that are true in it."""
         self.cut, self.shown = valid, self.shown or None
 
+    def finish(self, deferred: int | None = None) -> None:
+        """All layers have been cut, those that waited when `deferred` tokens had been decoded."""
+        if deferred is not None:
+            self.deferred = deferred
+        if self.state is State.OBSERVED or deferred is not None:
+            self.state = State.CUT
+
+    def freeze(self) -> None:
+        """Cut no more."""
+        self.state = State.FROZEN
+
+    # ---------------------------------------------------------------- tokens behind it
+
+    def count(self, start: int, live: Tensor, ended: Tensor, awaited: int) -> None:
+        """Note which of the first `awaited` decoded tokens belong to a reply that has not ended.
+
+        Args:
+            start: number of the first of them; the first decoded token is 0.
+            live: bool [batch, new], tokens that the attention mask shows; ended: alike, tokens that end a reply.
+        """
+        if self.counted is None:
+            self.counted = torch.zeros(len(live), awaited, dtype=torch.bool, device=live.device)
+        self.counted = writable(self.counted)
+        for n in range(min(live.shape[1], awaited - start)):
+            at = start + n
+            going = live[:, n] if at < self.probe[0] else live[:, n] & ~ended[:, n]  # a probe may hold an end of turn
+            self.counted[:, at] = going & self.counted[:, at - 1] if at else going
+
+    def expect(self, probe: int, answer: int) -> None:
+        """A probe of so many tokens comes with an answer of at most so many; zeros: it was taken back."""
+        self.probe, self.counted = (probe, answer), None
+
+    def note_probes(self, cost: dict[str, Any]) -> None:
+        """The probes were answered; `cost` goes into the report."""
+        self.probes = cost
+
+    # ---------------------------------------------------------------- columns and rows go
+
     def crop(self, length: int) -> None:
-        """Forget the columns from `length` on."""
-        if not length:
-            frozen = self.frozen
-            self.reset()
-            self.frozen = frozen
-            return
+        """Forget the columns from `length` on; at least one is left."""
         if self.prompt is not None:
             seen, self.prompt = self.prompt.length, self.prompt.cropped(length)
             if self.end is not None and length < self.end <= seen:  # what is left is all that there is of the prompt
-                self.end = None if self.held and self.deferred is None else length  # and is no whole one
+                self.end = None if self.on_request and self.deferred is None else length  # and is no whole one
+                self.state = State.CUT if self.state is State.WAITING else self.state
         if self.cut is not None:
             self.cut = self.cut[:, :length]
 
@@ -165,13 +240,3 @@ class Conversation:
         if self.last_position is not None:
             self.last_position = self.last_position[..., rows.to(self.last_position.device), :]
         self.rotary = None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1]))
-
-    def append_rotary(self, cos: Tensor, sin: Tensor, seen: int, *, interleaved: bool) -> None:
-        """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `seen` columns."""
-        tables = [paired_tables(table, interleaved=interleaved) for table in (cos, sin)]
-        if self.prompt is not None:
-            tables = [table.expand(self.prompt.valid.shape[0], -1, -1) for table in tables]
-        if self.rotary is not None and seen:
-            tables = [torch.cat([old[:, :seen], new], 1) for old, new in zip(self.rotary, tables, strict=True)]
-        self.rotary = tables[0], tables[1]
-        self.interleaved = interleaved

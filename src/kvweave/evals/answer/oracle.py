@@ -55,19 +55,19 @@ def paid_attention(prefill: Prefill, ends: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def _paid(layer: RecordedLayer, start: int, going: Tensor) -> Tensor:
-    slots = layer.slots
-    assert slots is not None
-    assert slots.positions is not None
-    batch, kv_heads, length, _ = slots.keys.shape
+    keys, positions = layer.keys, layer.positions
+    assert keys is not None
+    assert positions is not None
+    batch, kv_heads, length, _ = keys.shape
     if len(layer.calls) < 2:  # nothing was decoded
-        return torch.zeros(batch, kv_heads, start, device=slots.keys.device)
+        return torch.zeros(batch, kv_heads, start, device=keys.device)
     queries = torch.cat([call[0] for call in layer.calls[1:]], 2)  # [batch, heads, decoded, dim]
     decoded = queries.shape[2]
-    seen = (slots.positions[:, :1, None] >= 0).expand(batch, 1, decoded, length)
+    seen = (positions[:, :1, None] >= 0).expand(batch, 1, decoded, length)
     ahead = torch.ones(decoded, length, dtype=torch.bool, device=seen.device).tril(length - decoded)
     mask = seen & ahead
     rule = layer.calls[1][1]
     rule = replace(rule, mask=lambda low, high: mask[:, :, low:high])
     apart = torch.diag_embed(going[:, :decoded])  # each token a kind of row of its own
-    paid = column_sums(queries, slots.keys, rule, apart)  # [batch, heads, decoded, length]
+    paid = column_sums(queries, keys, rule, apart)  # [batch, heads, decoded, length]
     return paid.amax(2).unflatten(1, (kv_heads, -1)).amax(2)[..., :start]

@@ -21,7 +21,7 @@ from kvweave.seam.cache import CompressedCache
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.names import CACHE
 from kvweave.seam.session import compress
-from kvweave.seam.turn import Conversation
+from kvweave.seam.shared import Shared
 
 #: What an attention was called with: queries [batch, heads, new, dim], its rule, and its mask.
 Call = tuple[Tensor, AttentionRule, Tensor | None]
@@ -44,8 +44,8 @@ class RecordedLayer(CompressedLayer):
         calls: of attention, the prompt's first, then one for each decoded token.
     """
 
-    def __init__(self, index: int, conversation: Conversation) -> None:
-        super().__init__(index, conversation)
+    def __init__(self, index: int, shared: Shared) -> None:
+        super().__init__(index, shared)
         self.given: tuple[Tensor, Tensor] | None = None
         self.calls: list[Call] = []
 
@@ -67,7 +67,7 @@ class Prefill:
     Attributes:
         layers: of the cache in order; recorded ones, and others as the prefill left them.
         output: of the first forward pass.
-        rotary, interleaved: as in `Conversation`.
+        rotary, interleaved: as in `Turn`.
         tokens: int64 [batch, prompt + answer], what `generate` returned.
         start: columns of the prompt.
         known: statistics that methods asked for, kept for the next ones and other budgets.
@@ -92,14 +92,14 @@ class Prefill:
         cache = CompressedCache(model.config, method)
         for place, layer in enumerate(cache.layers):
             if isinstance(layer, CompressedLayer):
-                cache.layers[place] = RecordedLayer(layer.index, cache.conversation)
+                cache.layers[place] = RecordedLayer(layer.index, cache.shared)
         first: dict[str, Any] = {}
 
         def note(module: Any, args: Any, output: Any) -> None:
             if not first:
                 others = [None if isinstance(x, RecordedLayer) else copy.deepcopy(x) for x in cache.layers]
                 first.update(
-                    output=output, others=others, rotary=cache.conversation.rotary, start=cache.get_seq_length()
+                    output=output, others=others, rotary=cache.shared.turn.rotary, start=cache.get_seq_length()
                 )
 
         noted = model.register_forward_hook(note)
@@ -111,7 +111,7 @@ class Prefill:
         layers = [
             layer if other is None else other for layer, other in zip(cache.layers, first["others"], strict=True)
         ]
-        return cls(layers, first["output"], first["rotary"], cache.conversation.interleaved, tokens, first["start"])
+        return cls(layers, first["output"], first["rotary"], cache.shared.turn.interleaved, tokens, first["start"])
 
     @property
     def recorded_layers(self) -> list[RecordedLayer]:
@@ -156,20 +156,20 @@ class Prefill:
     @torch.no_grad()
     def _fill(self, cache: CompressedCache, memory: Sequence[Tensor]) -> None:
         """What the forward pass would have done to an empty cache."""
-        cache.conversation.known = self.known
-        if cache.conversation.turns_keys:
-            cache.conversation.rotary, cache.conversation.interleaved = self.rotary, self.interleaved
+        cache.shared.known = self.known
+        if cache.method.turns_keys:
+            cache.shared.turn.recall_rotary(self.rotary, interleaved=self.interleaved)
         remembered = iter(memory)
         for place, layer in enumerate(self.layers):
             if not isinstance(layer, RecordedLayer):
                 cache.layers[place] = copy.deepcopy(layer)
                 continue
             target = cache.layers[place]
-            target.memory = next(remembered, None)
+            target.prompt_cut.memory = next(remembered, None)
             if layer.given is not None:
                 target.update(*layer.given)
-                target.rotated = layer.rotated
+                target.prompt_cut.rotated = layer.prompt_cut.rotated
                 if layer.calls:
                     target.after_attention(*layer.calls[0])
                 else:  # nobody read them then either
-                    target.unread, target.kind = False, layer.kind
+                    target.unread, target.why = False, layer.why

@@ -1,7 +1,7 @@
 """Six kinds of questions about long texts, for `smol-text` and any other model that reads text.
 
 *needle*: two codes somewhere in prose, each behind its name, one asked for. *reversed*: the same, each before its
-name. *records*: six keyed records among the prose, one value of one asked for. *several*: both codes in one question.
+name. *records*: four prices among the prose, alike but for their names, one asked for. *several*: both codes at once.
 *copy*: a long sentence of the prose, to be said again. *prose*: the README of an installed package goes on; what the
 model makes of it is held against the full cache's continuation token by token (fidelity), and against the file's own.
 
@@ -116,8 +116,8 @@ def _codes(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
 
 
 def _records(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
-    places, prices = _places(6, rng), [str(price) for price in rng.choice(np.arange(1_000, 10_000), 6, replace=False)]
-    rows = [f"\n{place}: {price} crowns\n" for place, price in zip(places, prices, strict=True)]
+    places, prices = _places(4, rng), [str(price) for price in rng.choice(np.arange(1_000, 10_000), 4, replace=False)]
+    rows = [f"The price of the {place} is {price} crowns." for place, price in zip(places, prices, strict=True)]
     return _strewn(rows, tokens, rng), f"What is the price of the {places[0]}?", prices[0]
 
 

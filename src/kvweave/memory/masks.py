@@ -1,0 +1,48 @@
+"""A model's mask, which speaks of logical columns, at the slots that memory holds."""
+
+import torch
+from torch import Tensor
+
+
+def at_columns(mask: Tensor, positions: Tensor, heads: int, new: int) -> Tensor:
+    """`mask` [batch or 1, heads or 1, new, columns] at the slots' `positions` [batch, kv_heads, slots]."""
+    batch, kv_heads, count = positions.shape
+    columns = positions.clamp(min=0)[:, :, None].expand(batch, kv_heads, new, count)
+    if mask.shape[1] not in (1, kv_heads):  # a mask of its own for each query head
+        columns = columns.repeat_interleave(heads // kv_heads, 1)
+    return mask.expand(batch, columns.shape[1], new, mask.shape[-1]).gather(-1, columns)
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """[batch, kv_heads or heads, ...] -> [batch, heads, ...]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def slot_mask(
+    positions: Tensor, bias: Tensor | None, has_empty: bool, mask: Tensor | None, queries: Tensor
+) -> Tensor:
+    """What hides slots and adds to their logits.
+
+    Args:
+        positions: int64 [batch, kv_heads, slots], -1: empty; bias: alike, or None.
+        mask: [batch or 1, heads or 1, new, columns], boolean or additive; None: causal, the new slots being last.
+        queries: [batch, heads, new, dim].
+    Returns:
+        [batch, kv_heads or heads, new, slots].
+    """
+    heads, new = queries.shape[1], queries.shape[2]
+    batch, kv_heads, count = positions.shape
+    if mask is None:
+        row = torch.arange(count - new, count, device=positions.device)[:, None]
+        seen = torch.arange(count, device=positions.device) <= row  # every old slot, and the new ones so far
+        seen = seen.expand(batch, kv_heads, new, count)
+    else:
+        seen = at_columns(mask, positions, heads, new)
+    least = torch.finfo(queries.dtype).min
+    if has_empty:
+        hidden = by_head(positions[:, :, None] < 0, seen.shape[1])
+        seen = seen & ~hidden if seen.dtype == torch.bool else seen.masked_fill(hidden, torch.finfo(seen.dtype).min)
+    if bias is not None:
+        bias = by_head(bias[:, :, None].to(queries.dtype), seen.shape[1])
+        return torch.where(seen, bias, least) if seen.dtype == torch.bool else seen + bias
+    return seen

@@ -1,0 +1,43 @@
+"""What a cache's report says: `CompressedCache.report`."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvweave.cut.record import peak
+from kvweave.seam.layer import CompressedLayer
+
+if TYPE_CHECKING:
+    from kvweave.seam.cache import CompressedCache
+
+_SUMS = ("length", "kept", "merged", "evicted", "bytes", "bytes_before")
+
+
+def described(cache: "CompressedCache") -> dict[str, Any]:
+    """What the last cut did, JSON-able."""
+    method, turn = cache.method, cache.shared.turn
+    layers = [_layer(place, kind, cache.layers[place]) for place, kind in enumerate(cache.kinds)]
+    done = [layer for layer in layers if layer["compressed"]]
+    totals: dict[str, Any] = {name: sum(layer[name] for layer in done) for name in _SUMS}
+    totals["layers"] = len(done)
+    records = [layer.prompt_cut.record for layer in cache.compressed_layers if layer.prompt_cut.record is not None]
+    totals["peak_bytes"] = peak(records, method.layer_adaptive or bool(method.defer) or turn.on_request)
+    deferred = None if cache.waits else turn.deferred or 0
+    report = {"method": method.to_dict(), "layers": layers, "totals": totals, "deferred": deferred}
+    for record in records:
+        report |= record.words
+    return report | ({"probes": turn.probes} if turn.probes else {})
+
+
+def _layer(place: int, kind: str, layer: Any) -> dict[str, Any]:
+    if isinstance(layer, CompressedLayer) and layer.compressed and layer.prompt_cut.record is not None:
+        return {"layer": place, "kind": kind, "compressed": True, **layer.prompt_cut.record.described()}
+    why = layer.why if isinstance(layer, CompressedLayer) else ""
+    return {"layer": place, "kind": why or kind, "compressed": False}
+
+
+def layer_kinds(decoder: Any, layers: Sequence[Any]) -> list[str]:
+    """What each layer's attention is called, by the config, else by transformers' choice of a cache for it."""
+    named = list(getattr(decoder, "layer_types", None) or [])
+    if len(named) == len(layers):
+        return named
+    return ["sliding_attention" if getattr(layer, "is_sliding", False) else "full_attention" for layer in layers]

@@ -1,0 +1,98 @@
+"""What all layers of a compressed cache share: the method, the turn, and where the layers' heads are."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvweave.cut.prompt_cut import Terms
+from kvweave.methods.base import Method
+from kvweave.ops.heads import HERE, Heads
+from kvweave.seam.turn import Turn
+
+
+@dataclass
+class Shared:
+    """What all layers of a cache share.
+
+    Attributes:
+        method: what decides.
+        layers: how many are compressed.
+        trace: keep each layer's fate, for pictures.
+        hold: the cache was made to hold prompts whole until `CompressedCache.compress` is called.
+        turn: when it is cut.
+        attached: a model that knows how to read this cache is running.
+        known: views' statistics by what they are of, for caches that are filled with one and the same prompt.
+        heads: processes that share each layer's heads, where the model is tensor parallel.
+        query_heads: of a layer, in all of them.
+        room: tokens to come for which memory is laid out once the prompt is cut, or None.
+    """
+
+    method: Method
+    layers: int = 0
+    trace: bool = False
+    hold: bool = False
+    turn: Turn = field(default_factory=Turn)
+    attached: bool = False
+    known: dict[Any, dict[Any, Any]] | None = None
+    heads: Heads = HERE
+    query_heads: int = 0
+    room: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.hold:
+            self.turn.hold()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, saved and sent: not what runs here."""
+        return vars(self) | {"attached": False, "heads": HERE}
+
+    def reset(self) -> None:
+        """As it was made: nothing seen, nothing cut, nothing frozen."""
+        vars(self).update(vars(Shared(self.method, layers=self.layers, trace=self.trace, hold=self.hold)))
+
+    def crop(self, length: int) -> None:
+        """Forget the columns from `length` on."""
+        if length:
+            self.turn.crop(length)
+            return
+        frozen = self.turn.frozen
+        self.reset()
+        if frozen:
+            self.turn.freeze()
+
+    @property
+    def query_rows(self) -> int:
+        """Queries of how many of a prompt's last rows are needed."""
+        return self.method.probed_rows if self.turn.on_request else self.method.query_rows
+
+    @property
+    def awaited(self) -> int:
+        """Tokens behind the prompt whose queries are wanted."""
+        return sum(self.turn.probe) or (0 if self.turn.on_request else self.method.defer)
+
+    def terms(self, query_heads: int) -> Terms:
+        """What the cut of a layer goes by that has as many query heads here."""
+        turn, method = self.turn, self.method
+        return Terms(
+            method,
+            layers=self.layers,
+            heads=self._heads_of(query_heads),
+            query_rows=self.query_rows,
+            awaited=self.awaited,
+            on_request=turn.on_request,
+            probed=bool(turn.probes),
+            rotary=turn.rotary if method.turns_keys else None,
+            interleaved=turn.interleaved,
+            trace=self.trace,
+            known=self.known,
+        )
+
+    def spread_over(self, model: Any) -> None:
+        """Know where the layers' heads are, of a model that may be tensor parallel."""
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            mesh = model._device_mesh
+            self.heads = Heads(mesh["tp"].get_group() if mesh.ndim > 1 else mesh.get_group())
+            self.query_heads = model.config.get_text_config(decoder=True).num_attention_heads
+
+    def _heads_of(self, query_heads: int) -> Heads:
+        """Where a layer's other heads are that has as many query heads here: a plan may leave attention whole."""
+        return self.heads if query_heads * self.heads.size == self.query_heads else HERE
