@@ -9,6 +9,7 @@ from PIL import Image
 
 import kvweave as library
 from kvweave.cli.console import writing
+from kvweave.methods.allocation import Profile
 
 
 def test_methods_lists_them_all(kvweave) -> None:
@@ -127,3 +128,16 @@ def test_stopping_is_no_error(kvweave, monkeypatch: pytest.MonkeyPatch) -> None:
     done = kvweave("lab", "train")
     assert done.code == 130
     assert done.err.strip().splitlines()[-1] == "kvweave: stopped"
+
+
+def test_calibrate_makes_a_profile(kvweave, tmp_path: Path) -> None:
+    ended = kvweave("calibrate", "--model", "lab", "--prompts", 2, "--out", "made/lab.json", "--json")
+    told = json.loads(ended.out)
+    assert (ended.code, told["prompts"]) == (0, 2)
+    assert (told["layers"], told["kv_heads"]) == Profile.read("made/lab.json").shape
+    spelled = "snapkv:allocation=profile,profile=made/lab.json"
+    assert kvweave("run", "--model", "lab", "--method", spelled, "--json").code == 0
+    refused = kvweave("calibrate", "--out", "made")
+    assert (refused.code, "--out 'made' is a folder" in refused.err) == (2, True)
+    refused = kvweave("calibrate", "--text", "none.txt")
+    assert (refused.code, "none.txt" in refused.err) == (2, True)

@@ -8,6 +8,8 @@ import torch
 import kvweave
 from kvweave.evals.answer.answering import answer, prefill, prepare
 from kvweave.evals.tasks.tasks import Example, lab_tasks
+from kvweave.seam import session
+from kvweave.seam.probes import Probes, read_probes
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +128,16 @@ def test_questions_that_begin_unalike_share_a_context_whatever_the_tokenizer(tmp
             question = batch.rounds[number].questions[0]
             assert context + question == encode(processor, example.messages)["input_ids"][0].tolist()
         assert "cat" not in processor.decode(context)
+
+
+def test_kvzip_gives_its_instruction_in_evaluations(model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch):
+    """Its replay is not the user's `probes`, but asks with the same processor."""
+    asked: list[Probes] = []
+    monkeypatch.setattr(
+        session, "answer_probes", lambda model, cache, probes: asked.append(probes) or cache.cut_waiting()
+    )
+    example = lab_tasks(["image_needle"], 1)[0].examples(0)[0]
+    answer(model, processor, kvweave.get_method("kvzip"), prepare(processor, [example], "unseen"), 4)
+    expected = read_probes("replay", processor, 32)
+    assert expected.instruction
+    assert asked == [expected]

@@ -5,7 +5,7 @@ tests/seam/test_differential.py` goes on to a thousand of each kind.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
 
@@ -107,7 +107,8 @@ class Turn:
     pieces: tuple[int, ...]
     decoded: int
     rows: tuple[int, ...] | None = None  # the rows that go on, in that order
-    cropped: int = 0  # decoded tokens that are taken back, and decoded again otherwise
+    cropped: int = 0  # tokens that are taken back, of the prompt too, before others are decoded
+    gaps: bool = False  # rows begin with padding, each with its own
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Conversation:
     lengths: tuple[int, ...]
     pictures: int
     turns: tuple[Turn, ...]
+    held: bool  # prompts are cut when all of a turn has been decoded
     questions: tuple[int, ...]  # asked of the frozen cache, each forgotten before the next
 
 
@@ -138,13 +140,13 @@ def conversation(number):
             if draw.random() < 0.5:
                 rows = tuple(draw.sample(range(batch), batch))
             batch = len(rows)
-        cropped = draw.randint(0, decoded) if kind in WHOLE else 0
-        turns.append(Turn(pieces, decoded, rows, cropped))
+        cropped = draw.choice([0, draw.randint(0, decoded), draw.randint(0, decoded + (0 if pictures else new - 1))])
+        turns.append(Turn(pieces, decoded, rows, cropped if kind in WHOLE else 0, draw.random() < 0.4))
     questions = tuple(draw.randint(2, 6) for _ in range(draw.randint(0, 2))) if kind in WHOLE else ()
-    method = method_of(draw, kind)
-    while method.layer_adaptive and len(turns) > 1:
-        method = method_of(draw, kind)
-    return Conversation(kind, method, lengths, pictures, tuple(turns), questions)
+    held, method = draw.random() < 0.15, method_of(draw, kind)
+    if isinstance(method, Biased):  # it says no bias of rows that fit its budget: none becomes so short
+        turns = [replace(turn, cropped=min(turn.cropped, turn.decoded)) for turn in turns]
+    return Conversation(kind, method, lengths, pictures, tuple(turns), held, questions)
 
 
 class Talk:
@@ -160,7 +162,7 @@ class Talk:
     def __init__(self, case):
         self.case, self.method = case, case.method
         self.model, self.plain = twins(case.kind)
-        self.cache = kvweave.CompressedCache(self.model.config, case.method)
+        self.cache = kvweave.CompressedCache(self.model.config, case.method, hold=case.held)
         self.end = self.seed = 0
         self.cuts, self.checks, self.waits = [], [], False
         if case.kind in VISION:
@@ -179,15 +181,19 @@ class Talk:
             )
         self.logits = torch.empty(len(self.ids), 0, 96)
 
-    def says(self, count):
-        """Further tokens, the same number in every row."""
+    def says(self, count, gaps=False):
+        """Further columns of all rows."""
         self.seed += 1
         new = words(len(self.ids), count, seed=50 + self.seed)
-        self.ids = torch.cat([self.ids, new], 1)
-        self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
+        real = torch.ones_like(new)
+        if gaps:
+            for row in range(len(new)):
+                real[row, : (self.seed + 2 * row) % count] = 0
+        self.ids = torch.cat([self.ids, new * real], 1)
+        self.mask = torch.cat([self.mask, real], 1)
         last = self.positions.amax(-1, keepdim=True)
         last = last.amax(0, keepdim=True).expand_as(last) if last.dim() == 3 else last
-        self.positions = torch.cat([self.positions, last + torch.arange(1, count + 1)], -1)
+        self.positions = torch.cat([self.positions, last + real.cumsum(1)], -1)
 
     def feed(self, count):
         """One forward pass of the next `count` columns."""
@@ -206,7 +212,7 @@ class Talk:
             self.cache.declare_prompt(total)
         for count in pieces:
             self.feed(count)
-        self.end, self.waits = total, bool(self.method.defer)
+        self.end, self.waits = total, bool(self.method.defer) or self.case.held
         if not self.waits:
             self.cut()
 
@@ -215,7 +221,7 @@ class Talk:
         for _ in range(count):
             self.says(1)
             self.feed(1)
-            if self.waits and self.logits.shape[1] - self.end >= self.method.defer:
+            if self.waits and not self.case.held and self.logits.shape[1] - self.end >= self.method.defer:
                 self.cut()
 
     def cut(self):
@@ -261,6 +267,11 @@ class Talk:
         left = self.logits.shape[1] - count
         self.ids, self.mask, self.logits = self.ids[:, :left], self.mask[:, :left], self.logits[:, :left]
         self.positions = self.positions[..., :left]
+        self.waits = self.waits and left >= self.end
+        if self.cuts and self.cuts[-1].start > left:  # what it left of the columns before
+            bias = {n: x[..., :left] for n, x in self.cuts[-1].bias.items()}
+            contents = {n: tuple(x[:, :, :left] for x in pair) for n, pair in self.cuts[-1].contents.items()}
+            self.cuts = [*(cut for cut in self.cuts if cut.start < left), Cut(left, bias, contents)]
 
     def verify(self):
         """Run the checks, with a model that kvweave was never attached to."""
@@ -285,22 +296,23 @@ def test_conversations_equal_the_masked_full_cache(number):
         with torch.no_grad():
             for number, turn in enumerate(case.turns):
                 if number:
-                    talk.says(sum(turn.pieces))
+                    talk.says(sum(turn.pieces), turn.gaps)
                 talk.read(turn.pieces)
                 talk.decode(turn.decoded)
-                behind = talk.logits.shape[1] - max(talk.end, talk.cuts[-1].start if talk.cuts else 0)
-                if min(turn.cropped, behind):
-                    talk.take_back(min(turn.cropped, behind))
+                if case.held:
+                    talk.cache.compress()
+                    talk.cut()
+                if turn.cropped:
+                    talk.take_back(turn.cropped)
                     talk.decode(2)
                 if turn.rows is not None:
                     talk.move(turn.rows)
             if case.questions:
-                if talk.waits:
-                    talk.cache.freeze()
-                    talk.cut()
                 talk.cache.freeze()
+                if talk.waits:
+                    talk.cut()
                 for count in case.questions:
-                    talk.says(count)
+                    talk.says(count, gaps=True)
                     talk.feed(count)
                     talk.decode(2)
                     talk.take_back(count + 2)

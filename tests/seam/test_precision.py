@@ -51,9 +51,11 @@ def test_statistics_are_what_they_are_without_autocast(statistic):
 def test_every_method_keeps_and_merges_the_same_under_autocast(name):
     queries, keys, values, visual = tensors(1)
     method = kvweave.get_method(name, budget=0.2, defer=0)
-    (expected,) = kvweave.compress_tensors(method, [queries], [keys], [values], visual=visual)
+    angle = torch.arange(600.0)[None, :, None] * 10.0 ** -torch.arange(8).repeat(2)
+    options = {"visual": visual, "rotary": (angle.cos(), angle.sin())}
+    (expected,) = kvweave.compress_tensors(method, [queries], [keys], [values], **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (mine,) = kvweave.compress_tensors(method, [queries], [keys], [values], visual=visual)
+        (mine,) = kvweave.compress_tensors(method, [queries], [keys], [values], **options)
     assert torch.equal(mine.positions, expected.positions)
     assert torch.equal(mine.keys, expected.keys)
     assert torch.equal(mine.values, expected.values)

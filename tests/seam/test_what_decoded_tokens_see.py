@@ -47,7 +47,7 @@ class PeakListener(kvweave.Weave):
 
     def plan(self, view, budget):
         if view.probed:
-            PEAKS[view.layer] = view.peak_attention()
+            PEAKS[view.layer] = view.received("max", "mean")
         return super().plan(view, budget)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `kvweave run | eval | paper | flow | plan | convert | methods | lab`.
+"""The command line: `kvweave run | eval | paper | flow | plan | convert | methods | calibrate | lab`.
 
 Exit codes: 0 done, 2 bad input, 1 anything else.
 """
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kvweave import __version__
+from kvweave.cli.calibrate import calibrate
 from kvweave.cli.console import BAD_INPUT, STOPPED, UNEXPECTED, BadInput, bad_input
 from kvweave.cli.convert import convert
 from kvweave.cli.eval import evaluate
@@ -35,6 +36,7 @@ app.command("flow")(flow)
 app.command("plan")(plan)
 app.command("convert")(convert)
 app.command("methods")(methods)
+app.command("calibrate")(calibrate)
 app.add_typer(lab, name="lab")
 
 

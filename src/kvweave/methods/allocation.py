@@ -6,15 +6,19 @@ want nearly everything and most very little, and which ones is a property of the
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvweave.ops.budget import allocate, floor
 from kvweave.ops.select import best_by, of_some
+
+SHIPPED = Path(__file__).parent.parent / "profiles"  # by name, such as "smol-text"
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,20 @@ class Profile:
     shares: tuple[tuple[tuple[float, ...], ...], ...]
 
     @staticmethod
+    def file(path: str) -> Path:
+        """Where a profile lies: a file, or one of those that are shipped, by its name."""
+        shipped = SHIPPED / f"{path}.json"
+        return shipped if path == shipped.stem and shipped.is_file() else Path(path)
+
+    @staticmethod
     def read(path: str) -> "Profile":
-        """The profile in a JSON file.
+        """The profile in a JSON file, or one that is shipped.
 
         Raises:
             ValueError: there is none, or it is not one.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Profile.file(path).read_text())
             shares = tuple(tuple(tuple(map(float, layer)) for layer in table) for table in data["shares"])
             profile = Profile(str(data["fingerprint"]), tuple(map(float, data["budgets"])), shares)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -126,10 +136,23 @@ class Profile:
             )
         return profile
 
-    def write(self, path: str) -> None:
-        """Into a JSON file."""
-        data = {"fingerprint": self.fingerprint, "budgets": self.budgets, "shares": self.shares}
-        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+    def write(self, path: str, **about: Any) -> None:
+        """Into a JSON file, a line for each layer's shares; it is there whole or not at all.
+
+        Args:
+            about: what else the file is to say, JSON-able.
+        """
+        lines = [f'"{name}": {json.dumps(value)}' for name, value in about.items()]
+        lines += [f'"fingerprint": {json.dumps(self.fingerprint)}', f'"budgets": {json.dumps(self.budgets)}']
+        tables = [",\n ".join(map(json.dumps, table)) for table in self.shares]
+        lines += ['"shares": [\n[' + "],\n[".join(tables) + "]\n]"]
+        file = Path(path)
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -162,7 +185,7 @@ def profile_counts(
         layers: of the model; quota: of a head if all had equally many; length: tokens of the prompt.
         pooled: what `share_out` gives this prompt over all layers; mix: its weight.
     """
-    file = Path(path)
+    file = Profile.file(path)
     changed = file.stat().st_mtime if file.is_file() else 0.0
     flat = None if pooled is None else tuple(count for layer in pooled for count in layer)
     return _profile_counts(path, changed, layers, quota, length, flat, mix)

@@ -138,6 +138,16 @@ class Method:
         return self.query_rows
 
     @property
+    def profiles(self) -> tuple[str, ...]:
+        """Files with shares by head that it goes by; they belong to one model each."""
+        return ()
+
+    @property
+    def replays(self) -> bool:
+        """Where the user names no probes, the prompt is read again before it is cut (SPEC 15.5)."""
+        return False
+
+    @property
     def decoded_reductions(self) -> tuple[Reduction, ...]:
         """How the attention of tokens behind the prompt is reduced, (rows_by, heads_by) each; ("mean", "mean") is
         `D`."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvweave.methods.allocation import Quota
 from kvweave.methods.base import ALL_ROWS
-from kvweave.methods.options import choice, integer, real
+from kvweave.methods.options import choice, flag, integer, real
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
 from kvweave.plan import Plan
@@ -19,8 +19,9 @@ from kvweave.view import LayerView
 class KVzip(ScoredMethod):
     """Keeps the tokens that received most attention from any probed row and head; all heads compete for the budget.
 
-    The probes are meant to repeat the context. Without probes the prompt's own rows take their place. The softmax is
-    that of the attention that happened; the released code narrows it to a chunk, to save time.
+    The probes repeat the context: the model reads it again behind itself where no others are named, which is one more
+    prefill. Where that is not done (`replay=False`, `defer`, no model) the prompt's own rows take their place. The
+    softmax is that of the attention that happened; the released code narrows it to a chunk, to save time.
     """
 
     keeps_by = "largest attention from any probed row and head"
@@ -44,6 +45,12 @@ class KVzip(ScoredMethod):
     heads_by: str = choice(
         "max", "mean", "max", help="attention of a KV head's query heads: the largest or their mean"
     )
+
+    replay: bool = flag(True, help="without probes and defer, read the prompt again before it is cut")
+
+    @property
+    def replays(self) -> bool:
+        return self.replay and not self.defer
 
     @property
     def query_rows(self) -> int:

@@ -110,7 +110,9 @@ class ScoredMethod(Method):
     )
     floor: float = real(0.2, lo=0, hi=1, help="layer, global: share of its free entries that a head has for itself")
     profile: str | None = text(
-        None, allowed="the path of a profile, or None", help="profile: the file with the shares"
+        None,
+        allowed="the path of a profile, the name of one that is shipped, or None",
+        help="profile: the file with the shares, or a shipped one's name",
     )
     mix: float = real(0.5, lo=0, hi=1, help="profile: weight of what global gives this prompt")
 
@@ -160,6 +162,10 @@ class ScoredMethod(Method):
     @property
     def layer_adaptive(self) -> bool:  # type: ignore[override]
         return self.pools
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        return () if self.profile is None else (self.profile,)
 
     @property
     def pools(self) -> bool:

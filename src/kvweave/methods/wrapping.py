@@ -132,6 +132,14 @@ class Wrapper(Method):
         return self.method.decoded_temperature
 
     @property
+    def profiles(self) -> tuple[str, ...]:
+        return self.method.profiles
+
+    @property
+    def replays(self) -> bool:
+        return self.method.replays
+
+    @property
     def decoded_reductions(self) -> tuple[Reduction, ...]:
         return self.method.decoded_reductions
 

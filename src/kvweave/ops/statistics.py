@@ -231,6 +231,18 @@ def received(
     return out
 
 
+@exact
+def column_peaks(queries: Tensor, keys: Tensor, rule: AttentionRule) -> Tensor:
+    """The largest attention that each token receives from any row, means over heads of a group (SPEC 13.2).
+
+    Args:
+        queries: [batch, heads, rows, dim]; keys: [batch, kv_heads, length, dim].
+    Returns:
+        float [batch, kv_heads, length].
+    """
+    return received(queries, keys, rule, "max", "mean")
+
+
 def _blocks(queries: Tensor, keys: Tensor, rule: AttentionRule) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Attention of all rows, a block at a time: rows of the batch, KV heads, rows of queries, their attention.
 

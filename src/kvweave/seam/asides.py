@@ -1,74 +1,23 @@
-"""Probes: what a context is asked before it is cut, so that it keeps what questions may look at (SPEC 13.2).
+"""Probes are answered: what they and their answers attend to decides what stays (SPEC 13.2 and 15.5).
 
-After the prefill the model answers each probe from the whole context, and the cache is cropped back. What the probes
-and their answers attended to decides what stays; KVzip (2505.23416) does so with the context's own reconstruction.
+After the prefill the model answers each probe from the whole context, or only reads it; the cache is cropped back.
 """
 
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvweave.seam.cache import CompressedCache
-from kvweave.seam.names import CACHE, show_window_alone
+from kvweave.seam.names import CACHE, Signature, show_window_alone
+from kvweave.seam.probes import Probes
 
-#: What a chat model is asked with `probes="default"`; a processor's own `default_probes` go before.
-DEFAULT = ("Describe each image in detail, one after the other.", "Repeat all of the text above, word by word.")
-ALLOWED = 'allowed is "default", or a list of texts or of token ids'
-
-
-def read_probes(probes: Any, processor: Any, tokens: int) -> list[list[int]]:
-    """Token ids of each probe: of a text as the end of a user's turn, by the processor's chat template.
-
-    Args:
-        probes: "default", texts, or lists of token ids.
-        processor: the model's, or its tokenizer; for texts.
-        tokens: most that a probe's answer may have.
-    Raises:
-        ValueError: no probe, an empty one, texts without a processor.
-        TypeError: what is neither a text nor token ids.
-    """
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise ValueError(f"probe_tokens={tokens!r} is not allowed: allowed is an int >= 1")
-    if isinstance(probes, str):
-        if probes != "default":
-            raise ValueError(f"probes={probes!r} is not allowed: {ALLOWED}")
-        probes = getattr(processor, "default_probes", DEFAULT)
-    if not isinstance(probes, (list, tuple)):
-        raise TypeError(f"probes={probes!r} is not allowed: {ALLOWED}")
-    if not probes:
-        raise ValueError(f"probes={probes!r} is empty: {ALLOWED}")
-    return [_ids(probe, processor) for probe in probes]
-
-
-def _ids(probe: Any, processor: Any) -> list[int]:
-    if isinstance(probe, str):
-        if processor is None:
-            raise ValueError(f"probes={probe!r} is a text, and processor=None: allowed is the model's processor")
-        ids = _tokens_of(probe, processor)
-    else:
-        ids = probe.tolist() if isinstance(probe, Tensor) else probe
-        if not isinstance(ids, (list, tuple)) or any(type(token) is not int for token in ids):
-            raise TypeError(f"probes: {probe!r} is neither a text nor token ids: {ALLOWED}")
-    if not ids:
-        raise ValueError(f"probes: {probe!r} is empty: {ALLOWED}")
-    return list(ids)
-
-
-def _tokens_of(probe: str, processor: Any) -> list[int]:
-    text = probe
-    if getattr(processor, "chat_template", None):
-        reads_images = hasattr(processor, "image_processor")
-        content: Any = [{"type": "text", "text": probe}] if reads_images else probe
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        text = text[max(0, text.rfind(probe)) :]  # from the probe on, the template's end included
-    return getattr(processor, "tokenizer", processor)(text, add_special_tokens=False)["input_ids"]
+_OVERLAP = 8  # tokens of the chunk before that are said again with a chunk
 
 
 @contextmanager
@@ -88,49 +37,107 @@ def rewindable(cache: CompressedCache) -> Iterator[None]:
                 layer.record_past = False
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass behind the prompt, and the greedy answer to it.
+
+    Attributes:
+        tokens: int64 [batch, new]; live: bool, alike, those that are real.
+        most: tokens of the answer; the last one is not fed, so that 1 is none.
+    """
+
+    tokens: Tensor
+    live: Tensor
+    most: int = 1
+
+
 @torch.no_grad()
-def answer_probes(model: nn.Module, cache: CompressedCache, probes: Sequence[Sequence[int]], most: int) -> None:
+def answer_probes(model: nn.Module, cache: CompressedCache, probes: Probes) -> None:
     """Let the model answer the probes from the whole context, crop the cache back, and cut it by what they looked at.
 
     Args:
         cache: holds a prompt that waits for its cut.
-        most: tokens of an answer.
+    Raises:
+        ValueError: the prompt is to be said again, and its token ids are not known.
     """
     started, spent = time.perf_counter(), 0
-    with rewindable(cache), _progress(len(probes)) as step:
-        for probe in probes:
-            fed = _answer(model, cache, probe, most)
+    passes = _passes(cache, probes)
+    with rewindable(cache), _progress(len(passes)) as step:
+        for asked in passes:
+            fed = _answer(model, cache, asked)
             _take_back(cache, fed)
             spent += fed
             step()
-    seconds = round(time.perf_counter() - started, 3)
-    cache.shared.turn.note_probes({"count": len(probes), "tokens": spent, "seconds": seconds})
+    told = {"count": len(passes), "tokens": spent, "seconds": round(time.perf_counter() - started, 3)}
+    cache.shared.turn.note_probes(told | ({"instructed": bool(probes.instruction)} if probes.chunk else {}))
     cache.cut_waiting()
 
 
-def _answer(model: nn.Module, cache: CompressedCache, probe: Sequence[int], most: int) -> int:
-    """One probe and the greedy answer to it; returns how many tokens they have in the cache."""
+def _passes(cache: CompressedCache, probes: Probes) -> list[_Pass]:
+    prompt = cache.prompt
+    assert prompt is not None
+    rows, device = len(prompt.valid), prompt.valid.device
+    again: list[_Pass] = []
+    answered = probes.answered
+    if probes.chunk:
+        shown = prompt.visual & prompt.valid
+        answered = answered if bool(shown.any()) else ()
+        again = [_padded(said, device) for said in _said_again(cache, probes)]
+    fed = [_padded([probe] * rows, device) for probe in probes.fed]
+    asked = [_padded([probe] * rows, device, probes.most) for probe in answered]
+    return again + fed + asked
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device, most: int = 1) -> _Pass:
+    """Rows of unequal lengths, padded behind, where nothing real sees it."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return _Pass(tokens, torch.arange(longest, device=device) < lengths[:, None], most)
+
+
+def _said_again(cache: CompressedCache, probes: Probes) -> list[list[list[int]]]:
+    """For each chunk of the prompts' texts what each row is fed; a shorter prompt has nothing left in the end."""
+    turn, seen = cache.shared.turn, cache.get_seq_length()
+    if turn.ids is None or turn.ids.shape[1] < seen:
+        raise ValueError(
+            "probes='replay' needs the token ids of the whole prompt, and it came as embeddings, or with a reply "
+            "that was decoded into fixed buffers: allowed is input_ids, other probes, or kvzip's replay=false"
+        )
+    assert turn.prompt is not None
+    texts = turn.prompt.valid[:, :seen] & ~turn.prompt.visual[:, :seen]
+    rows = [ids[text].tolist() for ids, text in zip(turn.ids[:, :seen].to(texts.device), texts, strict=True)]
+    return [
+        [
+            [*probes.instruction, *row[max(0, start - _OVERLAP) : start + probes.chunk]] if start < len(row) else []
+            for row in rows
+        ]
+        for start in range(0, max(map(len, rows)), probes.chunk)
+    ]
+
+
+def _answer(model: nn.Module, cache: CompressedCache, asked: _Pass) -> int:
+    """One pass and the greedy answer to it; returns how many columns they have in the cache."""
     turn = cache.shared.turn
     assert turn.prompt is not None
-    seen = cache.get_seq_length()
-    valid = turn.prompt.valid[:, :seen]
-    tokens = torch.tensor([list(probe)], device=valid.device).expand(len(valid), -1)
-    turn.expect(len(probe), most)
+    valid = turn.prompt.valid[:, : cache.get_seq_length()]
+    tokens, live = asked.tokens, asked.live
+    turn.expect(tokens.shape[1], asked.most)
     for layer in cache.compressed_layers:
         if layer.prompt_cut.waiting is not None:
-            layer.prompt_cut.waiting.expect(len(probe) + most)
-    padded = not bool(valid.all())
+            layer.prompt_cut.waiting.expect(tokens.shape[1] + asked.most)
+    padded = not bool(valid.all() & live.all())
     last = turn.last_position
-    for _ in range(most):
-        seen = cache.get_seq_length()
-        step: dict[str, Any] = {"input_ids": tokens, CACHE: cache, "use_cache": True, "return_dict": True}
+    few = {"logits_to_keep": 1} if "logits_to_keep" in Signature.of(model).parameters else {}
+    for _ in range(asked.most):
+        step: dict[str, Any] = {"input_ids": tokens, CACHE: cache, "use_cache": True, "return_dict": True, **few}
         if padded or last is not None:
-            new = torch.ones(len(valid), seen + tokens.shape[1] - valid.shape[1], device=valid.device)
-            step["attention_mask"] = torch.cat([valid.long(), new.long()], 1)
+            step["attention_mask"] = torch.cat([valid, live], 1).long()
         if last is not None:
             step["position_ids"] = last + torch.arange(1, tokens.shape[1] + 1, device=last.device)
             last = step["position_ids"][..., -1:]
         tokens = model(**step).logits[:, -1:].argmax(-1)
+        live = torch.cat([live, live.new_ones(tokens.shape)], 1)
         if turn.counted is None or not bool(turn.counted[:, cache.decoded - 1].any()):
             break  # the answer has ended in all rows
     return cache.decoded

@@ -14,6 +14,7 @@ from kvweave.cut.shares import by_row, share_out
 from kvweave.methods.base import Method
 from kvweave.prompt import Prompt
 from kvweave.seam.layer import CompressedLayer
+from kvweave.seam.probes import CHUNK, read_probes
 from kvweave.seam.reader import unwrapped
 from kvweave.seam.report import described, layer_kinds
 from kvweave.seam.saved import read, write
@@ -182,33 +183,36 @@ class CompressedCache(Cache):
         if self.waits and not self.shared.turn.on_request and self.decoded >= self.method.defer:
             self.cut_waiting()
 
-    def compress(self, probes: Any = None, *, processor: Any = None, probe_tokens: int = 32) -> None:
+    def compress(
+        self, probes: Any = None, *, processor: Any = None, probe_tokens: int = 32, replay_chunk: int = CHUNK
+    ) -> None:
         """Cut the prompt that a cache made with `hold=True` holds whole.
 
         Args:
-            probes: what the model is asked before, as in `kvweave.compress`; None: nothing.
-            processor: the model's, where probes are texts.
-            probe_tokens: most tokens of an answer to a probe.
+            probes, processor, probe_tokens, replay_chunk: what the model is asked before, as in `kvweave.compress`.
         Raises:
             ValueError: there is no prompt, it was cut already, or probes that are not allowed.
         """
         turn = self.shared.turn
         if turn.end is None or self.decoded < 0:
             raise ValueError("compress: the cache holds no whole prompt: allowed is one that a model has read")
-        if probes is not None:
+        asked = None if probes is None else read_probes(probes, processor, probe_tokens, replay_chunk)
+        session = None if self.session is None else self.session()
+        if asked is not None:
             if not turn.on_request or turn.deferred is not None or self.decoded:
                 raise ValueError(
                     f"probes={probes!r} is not allowed: the cache was cut already, or a reply has begun; allowed is "
                     "right after the prompt, on CompressedCache(config, method, hold=True)"
                 )
-            session = None if self.session is None else self.session()
             if session is None:
                 raise ValueError("probes: no model is attached to this cache: allowed is after kvweave.attach(model)")
-            session.answer_probes(self, probes, processor, probe_tokens)
+            session.answer_probes(self, asked)
         elif not turn.on_request or turn.deferred is not None:
             raise ValueError(
                 "compress: the cache was cut already; allowed is CompressedCache(config, method, hold=True)"
             )
+        elif self.method.replays and not self.decoded and session is not None and session.attached:
+            session.answer_probes(self, None)
         self.cut_waiting()
 
     @property

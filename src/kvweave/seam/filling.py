@@ -14,6 +14,7 @@ from kvweave.seam.cache import CompressedCache
 from kvweave.seam.draft import redecode
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.names import Call
+from kvweave.seam.profiles import check_profiles
 
 if TYPE_CHECKING:
     from kvweave.seam.session import Session
@@ -23,6 +24,8 @@ def cache_of(session: "Session", part: nn.Module, call: Call) -> CompressedCache
     """The compressed cache that a forward pass fills; None if it should run as it is."""
     if isinstance(call.cache, CompressedCache):
         check_bias(call.cache.method, session.implementation)
+        if call.cache.prompt is None:
+            check_profiles(call.cache.method, session.base)
         return call.cache
     if session.method is None:
         return None
@@ -77,7 +80,7 @@ def tokens_before_the_cut(session: "Session", cache: Any, length: int) -> int | 
         method = None if cache.shared.turn.frozen or cache.shared.turn.on_request else cache.method
     if method is None or method.keeps_all(length):
         return None
-    return 0 if method.redecode or session.probed else method.defer
+    return 0 if method.redecode or session.asks(method) else method.defer
 
 
 def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: Call) -> None:
@@ -93,8 +96,10 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
     seen, new = cache.get_seq_length(), call.new
     end = prompt_end(session, cache, seen, new)
     prompted = end is not None and seen < end
-    if prompted and session.probed:
+    if prompted and session.asks(cache.method):
         turn.hold()
+    if turn.on_request and not running.aside:
+        turn.append_ids(call.ids, seen)
     cache.session = weakref.ref(session)
     redecodes = cache.method.redecode and not turn.on_request and cache.waits
     if redecodes and not prompted and not running.aside:
@@ -173,6 +178,8 @@ def _visual(session: "Session", cache: CompressedCache, call: Call, seen: int, e
     assert call.inputs is not None
     batch, new = call.inputs.shape[:2]
     device, config = call.inputs.device, session.base.config
+    if session.running.aside:  # probes and drafts are text
+        return torch.zeros(batch, new, dtype=torch.bool, device=device)
     users = session.visual
     if users is not None and users.shape[1] < end:
         raise ValueError(f"visual has {users.shape[1]} columns, and the prompt has {end}: allowed is as many")

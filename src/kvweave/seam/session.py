@@ -21,13 +21,15 @@ from kvweave.methods.base import Method
 from kvweave.methods.registry import chosen_method
 from kvweave.ops.budget import Budget
 from kvweave.seam import guard, names, reader
-from kvweave.seam.asides import answer_probes, read_probes
+from kvweave.seam.asides import answer_probes
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.filling import cache_of, check_bias, note_rotary, prepare
 from kvweave.seam.frame import Frame
 from kvweave.seam.generate import wrap
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.names import Call, Signature
+from kvweave.seam.probes import CHUNK, Probes, read_probes
+from kvweave.seam.profiles import check_profiles
 
 #: Sessions by the parts of models that they are attached to: a part has one at most.
 _SESSIONS: weakref.WeakValueDictionary[int, "Session"] = weakref.WeakValueDictionary()
@@ -49,14 +51,14 @@ class Session:
         *,
         visual: Tensor | None = None,
         trace: bool = False,
-        probes: list[list[int]] | None = None,
-        probe_tokens: int = 32,
+        probes: Probes | None = None,
+        processor: Any = None,
     ) -> None:
         self.model, self.base = model, reader.unwrapped(model)
         self.method = method
         self.trace = trace
         self.visual = visual
-        self._probes, self._probe_tokens = probes, probe_tokens
+        self._probes, self._processor = probes, processor
         self.cache: CompressedCache | None = None
         self.implementation = ""  # the name of the model's attention
         self.running = Frame()
@@ -81,6 +83,7 @@ class Session:
         base = names.implementation(decoder)
         if self.method is not None:
             check_bias(self.method, base)
+            check_profiles(self.method, model)
         parts = [p for p in model.modules() if isinstance(p, PreTrainedModel) and reader.decodes(p, decoder)]
         with _LOCK:
             if any(id(part) in _SESSIONS for part in parts):
@@ -191,10 +194,9 @@ class Session:
             prepare(self, part, cache, call)
         return (), call.arguments(cache)
 
-    @property
-    def probed(self) -> bool:
-        """Probes are answered before a prompt is cut."""
-        return bool(self._probes)
+    def asks(self, method: Method) -> bool:
+        """Probes are answered before a prompt is cut by this method."""
+        return self._probes is not None or method.replays
 
     def _after_forward(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         running = self.running
@@ -212,27 +214,32 @@ class Session:
         ids = kwargs.get("input_ids")
         if (ids if ids is not None else kwargs["inputs_embeds"]).shape[1] == 1:
             cache.cut_if_due()
-        if self._probes and cache.waits and cache.decoded >= 0 and not running.aside:
-            self._answer(cache, self._probes, self._probe_tokens)
+        named = self._probes is not None or not cache.shared.hold  # else `cache.compress` asks
+        if named and self.asks(cache.method) and cache.waits and cache.decoded >= 0 and not running.aside:
+            self._answer(cache, self._probes)
         if not cache.compressed_layers:
             kinds = sorted({layer["kind"] for layer in cache.report["layers"]})
             self.warn("nothing", f"kvweave compressed no layer of {type(self.base).__name__}: {'; '.join(kinds)}")
 
     # ------------------------------------------------------------ probes
 
-    def answer_probes(self, cache: CompressedCache, probes: Any, processor: Any, tokens: int) -> None:
-        """For `CompressedCache.compress`: ask the model, and cut the cache by what it looked at."""
+    def answer_probes(self, cache: CompressedCache, probes: Probes | None) -> None:
+        """For `CompressedCache.compress`: ask the model, and cut the cache by what it looked at.
+
+        Args:
+            probes: None: what its method asks by itself.
+        """
         if not self.attached:
             raise ValueError("probes: the model is not attached any more: allowed is after kvweave.attach(model)")
-        ids = read_probes(probes, processor, tokens)
         if cache.waits:
-            self._answer(cache, ids, tokens)
+            self._answer(cache, probes)
 
-    def _answer(self, cache: CompressedCache, probes: list[list[int]], tokens: int) -> None:
+    def _answer(self, cache: CompressedCache, probes: Probes | None) -> None:
         if cache.decoded:
             raise ValueError("probes: the prompt came with tokens behind it: allowed is a forward pass of the prompt")
+        asked = probes or read_probes("replay", self._processor, Probes.most)
         with self.running.going_aside():
-            answer_probes(self.base, cache, probes, tokens)
+            answer_probes(self.base, cache, asked)
 
 
 # -------------------------------------------------------------------- what users call
@@ -248,6 +255,7 @@ def compress(
     probes: Any = None,
     processor: Any = None,
     probe_tokens: int = 32,
+    replay_chunk: int = CHUNK,
 ) -> Session:
     """Compress the KV cache of everything that `model` is given inside the `with` block.
 
@@ -263,10 +271,14 @@ def compress(
             from the inputs.
         trace: keep what became of each token, for pictures.
         probes: for contexts whose question is not known: what the model is asked about a prompt before it is cut;
-            what it then looks at stays (SPEC 13.2). A list of texts or of token ids, or "default". They take the
-            place of `defer`, which is ignored. A method that reads no attention is none the wiser.
-        processor: the model's, or its tokenizer, where probes are texts.
+            what it then looks at stays (SPEC 13.2, 15.5). A list of texts or of token ids; "default": to describe
+            the images and repeat the text; "replay": the prompt's text is read again behind it, then images are
+            described; "template": the tokens that end a user's turn. They take the place of `defer`, which is
+            ignored. A method that reads no attention is none the wiser. None: nothing, but kvzip asks "replay".
+        processor: the model's, or its tokenizer, where probes are texts. Without it "replay" comes without an
+            instruction, and images are not described.
         probe_tokens: most tokens of an answer to a probe.
+        replay_chunk: tokens of the prompt that "replay" reads at once.
     Raises:
         TypeError: `method` is none, `model` is none.
         ValueError, RuntimeError: on entering, where the model cannot be compressed or already is.
@@ -274,8 +286,8 @@ def compress(
     chosen = chosen_method(method, budget)
     if visual is not None and (visual.dtype != torch.bool or visual.dim() != 2):
         raise ValueError(f"visual must be bool [batch, length], got {visual.dtype} {list(visual.shape)}")
-    ids = None if probes is None else read_probes(probes, processor, probe_tokens)
-    return Session(model, chosen, visual=visual, trace=trace, probes=ids, probe_tokens=probe_tokens)
+    asked = None if probes is None else read_probes(probes, processor, probe_tokens, replay_chunk)
+    return Session(model, chosen, visual=visual, trace=trace, probes=asked, processor=processor)
 
 
 def attach(model: Any) -> Session:

@@ -43,6 +43,7 @@ class Turn:
             not ended; None: no cut is waiting.
         deferred: tokens decoded before the last prompt's cut, where it waited; else None.
         probe: tokens of the probe that is being answered, and of the answer at most; zeros: none is.
+        ids: int64 [batch, columns], tokens of a conversation that is held, as far as they were given.
         last_position: position ids of the prompt's last tokens, [..., batch, 1], where the model was given them.
         probes: what answering the probes before the last cut took; empty: there were none.
         rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
@@ -61,6 +62,7 @@ class Turn:
     counted: Tensor | None = None
     deferred: int | None = None
     probe: tuple[int, int] = (0, 0)
+    ids: Tensor | None = None
     last_position: Tensor | None = None
     probes: dict[str, Any] = field(default_factory=dict)
     rotary: tuple[Tensor, Tensor] | None = None
@@ -126,6 +128,14 @@ class Turn:
         assert self.prompt is not None
         valid = self.prompt.valid.new_ones(self.prompt.valid.shape[0], tokens)
         self.prompt = self.prompt.extended(torch.zeros_like(valid), valid)
+
+    def append_ids(self, ids: Tensor | None, seen: int) -> None:
+        """Add a forward pass's tokens [batch, new] behind `seen` columns; None, or a gap: not all are known."""
+        before = None if self.ids is None else self.ids[:, :seen]
+        if ids is None or (seen and (before is None or before.shape[1] < seen)):
+            self.ids = None
+        else:
+            self.ids = ids if not seen or before is None else torch.cat([before.to(ids.device), ids], 1)
 
     def append_rotary(self, cos: Tensor, sin: Tensor, seen: int, *, interleaved: bool) -> None:
         """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `seen` columns."""
@@ -237,6 +247,7 @@ class Turn:
         self.prompt = None if self.prompt is None else self.prompt.rows(rows)
         self.counted = None if self.counted is None else of(self.counted)
         self.cut = None if self.cut is None else of(self.cut)
+        self.ids = None if self.ids is None else of(self.ids)
         if self.last_position is not None:
             self.last_position = self.last_position[..., rows.to(self.last_position.device), :]
         self.rotary = None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1]))

@@ -222,7 +222,7 @@ def answer(
     if method.defer:
         method = replace(method, redecode=True)
     asks = probed and not isinstance(method, Full | Oracle)  # who goes by no attention asks nothing
-    probing: dict[str, Any] = {"probes": "default", "processor": processor} if asks else {}
+    probing = {"probes": "default" if asks else None, "processor": processor}  # kvzip has instructions of its own
     found: dict[int, Answer] = {}
     with torch.inference_mode(), compress(model, method, **probing) as session:
         talk = _Talk(model, batch, session=session, shared=shared, memory=memory)

@@ -1,0 +1,41 @@
+"""Which model a profile of heads' shares belongs to (`kvweave.methods.allocation.Profile`)."""
+
+import hashlib
+import json
+
+import torch
+from transformers import PreTrainedModel
+
+from kvweave.methods.allocation import Profile
+from kvweave.methods.base import Method
+
+_SAMPLES = 16  # numbers of each weight that tell models apart
+_SHAPES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def model_mark(model: PreTrainedModel) -> str:
+    """What tells a model from others in whatever dtype it was loaded: its class, its shapes, some of its weights."""
+    config = model.config.get_text_config(decoder=True)
+    shapes = {name: getattr(config, name, None) for name in _SHAPES}
+    mark = hashlib.sha256(json.dumps([type(model).__name__, shapes]).encode())
+    for name, weight in model.named_parameters():
+        mark.update(f"{name} {tuple(weight.shape)}".encode())
+        if weight.device.type != "meta" and weight.numel():
+            some = weight.detach().reshape(-1)[:: max(1, weight.numel() // _SAMPLES)]
+            mark.update(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return mark.hexdigest()[:16]
+
+
+def check_profiles(method: Method, model: PreTrainedModel) -> None:
+    """Refuse a profile that was made with another model.
+
+    Raises:
+        ValueError: it was, or cannot be read.
+    """
+    for path in method.profiles:
+        made, own = Profile.read(path).fingerprint, model_mark(model)
+        if made != own:
+            raise ValueError(
+                f"profile={path!r} was made with another model ({made}, and this {type(model).__name__} is {own}): "
+                "allowed is this model's own, which kvweave calibrate makes"
+            )

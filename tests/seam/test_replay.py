@@ -1,0 +1,230 @@
+"""A prompt that is said again before it is cut, and the end of a user's turn in a question's place (SPEC 15.5)."""
+
+import pytest
+import torch
+from test_deferred import HEARD, Listening, kept
+from tiny import IMAGE, assert_close, decode, picture_inputs, text_inputs, text_model, vision_model, words
+from transformers import PreTrainedTokenizerFast
+
+import kvweave
+from kvweave.methods.registry import parse_method
+from kvweave.seam.probes import INSTRUCTION, Probes, read_probes
+
+LISTENING = Listening(budget=0.3, window=4)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRIMMED = "{{ bos_token }}[INST]{{ messages[0].content | trim }}[/INST]"
+BARE = "{{ messages[0].content }}"
+
+
+def tokenizer(template, eos="<|im_end|>"):
+    """Words and the marks of the templates, a token each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    marks = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
+    known = {word: n for n, word in enumerate([*marks, *INSTRUCTION.replace(",", " ,").replace(".", " .").split()])}
+    known |= {word: len(known) + n for n, word in enumerate(["user", "assistant", "kvweave"])}
+    made = Tokenizer(models.WordLevel(known, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token=eos, unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": marks[2:]})
+    fast.chat_template = template
+    return fast
+
+
+def heard_of(model, whole, length, layers=2):
+    """What tokens behind the first `length` of `whole` attend to among those: sums over rows, means over heads."""
+    with torch.no_grad():
+        attentions = model(whole, output_attentions=True).attentions
+    return [attentions[n][:, :, length:, :length].sum(2).unflatten(1, (2, -1)).mean(2) for n in range(layers)]
+
+
+@pytest.mark.parametrize("chunk", [2048, 26, 11, 9])
+def test_what_is_counted_is_what_the_prompt_attends_to_when_it_is_said_again(chunk):
+    model, inputs = text_model(attention="eager"), text_inputs((26,), images=())
+    ids = inputs["input_ids"]
+    HEARD.clear()
+    with kvweave.compress(model, LISTENING, probes="replay", replay_chunk=chunk) as session:
+        decode(model, inputs, 2)
+    sums, rows = [0.0, 0.0], 0
+    for start in range(0, 26, chunk):
+        said = ids[:, max(0, start - 8) : start + chunk]
+        rows += said.shape[1]
+        heard = heard_of(model, torch.cat([ids, said], 1), 26)
+        sums = [a + b for a, b in zip(sums, heard, strict=True)]
+    for layer in range(2):
+        assert_close(HEARD[layer], sums[layer] / rows)
+    told = session.report["probes"]
+    assert (told["count"], told["tokens"], told["instructed"]) == (-(-26 // chunk), rows, False)
+    assert session.cache.get_seq_length() == 27
+
+
+def test_the_instruction_comes_before_each_chunk():
+    model, inputs = text_model(attention="eager"), text_inputs((26,), images=())
+    ids, processor = inputs["input_ids"], tokenizer(CHATML)
+    HEARD.clear()
+    with kvweave.compress(model, LISTENING, probes="replay", replay_chunk=20, processor=processor) as session:
+        decode(model, inputs, 2)
+    instruction = processor(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    sums, rows = [0.0, 0.0], 0
+    for part in (ids[:, :20], ids[:, 12:26]):
+        whole = torch.cat([ids, torch.tensor([instruction]), part], 1)
+        rows += whole.shape[1] - 26
+        sums = [a + b for a, b in zip(sums, heard_of(model, whole, 26), strict=True)]
+    for layer in range(2):
+        assert_close(HEARD[layer], sums[layer] / rows)
+    assert session.report["probes"]["instructed"]
+    assert session.report["probes"]["count"] == 2  # no pictures, so nobody asks about them
+
+
+def test_placeholders_of_images_are_left_out():
+    model, inputs = vision_model(), picture_inputs((26,))
+    fed = []
+    with kvweave.compress(model, LISTENING, probes="replay"):
+        model.register_forward_pre_hook(
+            lambda part, args, kwargs: fed.append(kwargs["input_ids"].clone()), with_kwargs=True
+        )
+        decode(model, inputs, 1)
+    ids = inputs["input_ids"]
+    assert torch.equal(fed[1], ids[ids != IMAGE][None])
+
+
+def test_pictures_are_described_where_there_are_some():
+    plain = {"answered": [[1]], "most": 3, "chunk": 64}
+    counts = []
+    for pictures in (0, 2):
+        model, inputs = vision_model(), picture_inputs((26,), pictures=pictures)
+        cache = kvweave.CompressedCache(model.config, LISTENING, hold=True)
+        with kvweave.attach(model) as session, torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            session.answer_probes(cache, Probes(**plain))
+        counts.append(cache.report["probes"]["count"])
+    assert counts == [1, 2]
+
+
+@pytest.mark.parametrize("spelled", ["kvzip", "weave:proxies=4,recent=4", "quantized:method=kvzip"])
+@pytest.mark.parametrize("chunk", [2048, 9])
+def test_a_row_of_a_batch_is_said_again_as_alone(spelled, chunk):
+    model, lengths = text_model(), (26, 14, 19)
+    inputs = text_inputs(lengths)
+    method = parse_method(spelled, budget=0.3)
+    with kvweave.compress(model, method, probes="replay", replay_chunk=chunk) as session:
+        together, _ = decode(model, inputs, 5)
+    whole = session.cache
+    for row, length in enumerate(lengths):
+        part = {name: x[row : row + 1, -length:] for name, x in inputs.items()}
+        with kvweave.compress(model, method, probes="replay", replay_chunk=chunk) as session:
+            alone, _ = decode(model, part, 5)
+        assert torch.equal(alone[0], together[row])
+        for one, many in zip(session.cache.layers, whole.layers, strict=True):
+            for mine, shared in zip(one.positions[0], many.positions[row], strict=True):
+                assert torch.equal(mine[mine >= 0] + 26 - length, shared[shared >= 0])
+
+
+@pytest.mark.parametrize("spelled", ["kvzip", "fold:method=kvzip,sinks=1", "quantized:method=kvzip"])
+def test_kvzip_says_the_prompt_again_by_itself(spelled):
+    model, inputs = text_model(), text_inputs((26, 19))
+    method = parse_method(spelled, budget=0.3)
+    sets = []
+    for options in ({"probes": "replay"}, {}):
+        with kvweave.compress(model, method, **options) as session:
+            decode(model, inputs, 2)
+        assert session.report["probes"]["count"] == 1
+        sets.append(kept(session.cache))
+    held = kvweave.CompressedCache(model.config, method, hold=True)
+    given = kvweave.CompressedCache(model.config, method)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with kvweave.attach(model), torch.no_grad():
+        for cache in (held, given):
+            model(**inputs, position_ids=positions, past_key_values=cache)
+        assert held.waits
+        assert not given.waits
+        held.compress()
+    assert kept(held) == kept(given)
+    assert sets[0] == sets[1]
+    if spelled == "kvzip":
+        assert session.report["rows"] == "probes"
+
+
+@pytest.mark.parametrize("spelled", ["kvzip:replay=false", "kvzip:defer=2"])
+def test_kvzip_goes_by_the_prompts_own_rows_where_it_is_told_to(spelled):
+    model, inputs = text_model(), text_inputs((26,))
+    with kvweave.compress(model, parse_method(spelled, budget=0.3)) as session:
+        decode(model, inputs, 4)
+    assert session.report["rows"] == "prompt"
+    assert "probes" not in session.report
+
+
+def test_a_later_turn_is_said_again_with_all_that_came_before():
+    model, ids = text_model(), words(1, 40)
+    cache = kvweave.CompressedCache(model.config, parse_method("kvzip", budget=0.3))
+    told = []
+    with kvweave.attach(model), torch.no_grad():
+        for start, stop in ((0, 24), (24, 25), (25, 40)):
+            model(input_ids=ids[:, start:stop], past_key_values=cache)
+            told.append(cache.report["probes"]["tokens"])
+    assert told == [24, 24, 40]
+
+
+def test_beams_are_said_again_too():
+    model, inputs = text_model(), text_inputs((26,))
+    with kvweave.compress(model, parse_method("kvzip", budget=0.3)) as session:
+        model.generate(**inputs, max_new_tokens=4, num_beams=2)
+        assert session.report["rows"] == "probes"
+
+
+def test_replay_needs_the_tokens():
+    model, ids = text_model(), words(1, 26)
+    embedded = model.get_input_embeddings()(ids)
+    for method, probes in ((LISTENING, "replay"), (parse_method("kvzip", budget=0.3), None)):
+        with (
+            torch.no_grad(),
+            kvweave.compress(model, method, probes=probes),
+            pytest.raises(ValueError, match=r"token ids.*replay=false"),
+        ):
+            model(inputs_embeds=embedded, use_cache=True)
+
+
+@pytest.mark.parametrize("value", [0, 2.5, True])
+def test_chunks_that_are_not_allowed(value):
+    with pytest.raises(ValueError, match=f"replay_chunk={value}"):
+        kvweave.compress(text_model(), LISTENING, probes="replay", replay_chunk=value)
+
+
+# -------------------------------------------------------------------- the end of a turn
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "end"),
+    [
+        (CHATML, "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n"),  # ends a turn by what ends a reply
+        (CHATML, "<s>", "<|im_end|>\n<|im_start|>assistant\n"),
+        (TRIMMED, "<s>", "[/INST]"),
+    ],
+)
+def test_the_end_of_a_turn_is_found_and_read_whole(template, eos, end):
+    model, inputs = text_model(attention="eager"), text_inputs((26,), images=())
+    processor = tokenizer(template, eos)
+    tokens = processor(end, add_special_tokens=False)["input_ids"]
+    model.generation_config.eos_token_id = processor.eos_token_id
+    assert read_probes("template", processor, 32).fed == [tokens]
+    HEARD.clear()
+    cache = kvweave.CompressedCache(model.config, LISTENING, hold=True)
+    with kvweave.attach(model), torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        cache.compress(probes="template", processor=processor)
+    heard = heard_of(model, torch.cat([inputs["input_ids"], torch.tensor([tokens])], 1), 26)
+    for layer in range(2):
+        assert_close(HEARD[layer], heard[layer] / len(tokens))
+    assert cache.report["probes"]["tokens"] == len(tokens)
+    assert cache.get_seq_length() == 26
+
+
+def test_templates_that_say_nothing_are_refused():
+    with pytest.raises(ValueError, match="ends a user's turn with nothing"):
+        read_probes("template", tokenizer(BARE), 32)
+    for processor in (None, tokenizer(None)):
+        with pytest.raises(ValueError, match="no chat template"):
+            read_probes("template", processor, 32)
