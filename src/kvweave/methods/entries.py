@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvweave.methods.base import Method
 from kvweave.methods.options import integer, real
 from kvweave.ops.cluster import clusters, medoids
 from kvweave.ops.fit import Entries, Settings, fit
@@ -179,6 +180,41 @@ def fitted(
         log["bias_min"] = everywhere(bias.amin((1, 2))).amin(-1)
         log["bias_max"] = everywhere(bias.amax((1, 2))).amax(-1)
     return replace(plan, values=values, bias=bias, log={**plan.log, **log})
+
+
+class FittedMethod(Method):
+    """Base of methods whose entries' biases and values are fitted to reference rows, recent ones left alone."""
+
+    rows: int
+    ridge: float
+    cap: float | None
+    bound: float
+    steps: int
+
+    @property
+    def biases_logits(self) -> bool:
+        return True
+
+    @property
+    def keeps_rows(self) -> bool:
+        return True
+
+    @property
+    def decoded_reductions(self) -> tuple[()]:
+        return ()
+
+    @property
+    def query_rows(self) -> int:
+        return self.rows
+
+    def prepare(self, view: LayerView, budget: int) -> None:
+        view.hold_rows(self.rows)
+
+    def fitted(self, view: LayerView, plan: Plan, rows: ReferenceRows, recent: int, *, gate: bool) -> Plan:
+        """The plan with all entries fitted but those of the last `recent` tokens (SPEC 17.1)."""
+        mutable = torch.arange(view.length, device=view.keys.device) < view.length - recent
+        settings = Settings(self.ridge, self.cap, self.bound, self.steps)
+        return fitted(view, plan, rows, mutable, ("none", "values", "both"), settings, gate=gate)
 
 
 def best_of(errors: Sequence[Tensor]) -> Tensor:

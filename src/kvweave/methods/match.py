@@ -3,13 +3,10 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from kvweave.methods.base import Method
 from kvweave.methods.entries import (
+    FittedMethod,
     bound_option,
     cap_option,
-    fitted,
     recent_option,
     ridge_option,
     row_scores,
@@ -18,7 +15,6 @@ from kvweave.methods.entries import (
 )
 from kvweave.methods.options import choice, flag
 from kvweave.methods.registry import register
-from kvweave.ops.fit import Settings
 from kvweave.ops.select import top_and_recent
 from kvweave.plan import Plan
 from kvweave.view import LayerView
@@ -26,7 +22,7 @@ from kvweave.view import LayerView
 
 @register("match")
 @dataclass(frozen=True)
-class Match(Method):
+class Match(FittedMethod):
     """Keeps the recent tokens and those that the reference rows attend to most, then fits biases and values to the
     rows.
 
@@ -48,30 +44,9 @@ class Match(Method):
     cap: float | None = cap_option(None)
     gate: bool = flag(False, help="fit a head only if its error on rows held out falls")
 
-    @property
-    def biases_logits(self) -> bool:
-        return True
-
-    @property
-    def keeps_rows(self) -> bool:
-        return True
-
-    @property
-    def decoded_reductions(self) -> tuple[()]:
-        return ()
-
-    @property
-    def query_rows(self) -> int:
-        return self.rows
-
-    def prepare(self, view: LayerView, budget: int) -> None:
-        view.hold_rows(self.rows)
-
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = min(self.recent, budget // 2)
         rows = view.reference_rows(self.rows)
         score = row_scores(rows, self.score, rows.counted)
         plan = Plan(top_and_recent(score, budget, recent))
-        mutable = torch.arange(view.length, device=view.keys.device) < view.length - recent
-        settings = Settings(self.ridge, self.cap, self.bound, self.steps)
-        return fitted(view, plan, rows, mutable, ("none", "values", "both"), settings, gate=self.gate)
+        return self.fitted(view, plan, rows, recent, gate=self.gate)

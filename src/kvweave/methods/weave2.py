@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvweave.methods.base import Method
 from kvweave.methods.entries import (
+    FittedMethod,
     best_of,
     bound_option,
     cap_option,
@@ -19,7 +19,6 @@ from kvweave.methods.entries import (
     clustered,
     clusters_option,
     entries_of,
-    fitted,
     recent_option,
     ridge_option,
     rounds_option,
@@ -30,7 +29,7 @@ from kvweave.methods.entries import (
 )
 from kvweave.methods.options import choice, integer
 from kvweave.methods.registry import register
-from kvweave.ops.fit import Settings, error
+from kvweave.ops.fit import error
 from kvweave.ops.reference_rows import ReferenceRows
 from kvweave.ops.select import ranks
 from kvweave.plan import Plan
@@ -39,7 +38,7 @@ from kvweave.view import LayerView
 
 @register("weave2")
 @dataclass(frozen=True)
-class Weave2(Method):
+class Weave2(FittedMethod):
     """Keeps the recent tokens and those that reference rows attend to most; the others become clusters, weighed by
     count.
 
@@ -67,25 +66,6 @@ class Weave2(Method):
         "fit", "fit", "none", "all", help="rows held out decide on the fit; on nothing; on clusters too"
     )
 
-    @property
-    def biases_logits(self) -> bool:
-        return True
-
-    @property
-    def keeps_rows(self) -> bool:
-        return True
-
-    @property
-    def decoded_reductions(self) -> tuple[()]:
-        return ()
-
-    @property
-    def query_rows(self) -> int:
-        return self.rows
-
-    def prepare(self, view: LayerView, budget: int) -> None:
-        view.hold_rows(self.rows)
-
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = min(self.recent, budget // 2)
         rows = view.reference_rows(self.rows)
@@ -94,9 +74,7 @@ class Weave2(Method):
         if fewer:
             count = self.chosen_count(view, rows, [*fewer, count], free, recent)
         plan = self.entries(view, row_scores(rows, self.score, rows.counted), free - count, count, recent)
-        mutable = torch.arange(view.length, device=view.keys.device) < view.length - recent
-        settings = Settings(self.ridge, self.cap, self.bound, self.steps)
-        plan = fitted(view, plan, rows, mutable, ("none", "values", "both"), settings, gate=self.gate != "none")
+        plan = self.fitted(view, plan, rows, recent, gate=self.gate != "none")
         return replace(plan, log={**plan.log, "clusters": count.double().mean(-1)})
 
     def entries(self, view: LayerView, score: Tensor, exact: Tensor, count: Tensor, recent: int) -> Plan:
