@@ -63,8 +63,9 @@ research: $(READY)  ## what weave's parts are worth, and when a deferred cut has
 		--count 60 --seeds 5001 --no-fidelity --pictures 0 --quiet --out out/probed
 	cp out/probed/table.md benchmarks/results/probed.md
 
-docs: $(READY)  ## docs/METHODS.md from the registry
+docs: $(READY)  ## docs/METHODS.md from the registry, then the site, its links checked: out/site/index.html
 	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 models: $(READY)  ## docs/MODELS.md: every model type of transformers, tiny (10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models > docs/MODELS.md
@@ -80,7 +81,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvweave needs Python 3.11 or later, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	$(BIN)/kvweave lab fetch smol
 	touch $@
 

@@ -25,19 +25,29 @@ def test_help_lists_the_commands() -> None:
 
 
 def test_run_from_a_shell(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kvweave", "run", "--images", "3", "--repeats", "1", "--json"]
+    command = [sys.executable, "-m", "kvweave", "run", "--images", "3", "--repeats", "1", "--long", "0", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=ENVIRONMENT)
     told = json.loads(done.stdout)
     assert told["full"]["right"] is True
     assert told["full"]["text"] == told["right"]
-    assert told["command"] == "kvweave run --images 3 --repeats 1 --json"
+    assert told["command"] == "kvweave run --images 3 --repeats 1 --long 0 --json"
     assert sorted(file.name for file in (tmp_path / "out/run").iterdir()) == ["report.json", "run.html", "run.png"]
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["run"]  # nothing temporary is left
 
 
 def test_answers_numbers_and_files(kvweave, tmp_path: Path) -> None:
     done = kvweave(
-        "run", "--images", 4, "--repeats", 2, "--method", "flowmm:theta=0.5", "--method", "snapkv:budget=16"
+        "run",
+        "--images",
+        4,
+        "--repeats",
+        2,
+        "--long",
+        600,
+        "--method",
+        "flowmm:theta=0.5",
+        "--method",
+        "snapkv:budget=16",
     )
     assert done.code == 0
     told = json.loads((tmp_path / "out/run/report.json").read_text())
@@ -57,6 +67,12 @@ def test_answers_numbers_and_files(kvweave, tmp_path: Path) -> None:
     assert told["full"]["cache_bytes"] == sum(layer["bytes_before"] for layer in flowmm["layers"])
     assert flowmm["speed"]["repeats"] == 2
     assert flowmm["speed"]["steps"] == 2 * (flowmm["tokens"] - 1)
+    assert flowmm["peak_bytes"] < told["full"]["peak_bytes"] == told["full"]["cache_bytes"]
+    assert told["long"]["length"] == 600
+    assert [speed["steps"] for speed in told["long"]["speeds"]] == [
+        15
+    ] * 3  # full, flowmm, snapkv; no answer ends early
+    assert "behind 600" in done.out
     page = (tmp_path / "out/run/run.html").read_text()
     for wanted in (
         sample.answer,
@@ -71,7 +87,7 @@ def test_answers_numbers_and_files(kvweave, tmp_path: Path) -> None:
 
 
 def test_the_full_method_keeps_everything(kvweave) -> None:
-    done = kvweave("run", "--images", 2, "--repeats", 1, "--method", "full", "--json")
+    done = kvweave("run", "--images", 2, "--repeats", 1, "--long", 0, "--method", "full", "--json")
     told = json.loads(done.out)
     assert told["methods"][0]["text"] == told["full"]["text"]
     assert told["methods"][0]["cache_bytes"] == told["full"]["cache_bytes"]
@@ -81,7 +97,7 @@ def test_own_images_and_prompt(kvweave, picture: Path) -> None:
     other = picture.with_name("other.jpg")
     Image.new("L", (30, 90), 90).save(other)
     asked = ("--image", picture, "--image", other, "--prompt", "What colour is the star in <b>image</b>?")
-    done = kvweave("run", *asked, "--repeats", 1, "--max-new-tokens", 4, "--out", "made/here")
+    done = kvweave("run", *asked, "--repeats", 1, "--long", 0, "--max-new-tokens", 4, "--out", "made/here")
     assert done.code == 0
     told = json.loads(Path("made/here/report.json").read_text())
     assert told["prompt"]["visual"] == 50
@@ -97,7 +113,13 @@ def test_own_images_and_prompt(kvweave, picture: Path) -> None:
     "asked", [("--prompt", "image"), ("--image", "picture.png")], ids=["text only", "images only"]
 )
 def test_one_modality_alone(kvweave, picture: Path, asked: tuple[str, ...]) -> None:
-    assert kvweave("run", *asked, "--repeats", 1, "--max-new-tokens", 2).code == 0
+    assert kvweave("run", *asked, "--repeats", 1, "--long", 0, "--max-new-tokens", 2).code == 0
+
+
+def test_a_long_text_needs_words(kvweave, picture: Path) -> None:
+    done = kvweave("run", "--image", picture, "--repeats", 1, "--long", 64)
+    assert done.code == 2
+    assert "--long: long=64 is not allowed with a prompt that has no words to repeat: allowed is 0" in done.err
 
 
 def test_an_older_run_is_replaced_and_other_files_stay(kvweave, tmp_path: Path) -> None:
@@ -105,7 +127,7 @@ def test_an_older_run_is_replaced_and_other_files_stay(kvweave, tmp_path: Path) 
     folder.mkdir(parents=True)
     (folder / "mine.txt").write_text("mine")
     (folder / "report.json").write_text("old")
-    assert kvweave("run", "--images", 1, "--task", "lookup", "--repeats", 1).code == 0
+    assert kvweave("run", "--images", 1, "--task", "lookup", "--repeats", 1, "--long", 0).code == 0
     assert (folder / "mine.txt").read_text() == "mine"
     assert json.loads((folder / "report.json").read_text())["model"] == "lab"
 
@@ -115,7 +137,7 @@ def test_nothing_is_half_written(kvweave, tmp_path: Path, monkeypatch: pytest.Mo
         raise RuntimeError("no ink")
 
     monkeypatch.setattr("kvweave.report.picture.png", fail)
-    done = kvweave("run", "--images", 1, "--task", "lookup", "--repeats", 1)
+    done = kvweave("run", "--images", 1, "--task", "lookup", "--repeats", 1, "--long", 0)
     assert done.code == 1
     assert done.err.strip().splitlines()[-1].startswith("kvweave: unexpected RuntimeError: no ink")
     assert not any((tmp_path / "out").iterdir())

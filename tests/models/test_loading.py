@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from inputs import bomb
 from kvweave import lab, models
-from kvweave.models import source
+from kvweave.models import loading, source
 
 EMBEDDED = Path(models.check("lab"))
 
@@ -237,3 +238,41 @@ def test_files_that_are_no_pictures(tmp_path: Path):
     for name, words in (("words.png", "cannot be read"), ("gone.png", "does not exist"), (".", "is a folder")):
         with pytest.raises(models.PictureError, match=f"{words}.*: allowed is"):
             models.open_picture(tmp_path / name)
+
+
+class TestTorchvision:
+    """It is built for one torch: what a mismatch breaks is far from what it says."""
+
+    @pytest.fixture
+    def broken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "torchvision").mkdir()
+        (tmp_path / "torchvision/__init__.py").write_text(
+            "raise RuntimeError('operator torchvision::nms does not exist')"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+
+    @pytest.mark.usefixtures("broken")
+    def test_a_mismatch_is_named_with_its_cure(self) -> None:
+        with pytest.raises(models.ModelError) as refused, loading.refusals("some/model"):
+            raise ModuleNotFoundError("Could not import module 'AutoProcessor'.")
+        said = str(refused.value)
+        assert said.startswith(
+            f"model='some/model' cannot be loaded: torchvision does not fit torch {torch.__version__}"
+        )
+        assert "operator torchvision::nms does not exist" in said
+        assert "pip install --force-reinstall torch torchvision" in said
+
+    def test_other_faults_keep_their_words(self) -> None:
+        with (
+            pytest.raises(models.ModelError, match=r"cannot be loaded: no such thing"),
+            loading.refusals("some/model"),
+        ):
+            raise OSError("no such thing")
+
+    def test_a_missing_one_is_named_with_its_extra(self) -> None:
+        with (
+            pytest.raises(models.ModelError, match=r"pip install 'kvweave\[vision\]'"),
+            loading.refusals("some/model"),
+        ):
+            raise ImportError("it requires the Torchvision library")

@@ -38,7 +38,7 @@ def test_the_page_holds_what_was_measured(tmp_path: Path):
         "lab", lab_tasks(["lookup", "change"], 1, 3), parse_methods(["snapkv,flowmm,oracle"]), (0.5, 0.2)
     )
     results = run(evaluation, tmp_path / "cells", workers=1, command="kvweave eval </script> & more")
-    summary = summarise(evaluation, results, command="kvweave eval </script> & more")
+    summary = summarise(evaluation, results, baseline="snapkv", command="kvweave eval </script> & more")
     path = write_page(evaluation, summary, tmp_path, samples=2)
     text = path.read_text()
     page = _Page(text)
@@ -49,6 +49,13 @@ def test_the_page_holds_what_was_measured(tmp_path: Path):
     assert len(data["means"]) == 1 + 3 * 2
     for row, told in zip(summary["means"], data["means"], strict=True):
         assert told["score"] == round(row["score"], 4)
+    assert len(data["differences"]) == len(summary["tests"]) > 0
+    for row, told in zip(summary["tests"], data["differences"], strict=True):
+        assert (told["method"], told["baseline"], told["p_holm"]) == (
+            row["method"],
+            row["baseline"],
+            round(row["p_holm"], 4),
+        )
     assert [layer["layer"] for layer in data["flow"]] == [0, 1, 2, 3]
     assert {row["method"] for row in data["memory"]} == {"full", "snapkv", "flowmm", "oracle"}
     assert len(data["samples"]) == 2

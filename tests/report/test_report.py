@@ -21,11 +21,11 @@ def answer(method: str = "flowmm:budget=0.25", fates: list[list[list[int]] | Non
     """Two layers of a prompt of eight tokens, one KV head: the second kept everything."""
     fates = [[[0, 0, 2, 2, -1, -1, 2, 0]], None] if fates is None else fates
     layers = [
-        Layer(0, "full_attention", True, 8, 2, 4, 2, 256, 1024, 0.375, "cross", fates[0]),
-        Layer(1, "full_attention", True, 8, 8, 0, 0, 1024, 1024, None, None, fates[1]),
+        Layer(0, "full_attention", True, 8, 2, 4, 2, 256, 1024, 0.375, "cross", 3, fates[0]),
+        Layer(1, "full_attention", True, 8, 8, 0, 0, 1024, 1024, None, None, 1, fates[1]),
         Layer(2, "sliding_attention", False),
     ]
-    return Answer(method, "flowmm", "a star", 3, SPEED, 1280, layers)
+    return Answer(method, "flowmm", "a star", 3, SPEED, 1280, 2304, layers)
 
 
 @pytest.fixture
@@ -44,13 +44,30 @@ def run() -> Run:
         images=[Image.new("RGB", (40, 20), (255, 0, 0))],
         tokens=tokens,
         grids=grids([token.visual for token in tokens], 1, [(1, 2, 2)]),
-        full=Answer("full cache", "", "a ring", 3, SPEED, 2048),
+        full=Answer("full cache", "", "a ring", 3, SPEED, 2048, 2048),
         answers=[answer()],
         command="kvweave run",
         machine="a machine",
         versions={"kvweave": "0"},
         notes=["be careful"],
     )
+
+
+class TestLayers:
+    def test_columns_are_what_some_layer_has(self) -> None:
+        told = answer()
+        assert told.columns == ["flow", "scope", "kept", "merged", "heaviest", "evicted", "size"]
+        evicting = replace(told, layers=[replace(told.layers[1], merged=0)])
+        assert evicting.columns == ["kept", "merged", "evicted", "size"]
+        assert replace(told, layers=told.layers[2:]).columns == []
+
+    def test_layers_that_look_alike_are_one_row(self) -> None:
+        told = answer()
+        first, second, sliding = told.layers
+        layers = [first, *[replace(second, index=n) for n in (1, 2, 3)], replace(sliding, index=4)]
+        rows = replace(told, layers=layers).runs
+        assert [place for place, _ in rows] == ["0", "1-3", "4"]
+        assert [layer.index for _, layer in rows] == [0, 1, 4]
 
 
 class TestGrids:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvweave.report.data import Answer, Run
 
 _SHOWN = ["flowmm", "weave:redecode=True"]  # no token behind the first comes from the full cache
-_LONG = 40  # characters: longer answers do not fit a table
+_LONG_TEXT = 8192  # tokens behind which a small model's decoding is bound by its cache, no longer by Python
 
 
 def run(
@@ -31,6 +31,14 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(**options.COUNT, help="Longest answer.")] = 64,
     repeats: Annotated[
         int | None, typer.Option(**options.COUNT, help="Generations to time.", show_default="10 with lab, else 1")
+    ] = None,
+    long: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Time decoding behind a text of so many tokens, too; 0: not.",
+            show_default=f"{_LONG_TEXT} where lab is asked its own question, else 0",
+        ),
     ] = None,
     images: options.Number = None,
     task: options.Task = None,
@@ -52,12 +60,13 @@ def run(
     console.check_out(out)
     console.quiet_libraries()
     ask = options.read_ask(options.source(model, questions), image, prompt, images, task, seed)
-    if repeats is None:
-        from kvweave.models import LABS
+    from kvweave.models import LABS
 
-        repeats = 10 if model in LABS else 1
+    repeats = repeats or (10 if model in LABS else 1)
+    if long is None:
+        long = _LONG_TEXT if model in LABS and ask.right is not None else 0
     loaded, processor = options.load(model, dtype, device, attention, trust_remote_code)
-    result = _measure(model, loaded, processor, ask, methods, max_new_tokens, repeats)
+    result = _measure(model, loaded, processor, ask, methods, max_new_tokens, repeats, long)
 
     from kvweave.report.page import html
     from kvweave.report.picture import png
@@ -73,22 +82,33 @@ def run(
 
 
 def _measure(
-    name: str, model: Any, processor: Any, ask: options.Ask, methods: "list[Method]", longest: int, repeats: int
+    name: str,
+    model: Any,
+    processor: Any,
+    ask: options.Ask,
+    methods: "list[Method]",
+    longest: int,
+    repeats: int,
+    long: int,
 ) -> "Run":
     """Generate with the full cache and with each method, a progress bar running."""
     from rich.progress import Progress
 
-    from kvweave.evals.one.collect import Subject, compare
+    from kvweave.evals.one.collect import Subject, compare, words
 
     subject = Subject(name, model, processor, options.encode(processor, ask), ask.images, ask.question, ask.right)
+    if long and not len(words(subject)):
+        raise console.BadInput(
+            f"--long: long={long} is not allowed with a prompt that has no words to repeat: allowed is 0"
+        )
     with Progress(console=console.err(), transient=True) as progress:
-        bar = progress.add_task("answering", total=(1 + len(methods)) * repeats)
+        bar = progress.add_task("answering", total=(1 + len(methods)) * (repeats + bool(long)))
 
         def step(what: str) -> None:
             progress.update(bar, advance=1, description=f"answered, {what}")
 
         with options.model_errors():
-            return compare(subject, methods, longest, repeats, console.command_line(), step)
+            return compare(subject, methods, longest, repeats, console.command_line(), step, long)
 
 
 def _print(run: "Run", folder: Path) -> None:
@@ -107,31 +127,39 @@ def _print(run: "Run", folder: Path) -> None:
     )
     if run.right is not None:
         screen.print(f"right answer: [bold]{run.right}[/bold]")
+    answers = (run.full, *run.answers)
+    for answer in answers:
+        screen.print(Text(f"{answer.method}: ", style="bold") + _marked(answer, run))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    long = any(len(answer.text) > _LONG for answer in (run.full, *run.answers))
-    for heading in ("cache",) if long else ("cache", "answer"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("decoding", "KV cache", "per token", "of full"):
+    table.add_column("cache", overflow="fold")
+    speeds = [[speed_text(answer.speed)] for answer in answers]
+    headings = ["tokens/s"]
+    if run.long is not None:
+        headings.append(f"behind {run.long.length:,}")
+        speeds = [[*own, speed_text(long)] for own, long in zip(speeds, run.long.speeds, strict=True)]
+    for heading in (*headings, "KV cache", "of full", "peak"):
         table.add_column(heading, justify="right")
-    for answer in (run.full, *run.answers):
-        if long:
-            screen.print(Text(f"{answer.method}: ", style="bold") + _marked(answer, run))
+    for answer, told in zip(answers, speeds, strict=True):
         table.add_row(
             Text(answer.method),
-            *([] if long else [_marked(answer, run)]),
-            speed_text(answer.speed),
+            *told,
             size(answer.cache_bytes),
-            size(answer.cache_bytes / len(run.tokens)),
             f"{answer.cache_bytes / run.full.cache_bytes:.1%}",
+            size(answer.peak_bytes),
         )
     screen.print(table)
     for answer in run.answers:
         screen.print(_layers(answer))
     speed = run.full.speed
     screen.print(
-        f"[dim]decoding: 1 / median time between tokens, prefill apart; {speed.steps} steps in {speed.repeats} "
+        f"[dim]tokens/s: 1 / median time between tokens, prefill apart; {speed.steps} steps in {speed.repeats} "
         f"generations of the full cache · {run.machine}[/dim]"
     )
+    if run.long is not None:
+        screen.print(
+            f"[dim]behind {run.long.length:,}: tokens/s behind a text of so many tokens. Behind a short prompt a "
+            "step is the framework's time; behind a long one it reads the cache: a smaller one is faster.[/dim]"
+        )
     for note in run.notes:
         screen.print(f"[yellow]{note}[/yellow]")
     screen.print(f"what stayed, drawn on the images: [bold]{folder / 'run.html'}[/bold] (also run.png, report.json)")
@@ -152,24 +180,16 @@ def _marked(answer: "Answer", run: "Run") -> Any:
 
 
 def _layers(answer: "Answer") -> Any:
+    """A row for each run of layers that look alike."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    from kvweave.report.data import size
-
-    title = Text(answer.method, style="bold")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(answer.method, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", justify="right")
-    table.add_column("flow", justify="right")
-    table.add_column("scope")
-    for heading in ("kept", "merged", "evicted", "bytes before", "after"):
-        table.add_column(heading, justify="right")
-    for layer in answer.layers:
-        if not layer.compressed:
-            table.add_row(str(layer.index), "", f"not compressed: {layer.kind}")
-            continue
-        flow = "" if layer.flow is None else f"{layer.flow:.3f}"
-        counts = [str(n) for n in (layer.kept, layer.merged, layer.evicted)]
-        table.add_row(str(layer.index), flow, layer.scope or "", *counts, size(layer.bytes_before), size(layer.bytes))
+    for heading in answer.columns:
+        table.add_column(heading, justify="left" if heading == "scope" else "right")
+    for place, layer in answer.runs:
+        cells = [layer.cells[name] for name in answer.columns]
+        table.add_row(place, *(cells if layer.compressed else [f"not compressed: {layer.kind}"]))
     return table

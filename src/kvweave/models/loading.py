@@ -190,13 +190,39 @@ def refusals(model: str, attention: str = "auto") -> Iterator[None]:
                 f"model={model!r} needs code that it brings along, which would run on this machine: allowed, once "
                 "you have read it, is --trust-remote-code (trust_remote_code=True)"
             ) from error
+        if (fault := _torchvision_fault()) is not None:
+            raise ModelError(f"model={model!r} cannot be loaded: {fault}") from error
         if isinstance(error, ImportError) and "torchvision" in said.lower():
             raise ModelError(
-                f"model={model!r} has a processor that needs torchvision: pip install 'kvweave[vision]'"
+                f"model={model!r} has a processor that needs torchvision: pip install 'kvweave[vision]'{_index()}"
             ) from error
         if attention != "auto" and ("flash" in said.lower() or attention in said):
             raise ModelError(f"attention={attention!r} is not available: {why}", "attention") from error
         raise ModelError(f"model={model!r} cannot be loaded: {why}") from error
+
+
+def _torchvision_fault() -> str | None:
+    """Why an installed torchvision cannot be imported, and the cure: it is built for one torch, from one index."""
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # a build for another torch fails with whatever its loader says
+        import torch
+
+        return (
+            f"torchvision does not fit torch {torch.__version__} ({first_line(error)}): install both from one index, "
+            f"pip install --force-reinstall torch torchvision{_index()}"
+        )
+    return None
+
+
+def _index() -> str:
+    """What pip needs besides, so that a CPU build of torch stays one."""
+    import torch
+
+    cpu = torch.__version__.endswith("+cpu")
+    return " --extra-index-url https://download.pytorch.org/whl/cpu" if cpu else ""
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from kvweave.report.grids import Grid
@@ -37,7 +38,21 @@ class Layer:
     bytes_before: int = 0
     flow: float | None = None
     scope: str | None = None
+    heaviest: int = 1
     fate: Fate | None = None
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Its row in a table: column to text; what its method does not have is empty."""
+        return {
+            "flow": "" if self.flow is None else f"{self.flow:.3f}",
+            "scope": self.scope or "",
+            "kept": str(self.kept),
+            "merged": str(self.merged),
+            "heaviest": str(self.heaviest) if self.merged else "",
+            "evicted": str(self.evicted),
+            "size": size(self.bytes),
+        }
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,7 @@ class Answer:
     Attributes:
         method: the command line's spelling, or "full cache"; name: the method's own, "" for the full cache.
         cache_bytes: keys and values of the prompt in the layers that can be compressed.
+        peak_bytes: the most of them held at once, while the prompt was read and cut.
     """
 
     method: str
@@ -65,11 +81,38 @@ class Answer:
     tokens: int
     speed: Speed
     cache_bytes: int
+    peak_bytes: int
     layers: list[Layer] = field(default_factory=list)
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of a table of its layers: those in which some layer has something to say."""
+        told = [layer.cells for layer in self.layers if layer.compressed]
+        return [name for name in Layer(0, "", True).cells if any(cells[name] for cells in told)]
+
+    @property
+    def runs(self) -> list[tuple[str, Layer]]:
+        """Neighbouring layers that look alike in a table, together: ("0-29", the first of them)."""
+        groups = groupby(self.layers, key=lambda layer: (layer.compressed, layer.kind, layer.cells))
+        runs = [list(group) for _, group in groups]
+        return [(f"{run[0].index}-{run[-1].index}" if len(run) > 1 else f"{run[0].index}", run[0]) for run in runs]
 
     def total(self, what: str) -> int:
         """Sum over the compressed layers of "length", "kept", "merged" or "evicted"."""
         return sum(getattr(layer, what) for layer in self.layers if layer.compressed)
+
+
+@dataclass(frozen=True)
+class Long:
+    """Decoding behind a long text: how speed changes with length.
+
+    Attributes:
+        length: tokens of the text.
+        speeds: of the full cache, then of each method.
+    """
+
+    length: int
+    speeds: list[Speed]
 
 
 @dataclass(frozen=True)
@@ -81,6 +124,7 @@ class Run:
         images: as they were given, in the prompt's order.
         answers: of the methods; `full` is that of the unmodified model.
         notes: what a reader should know of this run.
+        long: speeds behind a long text, where that was asked for.
     """
 
     model: str
@@ -95,6 +139,7 @@ class Run:
     machine: str
     versions: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    long: Long | None = None
 
     @property
     def visual(self) -> int:
@@ -111,6 +156,7 @@ class Run:
             "full": self._answer(self.full),
             "methods": [self._answer(answer) for answer in self.answers],
             "notes": self.notes,
+            "long": None if self.long is None else asdict(self.long),
             "command": self.command,
             "machine": self.machine,
             "versions": self.versions,
@@ -160,7 +206,5 @@ def size(count: float) -> str:
 def speed_text(speed: Speed) -> str:
     """Tokens per second, or why there are none."""
     if speed.tokens_per_second is None:
-        return "one token only"
-    return f"{speed.tokens_per_second:.0f} tokens/s" if speed.tokens_per_second >= 10 else (
-        f"{speed.tokens_per_second:.2f} tokens/s"
-    )  # fmt: skip
+        return "one token"
+    return f"{speed.tokens_per_second:.0f}" if speed.tokens_per_second >= 10 else f"{speed.tokens_per_second:.2f}"

@@ -11,6 +11,9 @@ from kvweave.report.page import data_uri, script_json, text
 from kvweave.report.picture import shares
 
 
+_DIFFERENCE = ("protocol", "method", "budget", "baseline", "difference", "low", "high", "p_holm")
+
+
 @dataclass(frozen=True)
 class Shown:
     """What a page shows beside an evaluation's summary.
@@ -59,6 +62,7 @@ def _data(summary: dict[str, Any], protocols: Mapping[str, str], shown: Shown) -
             {name: _short(row[name]) for name in ("protocol", "method", "budget", "task", "score", "low", "high")}
             for row in summary["scores"]
         ],
+        "differences": [{name: _short(row[name]) for name in _DIFFERENCE} for row in summary["tests"]],
         "memory": _memory(summary),
         "speed": _speed(shown.runs),
         "budget": shown.budget,

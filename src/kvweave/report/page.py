@@ -53,7 +53,10 @@ def _summary(run: Run) -> str:
 def _measured(run: Run) -> str:
     speed = run.full.speed
     return (
-        "Decoding speed is 1 / the median time between two tokens, prefill and image encoder apart "
+        "The peak is the most of them held at once while the prompt is read and cut: a method that cuts layer by "
+        "layer never holds the full cache, one that waits for all layers or for decoded tokens does. "
+        "heaviest: how many tokens the heaviest entry of a layer stands for. "
+        "tokens/s is 1 / the median time between two tokens, prefill and image encoder apart "
         f"({speed.steps} steps in {speed.repeats} generation{'s' if speed.repeats != 1 else ''} of the full cache). "
         "Cache sizes are the bytes that keys and values of the prompt occupy in the layers that are compressed."
     )
@@ -67,10 +70,13 @@ def _answer(answer: Answer, run: Run) -> str:
     share = answer.cache_bytes / run.full.cache_bytes
     facts = [
         ("KV cache", f"{size(answer.cache_bytes)} <small>({share:.1%})</small>"),
-        ("per prompt token", size(answer.cache_bytes / len(run.tokens))),
-        ("decoding", text(speed_text(answer.speed))),
+        ("at its peak", size(answer.peak_bytes)),
+        ("tokens/s", speed_text(answer.speed)),
         ("prefill", f"{answer.speed.prefill_seconds * 1000:.0f} ms"),
     ]
+    if run.long is not None:
+        behind = run.long.speeds[(run.full, *run.answers).index(answer)]
+        facts.append((f"tokens/s behind {run.long.length:,} tokens", speed_text(behind)))
     listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
     return (
         f'<article class="answer{" full" if answer is run.full else ""}">'
@@ -94,27 +100,24 @@ def _verdict(answer: Answer, run: Run) -> str:
 
 
 def _layer_table(answer: Answer) -> str:
-    rows = "".join(_layer_row(layer) for layer in answer.layers)
+    head = "".join(f"<th>{name}" for name in answer.columns)
+    rows = "".join(_layer_row(place, layer, answer.columns) for place, layer in answer.runs)
     return (
-        f"<h3>{text(answer.method)}</h3><div class=scroll><table><thead><tr><th>layer<th>flow ratio<th>scope"
-        "<th class=wide>tokens<th>kept<th>merged<th>evicted<th>bytes before<th>after</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>"
+        f"<h3>{text(answer.method)}</h3><div class=scroll><table><thead><tr><th>layer<th class=wide>tokens{head}</tr>"
+        f"</thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _layer_row(layer: Layer) -> str:
+def _layer_row(place: str, layer: Layer, columns: list[str]) -> str:
     if not layer.compressed:
-        return f"<tr><td>{layer.index}<td colspan=8 class=left>not compressed: {text(layer.kind)}</tr>"
-    flow = "–" if layer.flow is None else f"{layer.flow:.3f}"
+        return f"<tr><td>{place}<td colspan={len(columns) + 1} class=left>not compressed: {text(layer.kind)}</tr>"
     bar = "".join(
         f'<i class={name} style="width:{count / layer.length:.2%}"></i>'
         for name, count in (("kept", layer.kept), ("merged", layer.merged), ("evicted", layer.evicted))
         if count
     )
-    return (
-        f"<tr><td>{layer.index}<td>{flow}<td>{text(layer.scope or '–')}<td class=wide><div class=bar>{bar}</div>"
-        f"<td>{layer.kept}<td>{layer.merged}<td>{layer.evicted}<td>{size(layer.bytes_before)}<td>{size(layer.bytes)}</tr>"
-    )
+    cells = "".join(f"<td>{text(layer.cells[name]) or '–'}" for name in columns)
+    return f"<tr><td>{place}<td class=wide><div class=bar>{bar}</div>{cells}</tr>"
 
 
 def _drawing(run: Run) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class _Canvas:
         self.draw.rounded_rectangle((x, y + 106, x + wide, y + 118), 6, LINE)
         end = x + max(12, int(share * wide))
         self.draw.rounded_rectangle((x, y + 106, end, y + 118), 6, SOFT if answer is run.full else KEPT)
-        facts = f"KV cache {size(answer.cache_bytes)} ({share:.0%}) · {speed_text(answer.speed)}"
+        facts = f"KV cache {size(answer.cache_bytes)} ({share:.0%}) · {speed_text(answer.speed)} tokens/s"
         self.text((x, y + 136), _cut(facts, 19, wide), 19)
 
     def board(self, run: Run, answer: Answer, y: int) -> int:

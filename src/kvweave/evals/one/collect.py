@@ -5,16 +5,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kvweave.evals.one.generating import Generation, check_compressible, generate
 from kvweave.evals.run import store
 from kvweave.methods import Method
 from kvweave.models import LABS
 from kvweave.prompt import visual_mask
-from kvweave.report.data import Answer, Run, Speed, Token, layers_of
+from kvweave.report.data import Answer, Long, Run, Speed, Token, layers_of
 from kvweave.report.grids import Grid, grids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_LONG_STEPS = 16  # tokens decoded behind a long text
 
 #: Said where the embedded model is asked about something of the user's own.
 OWN_WORLD = (
@@ -48,9 +52,12 @@ def compare(
     repeats: int,
     command: str,
     on_answer: Callable[[str], None] = lambda what: None,
+    long: int = 0,
 ) -> Run:
     """Answer with the full cache and with each method by turns, `repeats` times each.
 
+    Args:
+        long: tokens of a text behind which decoding is timed as well; 0: not. A prompt without `words` has none.
     Raises:
         ModelError: kvweave cannot compress the model.
     """
@@ -61,7 +68,8 @@ def compare(
         for method, generations in zip(asked, made, strict=True):
             given = subject.model, subject.processor, subject.inputs
             generations.append(generate(*given, method, max_new_tokens))
-            on_answer("full cache" if method is None else method.spelling())
+            on_answer(_named(method))
+    behind = _decode_behind(subject, asked, long, on_answer) if long else None
     config = subject.model.config
     tokens = tokens_of(subject.processor, config, subject.inputs)
     grids = grids_of(subject.processor, config, subject.inputs, tokens, len(subject.images))
@@ -81,7 +89,36 @@ def compare(
         machine=machine(str(subject.model.device)),
         versions=store.versions(),
         notes=_notes(subject, unknown_words(subject.processor, subject.inputs), grids, methods),
+        long=behind,
     )
+
+
+def _named(method: Method | None) -> str:
+    return "full cache" if method is None else method.spelling()
+
+
+def words(subject: Subject) -> torch.Tensor:
+    """Token ids of the prompt's words, int64 [words]: neither visual nor special."""
+    tokenizer = getattr(subject.processor, "tokenizer", subject.processor)
+    ids = subject.inputs["input_ids"]
+    visual = visual_mask(subject.model.config, ids, dict(subject.inputs))
+    text = ids[0] if visual is None else ids[0][~visual[0]]
+    return text[[number not in tokenizer.all_special_ids for number in text.tolist()]]
+
+
+def _decode_behind(
+    subject: Subject, asked: Sequence[Method | None], length: int, on_answer: Callable[[str], None]
+) -> Long:
+    """Time decoding behind the prompt's own words, repeated: what they say matters to no speed."""
+    text = words(subject)
+    text = text.repeat(-(-length // len(text)))[:length][None]
+    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    speeds = []
+    for method in asked:
+        made = generate(subject.model, subject.processor, inputs, method, _LONG_STEPS, _LONG_STEPS)
+        speeds.append(_speed([made]))
+        on_answer(f"{_named(method)}, behind {length:,} tokens")
+    return Long(length, speeds)
 
 
 def _notes(subject: Subject, unknown: int, grids: Sequence[Grid], methods: Sequence[Method]) -> list[str]:
@@ -117,9 +154,8 @@ def answer_of(generations: Sequence[Generation], method: str, name: str, cache_b
     """One method's answer; speeds are medians over repeated generations, all else is the last one's.
 
     Args:
-        cache_bytes: of the full cache; None: as the report says.
+        cache_bytes: of the full cache, which is its peak too; None: as the report says.
     """
-    steps = [second for generation in generations for second in generation.step_seconds]
     last = generations[-1]
     layers = layers_of(last.report, last.fates) if last.report else []
     return Answer(
@@ -127,14 +163,20 @@ def answer_of(generations: Sequence[Generation], method: str, name: str, cache_b
         name=name,
         text=last.text,
         tokens=last.tokens,
-        speed=Speed(
-            tokens_per_second=1 / statistics.median(steps) if steps else None,
-            prefill_seconds=statistics.median(generation.prefill_seconds for generation in generations),
-            steps=len(steps),
-            repeats=len(generations),
-        ),
+        speed=_speed(generations),
         cache_bytes=last.report["totals"]["bytes"] if cache_bytes is None else cache_bytes,
+        peak_bytes=last.report["totals"]["peak_bytes"] if cache_bytes is None else cache_bytes,
         layers=layers,
+    )
+
+
+def _speed(generations: Sequence[Generation]) -> Speed:
+    steps = [second for generation in generations for second in generation.step_seconds]
+    return Speed(
+        tokens_per_second=1 / statistics.median(steps) if steps else None,
+        prefill_seconds=statistics.median(generation.prefill_seconds for generation in generations),
+        steps=len(steps),
+        repeats=len(generations),
     )
 
 
@@ -174,8 +216,6 @@ def unknown_words(processor: Any, inputs: Any) -> int:
 
 def machine(device: str) -> str:
     """The processor that the model ran on, by name."""
-    import torch
-
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

@@ -50,17 +50,21 @@ class Arrivals:
         """Nothing is left to do."""
 
 
-def generate(model: Any, processor: Any, inputs: Any, method: Method | None, max_new_tokens: int) -> Generation:
+def generate(
+    model: Any, processor: Any, inputs: Any, method: Method | None, max_new_tokens: int, min_new_tokens: int = 0
+) -> Generation:
     """Answer greedily, the cache compressed by `method`, or with None left to transformers as it is.
 
     Args:
-        inputs: one prompt, as `encode` gives it.
+        inputs: one prompt, as `encode` gives it, or a mapping like that.
+        min_new_tokens: an answer may not end before.
     Raises:
         ModelError: kvweave cannot compress this model; the message says why.
     """
     clock = Arrivals()
-    inputs = inputs.to(model.device)
-    arguments = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False, "streamer": clock}
+    inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    arguments = {**inputs, **lengths, "do_sample": False, "streamer": clock}
     report: dict[str, Any] = {}
     fates: list[Tensor | None] = []
     started = time.perf_counter()
