@@ -6,7 +6,7 @@ import kvweave
 from benchmarks.gpu.plan import BUDGET
 from benchmarks.gpu.prefill import FLASHCACHE
 from benchmarks.gpu.report import Report
-from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.needs import ALL_ROWS
 
 ROOFLINE = 0.8  # of the bytes kept, in decode attention
 SHARE = 0.8  # of what bandwidth allows, end to end in a graph
@@ -24,7 +24,7 @@ def marks(report: Report) -> None:
         judge(f"column sums <= 1x attention, {row['']}", _number(row["times attention"]), 1, "x", below=True)
     for row in report.data.get("prefill_ms", []):
         name = row[""]
-        if kvweave.get_method(name, budget=BUDGET).query_rows == ALL_ROWS:
+        if kvweave.get_method(name, budget=BUDGET).needs.rows == ALL_ROWS:
             continue
         for length, limit in FLASHCACHE.items():
             took = row.get(f"L={length}", "-")

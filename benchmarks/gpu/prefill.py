@@ -15,7 +15,7 @@ from benchmarks import measure
 from benchmarks.gpu import clock
 from benchmarks.gpu.plan import BUDGET, Plan
 from benchmarks.gpu.report import Report
-from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.needs import ALL_ROWS
 from kvweave.ops.statistics import AttentionRule, column_sums
 
 FLASHCACHE = {2048: 1.66, 4096: 3.86, 8192: 6.77}  # milliseconds that its paper adds to a prefill
@@ -58,7 +58,7 @@ def column_sums_beside_attention(plan: Plan, report: Report) -> None:
 def methods(plan: Plan, report: Report) -> None:
     """Added latency of each method over all layers, and peak memory above the inputs."""
     chosen = [name for name in kvweave.list_methods() if name != "full"]
-    chosen.sort(key=lambda name: kvweave.get_method(name, budget=BUDGET).query_rows == ALL_ROWS)  # light ones first
+    chosen.sort(key=lambda name: kvweave.get_method(name, budget=BUDGET).needs.rows == ALL_ROWS)  # light ones first
     cells: dict[str, dict[str, dict[int, str]]] = {
         table: {name: {} for name in chosen}
         for table in ("prefill_ms", "prefill_alone", "prefill_mib", "prefill_waits")

@@ -54,8 +54,9 @@ if TYPE_CHECKING:
     from kvweave.plan import Compacted, Merge, Plan
     from kvweave.prompt import Prompt
     from kvweave.seam.cache import CompressedCache
+    from kvweave.seam.entry import attach, compress, detach
     from kvweave.seam.layer import CompressedLayer
-    from kvweave.seam.session import Session, attach, compress, detach
+    from kvweave.seam.session import Session
     from kvweave.tensors import compress_tensors
     from kvweave.view import LayerView
 
@@ -166,10 +167,10 @@ _HOMES = {
     "VLCache": "methods.vlcache",
     "Weave": "methods.weave",
     "Weave2": "methods.weave2",
-    "attach": "seam.session",
-    "compress": "seam.session",
+    "attach": "seam.entry",
+    "compress": "seam.entry",
     "compress_tensors": "tensors",
-    "detach": "seam.session",
+    "detach": "seam.entry",
     "get_method": "methods.registry",
     "list_methods": "methods.registry",
     "method_from_dict": "methods.registry",

@@ -51,13 +51,20 @@ class Prompt:
         """Real tokens of each row (one host synchronisation, however often it is asked)."""
         return self.valid.sum(1).tolist()
 
-    @property
+    @cached_property
     def padded(self) -> bool:
         """Some column is padding."""
         return min(self.lengths) < self.length
 
-    def extended(self, visual: Tensor, valid: Tensor) -> "Prompt":
-        """This prompt followed by further columns; a decoded token's are written behind it, where room was made."""
+    def extended(self, visual: Tensor, valid: Tensor, seen: int | None = None) -> "Prompt":
+        """This prompt followed by further columns, on their device; a decoded token's are written behind it, where
+        room was made.
+
+        Args:
+            seen: its first so many columns alone; None: all.
+        """
+        if (cut := self.cropped(seen, visual.device)) is not self:
+            return cut.extended(visual, valid)
         new = visual.shape[1]
         if new > 1:
             return Prompt(torch.cat([self.visual, visual], 1), torch.cat([self.valid, valid], 1))
@@ -71,11 +78,11 @@ class Prompt:
         room[1, :, old:total] = valid
         return Prompt(room[0, :, :total], room[1, :, :total], room)
 
-    def cropped(self, length: int | None) -> "Prompt":
-        """The first `length` columns; the prompt itself if it has no more."""
-        if length is None or length >= self.length:
-            return self
-        return Prompt(self.visual[:, :length], self.valid[:, :length])
+    def cropped(self, length: int | None, device: torch.device | None = None) -> "Prompt":
+        """The first `length` columns, on `device` if it is named; itself if it has no more and is there."""
+        whole = length is None or length >= self.length
+        own = self if whole else Prompt(self.visual[:, :length], self.valid[:, :length])
+        return own if device is None else own.to(device)
 
     def to(self, device: torch.device) -> "Prompt":
         """The prompt on that device; itself if it is there."""

@@ -47,7 +47,7 @@ class LayerView:
         decoded_by: the same where it is not the mean over the tokens and over a group's heads, by (rows_by,
             heads_by).
         decoded_queries: [batch, heads, tokens, dim], those tokens' queries, where the method looks through their eyes
-            (`Method.keeps_rows`); decoded_counted: bool [batch, tokens], those that count.
+            (`Needs.decoded_queries`); decoded_counted: bool [batch, tokens], those that count.
         projection: [hidden, heads * dim], the layer's output projection, where the method asks for it and there is
             one.
         probed: the decoded tokens are answers to probes, not the reply's beginning.
@@ -107,7 +107,7 @@ class LayerView:
 
         Args:
             rows_by, heads_by: over the tokens, and before over a group's heads; one that the method asks for
-                (`Method.decoded_reductions`).
+                (`Needs.decoded`).
         """
         return self.decoded if rows_by == heads_by == "mean" else self.decoded_by.get((rows_by, heads_by))
 
@@ -328,7 +328,9 @@ class LayerView:
     def all_queries(self) -> Tensor:
         """Queries [batch, heads, rows, dim] of the last tokens, as long as they are at hand."""
         if self.queries is None:
-            raise RuntimeError("this statistic needs queries, and the method asked for none (Method.query_rows)")
+            raise RuntimeError(
+                "this statistic needs queries, and the method did not declare it (Needs.rows, Needs.statistics)"
+            )
         return self.queries
 
     def remember_in(self, known: dict[Any, Any]) -> None:

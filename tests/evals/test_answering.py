@@ -8,7 +8,7 @@ import torch
 import kvweave
 from kvweave.evals.answer.answering import answer, prefill, prepare
 from kvweave.evals.tasks.tasks import Example, lab_tasks
-from kvweave.seam import session
+from kvweave.seam import probing
 from kvweave.seam.probes import Probes, read_probes
 
 
@@ -134,7 +134,7 @@ def test_kvzip_gives_its_instruction_in_evaluations(model: Any, processor: Any, 
     """Its replay is not the user's `probes`, but asks with the same processor."""
     asked: list[Probes] = []
     monkeypatch.setattr(
-        session, "answer_probes", lambda model, cache, probes: asked.append(probes) or cache.cut_waiting()
+        probing, "answer_probes", lambda model, cache, probes: asked.append(probes) or cache.cut_waiting()
     )
     example = lab_tasks(["image_needle"], 1)[0].examples(0)[0]
     answer(model, processor, kvweave.get_method("kvzip"), prepare(processor, [example], "unseen"), 4)

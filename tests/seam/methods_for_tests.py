@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kvweave import LayerView, Method, Plan
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import integer
 from kvweave.ops.select import top_and_recent
 
@@ -19,8 +20,8 @@ class Heavier(Method):
     window: int = integer(4, minimum=1, help="last rows that vote")
 
     @property
-    def query_rows(self) -> int:
-        return self.window
+    def needs(self) -> Needs:
+        return Needs(self.window)
 
     def layer_weight(self, view: LayerView):
         view.window_attention(self.window)

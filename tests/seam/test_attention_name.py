@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import kvweave
-from kvweave.seam import names
+from kvweave.seam import lookup
 
 SNAP = kvweave.SnapKV(budget=0.3, window=4)
 INPUTS = text_inputs((26,))
@@ -36,8 +36,8 @@ def test_the_name_stays_and_the_last_to_leave_takes_the_reader_back(attention):
     before = dict(AttentionInterface._global_mapping)
     with kvweave.compress(models[0], SNAP) as first:
         for model in models:
-            assert names.implementation(model.config) == attention
-        assert names.registered(attention) is not before.get(attention)
+            assert lookup.implementation(model.config) == attention
+        assert lookup.registered(attention) is not before.get(attention)
         with kvweave.attach(models[1]):
             pass
         decode(models[0], INPUTS)
@@ -97,7 +97,7 @@ def test_an_attention_function_of_the_users_own(masks, monkeypatch):
         mine = decode(model, INPUTS)[1]
     with masked(model, cut_of(session.cache, 26)):
         assert_close(mine, decode(model, INPUTS)[1])
-    assert names.registered("own_attention") is own
+    assert lookup.registered("own_attention") is own
 
 
 def test_a_table_of_the_files_own_is_refused_by_name(monkeypatch):
@@ -117,14 +117,14 @@ def test_each_class_falls_back_on_the_eager_function_of_its_own():
     """llama4 has one for its text and one for its pictures in one file."""
     import transformers.models.llama4.modeling_llama4 as home
 
-    assert names.eager_function(home.Llama4TextAttention) is home.eager_attention_forward
-    assert names.eager_function(home.Llama4VisionAttention) is home.vision_eager_attention_forward
+    assert lookup.eager_function(home.Llama4TextAttention) is home.eager_attention_forward
+    assert lookup.eager_function(home.Llama4VisionAttention) is home.vision_eager_attention_forward
 
     class Mine(home.Llama4VisionAttention):
         pass
 
-    assert names.eager_function(Mine) is home.vision_eager_attention_forward
-    assert names.eager_function(torch.nn.Linear) is None
+    assert lookup.eager_function(Mine) is home.vision_eager_attention_forward
+    assert lookup.eager_function(torch.nn.Linear) is None
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

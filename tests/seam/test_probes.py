@@ -138,7 +138,7 @@ def test_texts_are_asked_by_the_processors_chat_template(lab_model, probes):
     inputs = models.encode(processor, sample.messages())
     with kvweave.compress(model, WEAVE, probes=probes, processor=processor, probe_tokens=3) as session:
         model.generate(**inputs, max_new_tokens=3)
-    asked = session._probes.answered
+    asked = session.probes.answered
     assert session.report["probes"]["count"] == len(asked) == (12 if probes == "default" else 2)
     assert processor.tokenizer.decode(asked[0]).startswith("list image #")
     assert asked[-1] == [7, 8] or probes == "default"

@@ -12,100 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvweave.cut.record import Record
-from kvweave.cut.rows import Group, Share, compact, fits, group_rows, observe, smallest
+from kvweave.cut.layer_cut import LayerCut
+from kvweave.cut.rows import Group, Share, observe, smallest
 from kvweave.cut.shares import by_row, share_out
+from kvweave.cut.terms import Pending, Terms
 from kvweave.cut.waiting import Waiting, known_by_row
 from kvweave.memory.block import Block
-from kvweave.memory.heads import block_of, stored, stored_in
 from kvweave.memory.slots import Slots
-from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.methods.needs import ALL_ROWS
 from kvweave.ops.budget import entries
-from kvweave.ops.heads import HERE, Heads
 from kvweave.ops.statistics import AttentionRule
-from kvweave.plan import Compacted
 from kvweave.prompt import Prompt
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a layer's cut goes by, beside its slots.
-
-    Attributes:
-        method: what decides.
-        layers: how many layers share the budget.
-        heads: where the layer's other heads are.
-        query_rows: queries of how many of the prompt's last rows are needed.
-        awaited: tokens behind the prompt whose queries are wanted.
-        on_request: the cut waits until it is asked for; probed: probes have been answered.
-        rotary: (cos, sin), [batch, columns, rotary_dim] each, where the method turns keys.
-        interleaved: how it pairs channels.
-        trace: keep each slot's fate.
-        known: statistics that other caches filled with the same prompt have computed, by what they are of.
-    """
-
-    method: Method
-    layers: int = 1
-    heads: Heads = HERE
-    query_rows: int = 0
-    awaited: int = 0
-    on_request: bool = False
-    probed: bool = False
-    rotary: tuple[Tensor, Tensor] | None = None
-    interleaved: bool = False
-    trace: bool = False
-    known: dict[Any, dict[Any, Any]] | None = None
-
-
 @dataclass
-class Pending:
-    """A layer between its attention and its cut.
+class PromptCut(LayerCut):
+    """A layer's prompt on its way to the cut.
 
     Attributes:
-        groups: what the method sees, rows of equal length together.
-        weights: what was observed of each group, for layer-adaptive methods.
-        budgets, lengths: mean entries of a layer and real tokens, by row of the batch.
-        prompt: the prompt's slots; behind: those behind it, which are not cut.
-        valid: bool [batch, columns], real tokens of the prompt.
-    """
-
-    groups: list[Group]
-    weights: list[Any]
-    budgets: list[int]
-    lengths: list[int]
-    prompt: Slots
-    behind: Slots
-    valid: Tensor
-
-
-@dataclass
-class PromptCut:
-    """What a layer keeps of its prompt beside the slots.
-
-    Attributes:
-        layer: its number among the layers that are compressed.
         queries: of the prompt's last rows so far, in pieces [batch, heads, rows, dim].
         query_shape: heads, dim.
-        rotated: keys carry a rotary phase.
-        projection: the output projection, for methods that look through it.
-        memory: what the method left for a later turn.
-        pending: what is cut once all layers have been observed.
         waiting: what is cut once tokens have been decoded.
-        record, flow: of the last cut, for the report.
-        fate: with `trace`, for each row int64 [kv_heads, length], the slot that a slot lives on in, -1: evicted.
     """
 
-    layer: int = 0
     queries: list[Tensor] = field(default_factory=list)
     query_shape: tuple[int, int] = (0, 0)
-    rotated: bool = True
-    projection: Tensor | None = None
-    memory: Tensor | None = None
-    pending: Pending | None = None
     waiting: Waiting | None = None
-    record: Record | None = None
-    flow: float | None = None
-    fate: list[Tensor] = field(default_factory=list)
 
     # ---------------------------------------------------------------- while the prompt comes
 
@@ -188,33 +120,31 @@ class PromptCut:
     ) -> tuple[Block, Tensor | None]:
         method = terms.method
         slots = self._all_slots(block, prompt.valid, terms, padded=prompt.padded)
-        own = prompt.cropped(end).to(slots.keys.device)
+        own = prompt.cropped(end, slots.keys.device)
         lengths = own.lengths
-        ours, after = slots.parted(slots.count - behind)
+        ours, after = slots.parted(slots.count - behind) if behind else (slots, None)
         if mask is not None:  # other processes' heads may hold more slots
             hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             mask = F.pad(mask, (ours.count - mask.shape[-1], 0), value=hidden)
-        entry_bytes = terms.layers * terms.heads.size * slots.nbytes // slots.count
+        entry_bytes = 0
+        if isinstance(method.budget, str):
+            entry_bytes = terms.layers * terms.heads.size * slots.nbytes // slots.count
         budgets = [entries(method.budget, n, entry_bytes) for n in lengths]
         share = share_out(method, budgets, lengths, terms.layers)[self.layer]
-        adaptive = method.layer_adaptive
-        if (
-            not block.has_positions
-            and not adaptive
-            and all(smallest(b) >= n for b, n in zip(share, lengths, strict=True))
-        ):
-            return self._store(block, block, lengths, ours, terms), None  # not a bit is touched
-        groups = self._groups(ours, queries, own, rule, terms, mask)
+        whole = not terms.adaptive and all(smallest(b) >= n for b, n in zip(share, lengths, strict=True))
+        if whole and not block.has_positions:
+            return self.store(block, block, lengths, ours, terms), None  # not a bit is touched
+        groups = self.groups(ours, queries, own, rule, terms, mask)
         for group in groups:
             if terms.known is not None:
                 rows = 0 if group.view.queries is None else group.view.queries.shape[2]
                 group.view.remember_in(terms.known.setdefault((self.layer, *group.index, rows), {}))
-        pending = Pending(groups, [], budgets, lengths, ours, after, own.valid)
+        pending = Pending(groups, budgets, lengths, ours, after, own.valid)
         if method.defer or terms.on_request:
-            self._store(block, block, lengths, ours, terms, packs=False)
-            self.waiting = self._wait(pending, own, rule, budgets if adaptive else share, terms)
+            self.store(block, block, lengths, ours, terms, packs=False)
+            self.waiting = self._wait(pending, own, rule, budgets if terms.adaptive else share, terms)
             return block, None
-        if adaptive:
+        if terms.adaptive:
             pending.weights = observe(method, groups, budgets, lengths)
             self.pending = pending
             return block, None
@@ -223,37 +153,9 @@ class PromptCut:
     def _all_slots(self, block: Block, valid: Tensor, terms: Terms, padded: bool | None = None) -> Slots:
         """What memory holds, heads side by side; as many slots as in every process that holds other heads."""
         slots = block.as_slots(valid, padded=padded)
-        return slots.padded(max(terms.heads.counts(slots.count, slots.keys.device)))
-
-    def _groups(
-        self,
-        slots: Slots,
-        queries: Tensor | None,
-        prompt: Prompt,
-        rule: AttentionRule,
-        terms: Terms,
-        mask: Tensor | None = None,
-        apart: Sequence[int] | None = None,
-    ) -> list[Group]:
-        """What the method sees of the prompt's slots."""
-        groups = group_rows(
-            slots,
-            queries,
-            prompt,
-            rule,
-            mask=mask,
-            layer=self.layer,
-            layers=terms.layers,
-            memory=self.memory,
-            rotary=terms.rotary,
-            wanted=terms.query_rows,
-            apart=range(len(prompt.valid)) if terms.method.plans_rows_alone else apart,
-            heads=terms.heads,
-        )
-        for group in groups:
-            group.view.interleaved, group.view.rotated = terms.interleaved, self.rotated
-            group.view.projection = self.projection
-        return groups
+        if terms.heads.size == 1:
+            return slots
+        return slots.padded(max(count for (count,) in terms.heads.each([slots.count], slots.keys.device)))
 
     # ---------------------------------------------------------------- a cut that waits
 
@@ -270,18 +172,8 @@ class PromptCut:
         weights = observe(terms.method, pending.groups, budgets, pending.lengths, probed=probed)
         heads, dim = self.query_shape
         queries = pending.prompt.keys.new_zeros(batch, heads, terms.awaited, dim)
-        return Waiting(
-            prompt,
-            pending.prompt.count,
-            known_by_row(pending.groups, batch),
-            by_row(pending.groups, weights),
-            pending.budgets,
-            rule,
-            queries,
-            [{} for _ in range(batch)],
-            [[] for _ in range(batch)],
-            torch.zeros(batch, device=queries.device),
-        )
+        known, weights = known_by_row(pending.groups, batch), by_row(pending.groups, weights)
+        return Waiting.of(prompt, pending.prompt.count, rule, queries, known, weights, pending.budgets)
 
     def count_attention(self, block: Block, counted: Tensor, seen: int, terms: Terms) -> None:
         """Note what the tokens behind the prompt attend to in it.
@@ -293,7 +185,7 @@ class PromptCut:
         if self.waiting is not None and terms.query_rows:
             groups, _, after = self._waiting_groups(self.waiting, block, seen, terms)
             for group in groups:
-                self.waiting.add(group, after.keys, counted, terms.method)
+                self.waiting.add(group, after.keys, counted, terms.needs)
 
     def _waiting_groups(
         self, waiting: Waiting, block: Block, seen: int, terms: Terms
@@ -304,7 +196,7 @@ class PromptCut:
         slots = self._all_slots(block, torch.cat([prompt.valid, behind], 1), terms)
         ours, after = slots.parted(waiting.slots)
         rows = [known.get("rows", 0) for known in waiting.known]
-        return self._groups(ours, None, prompt, waiting.rule, terms, apart=rows), ours, after
+        return self.groups(ours, None, prompt, waiting.rule, terms, apart=rows), ours, after
 
     def due(
         self, block: Block, share: Sequence[Share] | None, counted: Tensor | None, seen: int, terms: Terms
@@ -324,71 +216,11 @@ class PromptCut:
             view, at = group.view, group.index
             cuts = share is None or smallest(share[at[0]]) < view.length
             if counted is not None and after.count and terms.query_rows and cuts:
-                waiting.add(group, after.keys, counted, method, method.decoded_temperature)
+                waiting.add(group, after.keys, counted, terms.needs, terms.needs.temperature)
             waiting.tell(view, at)
             view.probed = terms.probed
             rows = waiting.counts[at] if terms.probed else torch.full_like(waiting.counts[at], method.defer)
             view.decoded_weight = method.weight_of(rows)[:, None, None]
         budgets, lengths = waiting.budgets, waiting.prompt.lengths
         weights = [] if share is not None else observe(method, groups, budgets, lengths, probed=(terms.probed,))
-        return Pending(groups, weights, budgets, lengths, ours, after, waiting.prompt.valid)
-
-    # ---------------------------------------------------------------- the cut
-
-    def cut(self, block: Block, pending: Pending, share: Sequence[Share], terms: Terms) -> tuple[Block, Tensor]:
-        """What memory holds once the method has taken from the prompt's slots what it keeps.
-
-        Args:
-            share: entries that each row of the batch keeps in this layer.
-        Returns:
-            That, and bool [batch, columns], the tokens of the prompt that were taken for real.
-        """
-        self.pending = None
-        behind = pending.behind.nbytes
-        if fits(pending.groups, share) and not _holds_padding(block, pending):
-            return self._store(block, block, pending.lengths, pending.prompt, terms, behind=behind), pending.valid
-        outcome = compact(terms.method, pending.groups, share, pending.budgets, trace=terms.trace)
-        self.flow = outcome.compacted.flow
-        self.fate = outcome.fate
-        self.memory = self.memory if outcome.memory is None else outcome.memory
-        cut = block_of(stored(outcome.compacted, pending.behind))
-        cut = self._store(block, cut, pending.lengths, outcome.compacted, terms, outcome.rows, behind=behind)
-        return cut, pending.valid
-
-    def _store(
-        self,
-        before: Block,
-        block: Block,
-        lengths: list[int],
-        prompt: Slots | Compacted,
-        terms: Terms,
-        rows: list[dict[str, Any]] | None = None,
-        packs: bool = True,
-        behind: int = 0,
-    ) -> Block:
-        """`block` as the method wants it stored; keeps what the report will say.
-
-        Args:
-            before: what memory held.
-            prompt: what is left of the prompt, for its positions and mass.
-            rows: for each row, what its plan says of itself.
-            packs: store it as the method wants it stored.
-            behind: bytes of the tokens that lie behind the prompt.
-        """
-        block, bytes_before = stored_in(block, terms.method.storage if packs else None), before.nbytes - behind
-        assert prompt.positions is not None
-        assert prompt.mass is not None
-        real = prompt.positions >= 0
-        mass = prompt.mass * real
-        ours = bytes_before, block.nbytes - behind, behind  # and those of the layer's other heads
-        bytes_before, bytes_after, behind = (sum(terms.heads.counts(n, real.device)) for n in ours)
-        counts = [real.sum(-1).to(mass.dtype), mass.sum(-1), mass.amax(-1)]
-        kept, represented, heaviest = terms.heads.gather(torch.stack(counts, -1)).unbind(-1)
-        rows = rows or [{} for _ in lengths]
-        self.record = Record(lengths, kept, represented, heaviest.max(), bytes_before, bytes_after, rows, behind)
-        return block
-
-
-def _holds_padding(block: Block, pending: Pending) -> bool:
-    """Slots, known by their columns, that are no real token: padding that came behind an earlier cut."""
-    return block.has_positions and bool(pending.prompt.stands_for_others_than(pending.valid).any())
+        return Pending(groups, budgets, lengths, ours, after, waiting.prompt.valid, weights)

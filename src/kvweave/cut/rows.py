@@ -4,7 +4,7 @@ Methods see rectangular views without padding. Here the rows of a batch are brou
 equally many tokens are planned together, and what they keep is put back into one tensor, short rows padded in front.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvweave.memory.heads import side_by_side
 from kvweave.memory.slots import Slots
-from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.methods.base import Method
+from kvweave.methods.needs import ALL_ROWS
 from kvweave.ops.device import exact
 from kvweave.ops.heads import HERE, Heads
 from kvweave.ops.select import last, places
@@ -25,10 +26,11 @@ from kvweave.view import LayerView
 
 @dataclass
 class Group:
-    """Rows of a layer that hold equally many tokens: `index` in the batch, and what a method sees of them."""
+    """Rows that hold equally many tokens, `length`: `index` in the batch, and what a method sees of them."""
 
     index: list[int]
     view: LayerView
+    length: int
 
 
 def group_rows(
@@ -61,45 +63,19 @@ def group_rows(
     """
     assert slots.positions is not None
     assert slots.mass is not None
-    batch, _, count = slots.positions.shape
-    column = slots.positions.clamp(min=0).flatten(1)
-    empty = slots.positions < 0
-    visual = prompt.visual.gather(1, column).view_as(empty)
+    count = slots.positions.shape[2]
     rows = queries.shape[2] if queries is not None else 0
-    # where this holds, sizes are known without waiting for the device
-    unpadded = heads.size == 1 and not slots.has_empty and not prompt.padded
-    everywhere = full = real = ~empty
-    sizes = [[count, rows]] * batch
-    if not unpadded:
-        full = prompt.valid.gather(1, column).view_as(empty).logical_and(~empty)
-        visual = visual & full
-        everywhere = heads.gather(full)
-        real = everywhere.any(1)  # padding is that of the whole row; a slot may be empty in some heads only
-        sizes = torch.stack([real.sum(1), real[:, count - rows :].sum(1)], 1).tolist()
-    most = rows if wanted == ALL_ROWS else wanted
-    keys = [(length, min(asked, most), apart[row] if apart else 0) for row, (length, asked) in enumerate(sizes)]
+    tokens = _tokens(slots, prompt, heads)
     groups = []
-    for key in sorted(set(keys)):
-        index = [row for row in range(batch) if keys[row] == key]
-        length, asked, _ = key
-        whole = len(index) == batch and length == count
-        everyone = torch.arange(batch, device=empty.device)
-        at = everyone if len(index) == batch else torch.cat([everyone[row : row + 1] for row in index])
-        held = torch.arange(length, device=empty.device).expand(len(index), -1)
-        if not unpadded:
-            held = places(real[at], length)
-
-        def pick(x: Tensor, at: Tensor = at, held: Tensor = held, whole: bool = whole) -> Tensor:
-            """These rows' held slots of `x` [batch, heads, slots, ...]."""
-            return x if whole else x[at[:, None], :, held].transpose(1, 2)
-
+    for part, asked in _parts(tokens, rows, rows if wanted == ALL_ROWS else wanted, apart):
+        pick, at = part.pick, part.at
         view = LayerView(
             keys=pick(slots.keys),
             values=pick(slots.values),
             queries=None,
             positions=pick(slots.positions),
             mass=pick(slots.mass),
-            visual=pick(visual),
+            visual=pick(tokens.visual),
             rule=rule,
             bias=pick(slots.bias) if slots.bias is not None else None,
             memory=memory[at] if memory is not None else None,
@@ -107,18 +83,87 @@ def group_rows(
             layers=layers,
             heads=heads,
         )
-        if (slots.has_empty or heads.size > 1) and not bool(pick(everywhere).all()):
-            view.empty = ~pick(full)
+        length = part.held.shape[1]
+        if (slots.has_empty or heads.size > 1) and not bool(pick(tokens.everywhere).all()):
+            view.empty = ~pick(tokens.here)
         if queries is not None:
-            asks = held[:, length - asked :] - (count - rows)  # rows of `queries` that hold a token
-            view.queries = queries[:, :, rows - asked :] if whole else queries[at[:, None], :, asks].transpose(1, 2)
+            asks = part.held[:, length - asked :] - (count - rows)  # rows of `queries` that hold a token
+            view.queries = queries[:, :, rows - asked :] if part.whole else _of_rows(queries, at, asks)
             if mask is not None:
-                view.rule = replace(rule, mask=_blocks(mask, at, asks, held))
+                view.rule = replace(rule, mask=_blocks(mask, at, asks, part.held))
         if rotary is not None:
-            cos, sin = (_at_positions(table.to(at.device)[at], view.positions) for table in rotary)
-            view.rotary = cos, sin
-        groups.append(Group(index, view))
+            view.rotary = _tables(rotary, at, view.positions)
+        groups.append(Group(part.index, view, length))
     return groups
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Which slots hold a real token.
+
+    Attributes:
+        here: bool [batch, kv_heads, slots]; everywhere: the same of all the layer's heads.
+        real: bool [batch, slots], in some head: padding is that of the whole row; None: all are, which is known
+            without waiting for the device.
+        visual: bool [batch, kv_heads, slots], those of visual tokens.
+    """
+
+    here: Tensor
+    everywhere: Tensor
+    real: Tensor | None
+    visual: Tensor
+
+
+def _tokens(slots: Slots, prompt: Prompt, heads: Heads) -> _Tokens:
+    assert slots.positions is not None
+    column = slots.positions.clamp(min=0).flatten(1)
+    filled = slots.positions >= 0
+    visual = prompt.visual.gather(1, column).view_as(filled)
+    if heads.size == 1 and not slots.has_empty and not prompt.padded:
+        return _Tokens(filled, filled, None, visual)
+    here = prompt.valid.gather(1, column).view_as(filled).logical_and(filled)
+    everywhere = heads.gather(here)
+    return _Tokens(here, everywhere, everywhere.any(1), visual & here)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a batch that hold equally many tokens.
+
+    Attributes:
+        index, at: which rows, as numbers and int64 [rows].
+        held: int64 [rows, length], the slots that hold a token.
+        whole: that is all there is.
+    """
+
+    index: list[int]
+    at: Tensor
+    held: Tensor
+    whole: bool
+
+    def pick(self, x: Tensor) -> Tensor:
+        """These rows' held slots of `x` [batch, heads, slots, ...]."""
+        return x if self.whole else _of_rows(x, self.at, self.held)
+
+
+def _parts(tokens: _Tokens, rows: int, most: int, apart: Sequence[int] | None) -> Iterator[tuple[_Part, int]]:
+    """Rows that are planned together, and of how many of the last `rows` they have queries, `most` at most."""
+    batch, _, count = tokens.visual.shape
+    device, real = tokens.visual.device, tokens.real
+    sizes = [[count, rows]] * batch
+    if real is not None:
+        sizes = torch.stack([real.sum(1), real[:, count - rows :].sum(1)], 1).tolist()
+    keys = [(length, min(asked, most), apart[row] if apart else 0) for row, (length, asked) in enumerate(sizes)]
+    for key in sorted(set(keys)):
+        index = [row for row in range(batch) if keys[row] == key]
+        length, asked, _ = key
+        everyone = torch.arange(batch, device=device)
+        at = everyone if len(index) == batch else torch.cat([everyone[row : row + 1] for row in index])
+        if real is None:
+            held = torch.arange(length, device=device).expand(len(index), -1)
+        else:
+            held = places(real[at], length)
+        yield _Part(index, at, held, len(index) == batch and length == count), asked
 
 
 def _blocks(mask: Tensor, at: Tensor, asks: Tensor, held: Tensor) -> Callable[[int, int], Tensor]:
@@ -130,6 +175,17 @@ def _blocks(mask: Tensor, at: Tensor, asks: Tensor, held: Tensor) -> Callable[[i
         return part.gather(-1, held[:, None, None].expand(*part.shape[:3], -1))
 
     return block
+
+
+def _of_rows(x: Tensor, at: Tensor, slots: Tensor) -> Tensor:
+    """Of `x` [batch, heads, slots, ...] the rows `at` [rows], and of each its own `slots` [rows, n]."""
+    return x[at[:, None], :, slots].transpose(1, 2)
+
+
+def _tables(rotary: tuple[Tensor, Tensor], at: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary tables [batch, columns, dim] of the rows `at`, at their slots' positions."""
+    cos, sin = (_at_positions(table.to(at.device)[at], positions) for table in rotary)
+    return cos, sin
 
 
 def _at_positions(table: Tensor, positions: Tensor) -> Tensor:
@@ -166,7 +222,7 @@ def smallest(share: Share) -> int:
 
 def fits(groups: list[Group], budgets: Sequence[Share]) -> bool:
     """True if no row of the layer has to give up anything."""
-    return all(smallest(budgets[row]) >= group.view.length for group in groups for row in group.index)
+    return all(smallest(budgets[row]) >= group.length for group in groups for row in group.index)
 
 
 @exact
@@ -193,13 +249,13 @@ def observe(
         view, weight = group.view, 0.0
         row = group.index[0]
         view.mean_budget = budgets[row]
-        if method.pools and view.length:
+        if method.pools and group.length:
             for view.probed in probed:
                 weight = method.observe(view)  # a group of one row
-        elif budgets[row] < (lengths[row] if method.layer_adaptive else view.length):
+        elif budgets[row] < (lengths[row] if method.layer_adaptive else group.length):
             if method.layer_adaptive:  # a group of one row
                 weight = method.observe(view)
-            elif method.query_rows:
+            elif method.needs.rows:
                 for view.probed in probed:
                     method.prepare(view, view.mean_budget)
         weights.append(weight)
@@ -224,13 +280,13 @@ def compact(
     for group in groups:
         view, budget = group.view, budgets[group.index[0]]
         view.mean_budget = means[group.index[0]]
-        if smallest(budget) >= view.length:
+        if smallest(budget) >= group.length:
             plan = _everything(view)
         else:
             plan = method.plan(view, budget) if isinstance(budget, int) else method.plan_heads(view, budget)
         done = plan.apply(view)
         fate = plan.fate(view) if trace else None
-        described = _described(plan, view.batch)
+        described = _described(plan, len(group.index))
         for n, row in enumerate(group.index):
             pieces[row] = _row(done, n)
             rows[row] = described[n]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvweave.cut.rows import Group
-from kvweave.methods.base import Method, Reduction
+from kvweave.methods.needs import MEANS, Needs, Reduction
 from kvweave.ops.device import exact, writable
 from kvweave.ops.statistics import AttentionRule, column_sums, received
 from kvweave.prompt import Prompt
@@ -47,6 +47,33 @@ class Waiting:
     seen: list[list[Tensor]]
     counts: Tensor
 
+    @classmethod
+    def of(
+        cls,
+        prompt: Prompt,
+        slots: int,
+        rule: AttentionRule,
+        queries: Tensor,
+        known: list[dict[Any, Any]] | None = None,
+        weights: Sequence[Any] = (),
+        budgets: Sequence[int] = (),
+    ) -> "Waiting":
+        """Of a prompt that has just ended; nothing is known of what comes behind it."""
+        batch = len(queries)
+        counts = torch.zeros(batch, device=queries.device)
+        return cls(
+            prompt,
+            slots,
+            known or [{} for _ in range(batch)],
+            list(weights),
+            list(budgets),
+            rule,
+            queries,
+            [{} for _ in range(batch)],
+            [[] for _ in range(batch)],
+            counts,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """What is copied, saved and sent: memory that another process may share is not written to."""
         return vars(self) | {"queries": self.queries.clone(), "counts": self.counts.clone()}
@@ -79,13 +106,13 @@ class Waiting:
         batch, heads, _, dim = self.queries.shape
         self.queries = self.queries.new_zeros(batch, heads, tokens, dim)
 
-    def add(self, group: Group, keys: Tensor, counted: Tensor, method: Method, temperature: float = 1.0) -> None:
+    def add(self, group: Group, keys: Tensor, counted: Tensor, needs: Needs, temperature: float = 1.0) -> None:
         """Add what the tokens behind the prompt attend to, of a group's rows.
 
         Args:
             keys: [batch, kv_heads, tokens, dim], of those tokens.
             counted: bool [batch, tokens], those that belong to a reply that has not ended.
-            method: says how their attention is reduced, and whether their queries are kept.
+            needs: how their attention is reduced, and whether their queries are kept.
             temperature: divides the logits.
         """
         rule = replace(self.rule, scaling=self.rule.scaling / temperature)
@@ -93,15 +120,15 @@ class Waiting:
         tokens = min(keys.shape[2], self.queries.shape[2])
         counted = counted[at, :tokens].to(keys.device)
         queries = self.queries[at, :, :tokens]
-        for reduction in method.decoded_reductions:
-            how = () if reduction == ("mean", "mean") else reduction
+        for reduction in needs.decoded:
+            how = () if reduction == MEANS else reduction
             given = decoded_attention(group.view, queries, keys[at, :, :tokens], counted, rule, *how)
             for n, row in enumerate(at):
                 before, new = self.sums[row].get(reduction), given[n : n + 1]
                 if before is not None:
                     new = torch.maximum(before, new) if reduction[0] == "max" else before + new
                 self.sums[row][reduction] = new
-        if method.keeps_rows:
+        if needs.decoded_queries:
             for n, row in enumerate(at):
                 self.seen[row].append(queries[n][:, counted[n]])
         self.counts = writable(self.counts)
@@ -125,7 +152,7 @@ class Waiting:
 def tell_attention(view: LayerView, reduction: Reduction, total: Tensor, counts: Tensor) -> None:
     """Let a view know what as many tokens behind its prompt attended to: `total` is their sum, or largest."""
     mean = total if reduction[0] == "max" else total / counts.clamp(min=1).to(total.dtype)
-    if reduction == ("mean", "mean"):
+    if reduction == MEANS:
         view.decoded = mean
     else:
         view.decoded_by = view.decoded_by | {reduction: mean}

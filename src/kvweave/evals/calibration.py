@@ -15,12 +15,13 @@ import torch
 
 from kvweave.evals.run.store import read_object, write_json
 from kvweave.evals.tasks.sources import SOURCES
+from kvweave.evals.tasks.text import readme
 from kvweave.methods.allocation import Pool, Profile, share_out
 from kvweave.methods.kvzip import KVzip
 from kvweave.models.chat import Message, encode
 from kvweave.ops.budget import entries
+from kvweave.seam.entry import compress
 from kvweave.seam.profiles import model_mark
-from kvweave.seam.session import compress
 
 BUDGETS = (0.5, 0.3, 0.2, 0.1, 0.05)
 _DIGITS = 4
@@ -96,8 +97,7 @@ def _texts(files: Sequence[Path]) -> Iterator[tuple[str, str]]:
 def _installed() -> Iterator[tuple[str, str]]:
     """READMEs and licences of installed packages, one after the other, in the order of names."""
     for name, package in sorted({one.metadata["Name"]: one for one in metadata.distributions()}.items()):
-        about = package.metadata
-        yield f"{name} README", about.get("Description") or str(about.get_payload() or "")  # type: ignore[attr-defined]
+        yield f"{name} README", readme(package.metadata)
         for file in package.files or ():
             if file.name.upper().startswith("LICENSE") and "dist-info" in str(file):
                 try:

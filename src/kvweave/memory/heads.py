@@ -100,6 +100,11 @@ def in_fixed_buffers(block: Block, tokens: int, column: int, valid: Tensor) -> t
     return tuple(FixedSlots.of(part.as_slots(valid), tokens, column, valid) for part in block.parts)
 
 
+def block_from(done: Compacted, behind: Slots | None = None) -> Block:
+    """`stored`, as a layer holds it."""
+    return block_of(stored(done, behind))
+
+
 def stored(done: Compacted, behind: Slots | None = None) -> list[Slots]:
     """What memory holds of a compacted layer: heads that keep different counts apart, so that memory is freed.
 

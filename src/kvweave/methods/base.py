@@ -7,18 +7,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import Option, flag, integer, real
 from kvweave.ops.budget import Budget, check_budget, entries, warn_of_one
 from kvweave.ops.quantize import Quantization
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
-#: `Method.query_rows` of a method that needs the queries of all rows.
-ALL_ROWS = -1
 #: Options that every method takes beside its budget.
 COMMON = ("defer", "defer_weight", "redecode")
-#: How attention is reduced over rows, and before that over a group's heads.
-Reduction = tuple[str, str]
+#: Members that `Method.needs` has taken the place of.
+_NOW_NEEDS = ("query_rows", "probed_rows", "turns_keys", "plans_rows_alone", "decoded_reductions", "keeps_rows")
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,16 @@ class Method:
     source: ClassVar[str] = ""
     #: What deciding costs, by layer and head, where rows x length x dim does not say it.
     cost: ClassVar[str] = ""
-    #: Layer budgets depend on all layers' statistics: nothing is cut before the prefill ends.
-    layer_adaptive: ClassVar[bool] = False
-    #: The plan depends on which tokens are visual.
-    uses_modality: ClassVar[bool] = False
     #: Its options are those of many methods, and documented once.
     shares_options: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in _NOW_NEEDS:
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__}.{name} is read no more: allowed is needs = Needs(...), see Method.needs"
+                )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", check_budget(self.budget))
@@ -103,18 +106,18 @@ class Method:
         return rows / (rows + 4) if self.defer_weight is None else torch.full_like(rows, self.defer_weight)
 
     @property
-    def decoded_temperature(self) -> float:
-        """Decoded tokens' logits are divided by it before they become attention that counts."""
-        return 1.0
+    def needs(self) -> Needs:
+        """What it needs beside keys and values: a class attribute, or a property where options decide."""
+        return Needs()
 
     @property
-    def plans_rows_alone(self) -> bool:
-        """Counts depend on what a row holds, not only on its length: rows of a batch are planned one at a time."""
-        return self.layer_adaptive
+    def layer_adaptive(self) -> bool:
+        """Layer budgets depend on all layers' statistics: nothing is cut before the prefill ends."""
+        return False
 
     @property
-    def turns_keys(self) -> bool:
-        """The plan needs the rotary tables."""
+    def uses_modality(self) -> bool:
+        """The plan depends on which tokens are visual."""
         return False
 
     @property
@@ -128,40 +131,9 @@ class Method:
         return None
 
     @property
-    def query_rows(self) -> int:
-        """Queries of how many of the last rows the method needs; 0: none; `ALL_ROWS`: all."""
-        return 0
-
-    @property
-    def probed_rows(self) -> int:
-        """The same where probes are answered before the cut."""
-        return self.query_rows
-
-    @property
     def profiles(self) -> tuple[str, ...]:
         """Files with shares by head that it goes by; they belong to one model each."""
         return ()
-
-    @property
-    def replays(self) -> bool:
-        """Where the user names no probes, the prompt is read again before it is cut (SPEC 15.5)."""
-        return False
-
-    @property
-    def decoded_reductions(self) -> tuple[Reduction, ...]:
-        """How the attention of tokens behind the prompt is reduced, (rows_by, heads_by) each; ("mean", "mean") is
-        `D`."""
-        return (("mean", "mean"),)
-
-    @property
-    def keeps_rows(self) -> bool:
-        """The plan looks through the eyes of the tokens behind the prompt (`LayerView.decoded_queries`)."""
-        return False
-
-    @property
-    def projects_values(self) -> bool:
-        """The plan looks at values through the layer's output projection (`LayerView.projection`)."""
-        return False
 
     @property
     def pools(self) -> bool:
@@ -174,7 +146,7 @@ class Method:
         Args:
             budget: mean entries of a layer; less than `view.length`.
         """
-        self.plan(view, view.length - 1)  # asks for every statistic; one token to place costs nothing
+        self.needs.compute(view)
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         """Decide for rows of one layer; `budget` < `view.length` entries stay in each KV head."""
@@ -207,6 +179,7 @@ class Method:
             What `allocate` is given of the layer: its weight, a tensor of one number, or anything if the method
             `pools`.
         """
+        self.needs.compute(view)
         return self.layer_weight(view)
 
     def allocate(self, weights: list[Any], budget: int, length: int) -> list[Any]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvweave.methods.base import ALL_ROWS, Method
+from kvweave.methods.base import Method
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, integer
 from kvweave.methods.registry import register
 from kvweave.ops.draw import uniform
@@ -31,9 +32,7 @@ class CaM(Method):
     mode: str = choice("sample", "sample", "expected", help="add with probability p, or p times")
     seed: int = integer(0, minimum=0, help="of the sampling")
 
-    @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
+    needs = Needs(ALL_ROWS, statistics=(LayerView.column_mass,))
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         keep, mass = top_and_recent(view.column_mass(), budget, budget // 2), view.column_mass().double()

@@ -3,8 +3,9 @@
 import dataclasses
 import inspect
 
-from kvweave.methods.base import ALL_ROWS, COMMON, Method
+from kvweave.methods.base import COMMON, Method
 from kvweave.methods.merging import MergingMethod
+from kvweave.methods.needs import ALL_ROWS
 from kvweave.methods.options import Option
 from kvweave.methods.registry import list_methods, list_wrappers, method_class
 from kvweave.methods.scored import ScoredMethod
@@ -67,7 +68,7 @@ def markdown() -> str:
 
 def reads(method: Method) -> str:
     """Whose queries it needs, in words."""
-    rows = method.query_rows
+    rows = method.needs.rows
     if rows == ALL_ROWS:
         return "all rows"
     if rows:
@@ -77,7 +78,7 @@ def reads(method: Method) -> str:
 
 def cost(method: Method) -> str:
     """Of deciding, by layer and head."""
-    rows = method.query_rows
+    rows = method.needs.rows
     if rows and not method.cost:
         return "L² D" if rows == ALL_ROWS else "P L D"
     return method.cost or "L"

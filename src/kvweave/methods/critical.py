@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvweave.methods.base import Method
 from kvweave.methods.expected_attention import ExpectedAttention
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import real, wrapped
 from kvweave.methods.registry import register
 from kvweave.methods.snapkv import SnapKV
@@ -47,8 +48,8 @@ class Critical(ScoredWrapper):
             )
 
     @property
-    def projects_values(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return replace(super().needs, projection=True)
 
     def planned(self, view: LayerView, budget: int | tuple[int, ...]) -> Plan:
         selection = self.inside.selection(view, budget)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kvweave.methods.base import ALL_ROWS
 from kvweave.methods.merging import MergingMethod
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, real
 from kvweave.methods.registry import register
 from kvweave.ops import budget as counts
@@ -39,8 +39,8 @@ class D2O(MergingMethod):
     layer_adaptive = True
 
     @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
+    def needs(self) -> Needs:
+        return replace(super().needs, rows=ALL_ROWS, statistics=(LayerView.column_sums,))
 
     def layer_weight(self, view: LayerView) -> Tensor:
         """F, [batch]: mean over heads of the variance over positions of the column sums."""

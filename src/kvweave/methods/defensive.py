@@ -1,12 +1,12 @@
 """DefensiveKV: against the worst case, not the mean (SPEC 16.6)."""
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
-from kvweave.methods.base import Reduction
+from kvweave.methods.needs import MEANS, Needs
 from kvweave.methods.options import choice, integer
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod, Scores
@@ -36,12 +36,8 @@ class Defensive(ScoredMethod):
     )
 
     @property
-    def query_rows(self) -> int:
-        return self.window
-
-    @property
-    def decoded_reductions(self) -> tuple[Reduction, ...]:
-        return tuple(dict.fromkeys([self.reduction, ("mean", "mean")]))
+    def needs(self) -> Needs:
+        return replace(super().needs, rows=self.window, decoded=tuple(dict.fromkeys([self.reduction, MEANS])))
 
     def quota(self, budget: int, mean_budget: int) -> Quota:
         recent = min(self.window if self.recent is None else self.recent, budget // 2)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.base import Method
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import integer, real
 from kvweave.ops.cluster import clusters, medoids
 from kvweave.ops.fit import Entries, Settings, fit
@@ -196,19 +197,8 @@ class FittedMethod(Method):
         return True
 
     @property
-    def keeps_rows(self) -> bool:
-        return True
-
-    @property
-    def decoded_reductions(self) -> tuple[()]:
-        return ()
-
-    @property
-    def query_rows(self) -> int:
-        return self.rows
-
-    def prepare(self, view: LayerView, budget: int) -> None:
-        view.hold_rows(self.rows)
+    def needs(self) -> Needs:
+        return Needs(decoded=()).with_reference(self.rows)
 
     def fitted(self, view: LayerView, plan: Plan, rows: ReferenceRows, recent: int, *, gate: bool) -> Plan:
         """The plan with all entries fitted but those of the last `recent` tokens (SPEC 17.1)."""

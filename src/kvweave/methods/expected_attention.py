@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
-from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import flag, integer, real
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
@@ -36,17 +36,7 @@ class ExpectedAttention(ScoredMethod):
     value_norm: bool = flag(True, help="times the norm of the value")
     epsilon: float = real(0.01, lo=0, hi=float("inf"), open_hi=True, help="added to the attention before that")
 
-    @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
-
-    @property
-    def turns_keys(self) -> bool:
-        return True
-
-    @property
-    def decoded_reductions(self) -> tuple[()]:
-        return ()  # a deferred cut only comes later
+    needs = Needs(ALL_ROWS, decoded=(), rotary=True)  # a deferred cut only comes later
 
     def moments(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """Mean [batch, heads, dim] and covariance [batch, heads, dim, dim] of the queries, turned back to position

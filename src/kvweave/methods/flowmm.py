@@ -6,12 +6,13 @@ the open points and our readings are in SPEC 3.1 and docs/ERRATA.md.
 
 import math
 from dataclasses import dataclass, replace
+from operator import methodcaller
 
 import torch
 from torch import Tensor
 
-from kvweave.methods.base import ALL_ROWS
 from kvweave.methods.merging import MergingMethod
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, integer, real
 from kvweave.methods.registry import register
 from kvweave.ops.match import nearest_of_few
@@ -63,8 +64,10 @@ class FlowMM(MergingMethod):
     uses_modality = True
 
     @property
-    def query_rows(self) -> int:
-        return ALL_ROWS  # the ratio is reported where `flow` is fixed, too
+    def needs(self) -> Needs:
+        importance = methodcaller("window_attention", self.proxies)
+        # all rows: the ratio is reported where `flow` is fixed, too
+        return replace(super().needs, rows=ALL_ROWS, statistics=(importance, self.measure))
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         importance = view.window_attention(self.proxies)  # Eq. 8: [batch, kv_heads, length]

@@ -1,11 +1,11 @@
 """H2O: heavy hitters and a recent window (Zhang et al., 2306.14048; SPEC 10.2)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
-from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
 from kvweave.view import LayerView
@@ -21,8 +21,8 @@ class H2O(ScoredMethod):
     attention_like = True
 
     @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
+    def needs(self) -> Needs:
+        return replace(super().needs, rows=ALL_ROWS)
 
     def quota(self, budget: int, mean_budget: int) -> Quota:
         return Quota(budget, recent=budget // 2)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvweave.methods.base import ALL_ROWS
 from kvweave.methods.merging import MergingMethod, parted
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, flag, integer, real
 from kvweave.methods.registry import register
 from kvweave.ops.match import take, unit
@@ -42,8 +42,8 @@ class KVMerger(MergingMethod):
             raise ValueError("value_scale=True is not allowed with mass_bias=True: a cluster would count twice")
 
     @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
+    def needs(self) -> Needs:
+        return replace(super().needs, rows=ALL_ROWS, statistics=(LayerView.column_mass,))
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         cluster = self.clusters(view, budget)  # [batch, kv_heads, length], ascending numbers

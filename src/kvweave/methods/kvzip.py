@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
-from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, flag, integer, real
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
@@ -49,12 +49,8 @@ class KVzip(ScoredMethod):
     replay: bool = flag(True, help="without probes and defer, read the prompt again before it is cut")
 
     @property
-    def replays(self) -> bool:
-        return self.replay and not self.defer
-
-    @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
+    def needs(self) -> Needs:
+        return replace(super().needs, rows=ALL_ROWS, replay=self.replay and not self.defer)
 
     def score(self, view: LayerView, quota: Quota) -> Tensor:
         probed = view.decoded_attention(*self.reduction)

@@ -1,11 +1,12 @@
 """Leave one out: what the output would lose with a token (DropKV; SPEC 16.5)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import integer
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
@@ -30,12 +31,8 @@ class LeaveOneOut(ScoredMethod):
     sinks: int = integer(0, minimum=0, help="first tokens that stay, at most half of the rest")
 
     @property
-    def query_rows(self) -> int:
-        return self.window
-
-    @property
-    def keeps_rows(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return replace(super().needs, rows=self.window, decoded_queries=True)
 
     def quota(self, budget: int, mean_budget: int) -> Quota:
         recent = min(self.window if self.recent is None else self.recent, budget // 2)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
-from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import integer, real
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
@@ -41,17 +41,7 @@ class Leverage(ScoredMethod):
         help="weight of leverage against attention; None: the share that is evicted (the paper: 0.35)",
     )
 
-    @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
-
-    @property
-    def turns_keys(self) -> bool:
-        return True
-
-    @property
-    def decoded_reductions(self) -> tuple[()]:
-        return ()  # a deferred cut only comes later
+    needs = Needs(ALL_ROWS, decoded=(), rotary=True)  # a deferred cut only comes later
 
     def score(self, view: LayerView, quota: Quota) -> Tensor:
         between = slice(quota.sinks, view.length - quota.recent)

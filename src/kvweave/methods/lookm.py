@@ -1,9 +1,9 @@
 """LOOK-M: text first, and the rest merged (Wan et al., 2406.18139; SPEC 6)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvweave.methods.base import ALL_ROWS
 from kvweave.methods.merging import MergingMethod
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, real
 from kvweave.methods.registry import register
 from kvweave.ops import budget as counts
@@ -32,12 +32,9 @@ class LookM(MergingMethod):
     uses_modality = True
 
     @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
-
-    @property
-    def plans_rows_alone(self) -> bool:
-        return self.layer_adaptive or self.text_prior == "union"
+    def needs(self) -> Needs:
+        union = self.text_prior == "union"
+        return replace(super().needs, rows=ALL_ROWS, statistics=(LayerView.column_mass,), alone=union)
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         mass = view.column_mass()

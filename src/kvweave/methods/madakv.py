@@ -4,10 +4,12 @@ The paper's hierarchical compensation between layers is not part of this.
 """
 
 from dataclasses import dataclass
+from operator import methodcaller
 
 import torch
 
 from kvweave.methods.base import Method
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import integer
 from kvweave.methods.registry import register
 from kvweave.ops.select import last, top_by_modality
@@ -29,8 +31,8 @@ class MadaKV(Method):
     uses_modality = True
 
     @property
-    def query_rows(self) -> int:
-        return self.proxies
+    def needs(self) -> Needs:
+        return Needs(self.proxies, statistics=(methodcaller("window_attention", self.proxies),))
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         recent = min(self.proxies, budget // 2)

@@ -33,10 +33,6 @@ class Meda(LookM):
         """Mean over heads of the entropy of text over visual keys and of visual over text keys, nats: [batch]."""
         return view.cross_entropy(causal=self.causal)
 
-    def observe(self, view: LayerView) -> Tensor:
-        view.column_mass()
-        return self.layer_weight(view)
-
     def allocate(self, weights: list[float], budget: int, length: int) -> list[int]:
         top = max(weights)
         softmax = [math.exp(w - top) for w in weights]  # `allocate` normalises

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.base import Method
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import choice, flag
 from kvweave.ops.match import nearest
 from kvweave.ops.merge import RULES, merge_weights, segment_sum, tangent_bias
@@ -39,8 +40,8 @@ class MergingMethod(Method):
             )
 
     @property
-    def turns_keys(self) -> bool:
-        return self.rope_aware
+    def needs(self) -> Needs:
+        return replace(super().needs, rotary=self.rope_aware)
 
     @property
     def biases_logits(self) -> bool:

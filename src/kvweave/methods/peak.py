@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
-from kvweave.methods.base import ALL_ROWS, Reduction
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, integer
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
@@ -30,12 +30,9 @@ class Peak(ScoredMethod):
     rows_by: str = choice("max", "mean", "max", help="attention of the prompt's rows: the largest, or their sum")
 
     @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
-
-    @property
-    def decoded_reductions(self) -> tuple[Reduction, ...]:
-        return (("mean", self.heads_by),)  # D of SPEC 13.1, whatever the prompt's own rows are reduced by
+    def needs(self) -> Needs:
+        # D of SPEC 13.1, whatever the prompt's own rows are reduced by
+        return Needs(ALL_ROWS, decoded=(("mean", self.heads_by),))
 
     def score(self, view: LayerView, quota: Quota) -> Tensor:
         return peak_score(view, self.rows_by, self.heads_by)

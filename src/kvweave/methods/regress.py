@@ -7,11 +7,12 @@ import torch
 
 from kvweave.methods.base import Method
 from kvweave.methods.entries import cap_option, fitted, ridge_option, rows_option
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import flag, integer, wrapped
 from kvweave.methods.quantized import Quantized
 from kvweave.methods.registry import register
 from kvweave.methods.snapkv import SnapKV
-from kvweave.methods.wrapping import Wrapper, more_rows
+from kvweave.methods.wrapping import Wrapper
 from kvweave.ops.fit import Settings
 from kvweave.plan import Plan
 from kvweave.view import LayerView
@@ -41,24 +42,8 @@ class Regress(Wrapper):
         return isinstance(method, Method) and not isinstance(method, Quantized)
 
     @property
-    def keeps_rows(self) -> bool:
-        return True
-
-    @property
-    def query_rows(self) -> int:
-        return more_rows(self.method.query_rows, self.rows)
-
-    @property
-    def probed_rows(self) -> int:
-        return more_rows(self.method.probed_rows, self.rows)
-
-    def prepare(self, view: LayerView, budget: int) -> None:
-        view.hold_rows(self.rows)
-        super().prepare(view, budget)
-
-    def observe(self, view: LayerView) -> object:
-        view.hold_rows(self.rows)
-        return super().observe(view)
+    def needs(self) -> Needs:
+        return super().needs.with_reference(self.rows)
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         return self.fitted(view, super().plan(view, budget), view.mean_budget or budget)

@@ -16,10 +16,11 @@ from kvweave.methods.entries import (
     rows_option,
     span_option,
 )
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import flag, wrapped
 from kvweave.methods.registry import register
 from kvweave.methods.snapkv import SnapKV
-from kvweave.methods.wrapping import ScoredWrapper, more_rows
+from kvweave.methods.wrapping import ScoredWrapper
 from kvweave.ops.fit import error
 from kvweave.plan import Plan
 from kvweave.view import LayerView
@@ -49,26 +50,8 @@ class Residual(ScoredWrapper):
         return True
 
     @property
-    def keeps_rows(self) -> bool:
-        return self.gate or self.inside.keeps_rows
-
-    @property
-    def query_rows(self) -> int:
-        return more_rows(self.inside.query_rows, self.rows) if self.gate else self.inside.query_rows
-
-    @property
-    def probed_rows(self) -> int:
-        return more_rows(self.inside.probed_rows, self.rows) if self.gate else self.inside.probed_rows
-
-    def prepare(self, view: LayerView, budget: int) -> None:
-        super().prepare(view, budget)
-        if self.gate:
-            view.hold_rows(self.rows)
-
-    def observe(self, view: LayerView) -> object:
-        if self.gate:
-            view.hold_rows(self.rows)
-        return super().observe(view)
+    def needs(self) -> Needs:
+        return super().needs.with_reference(self.rows) if self.gate else super().needs
 
     def planned(self, view: LayerView, budget: int | tuple[int, ...]) -> Plan:
         selection = self.inside.selection(view, budget)

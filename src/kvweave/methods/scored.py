@@ -7,7 +7,7 @@ on.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvweave.methods.allocation import Pool, Quota, profile_counts, share_out
-from kvweave.methods.base import Method, Reduction
+from kvweave.methods.base import Method
+from kvweave.methods.needs import Needs, Reduction
 from kvweave.methods.options import choice, integer, real, text
 from kvweave.ops.budget import entries
 from kvweave.ops.select import chosen, lend, of_some, ranks_by, top_and_recent
@@ -156,11 +157,11 @@ class ScoredMethod(Method):
         return bool(self.ahead or self.behind)
 
     @property
-    def decoded_reductions(self) -> tuple[Reduction, ...]:
-        return (self.reduction,)
+    def needs(self) -> Needs:
+        return replace(super().needs, decoded=(self.reduction,))
 
     @property
-    def layer_adaptive(self) -> bool:  # type: ignore[override]
+    def layer_adaptive(self) -> bool:
         return self.pools
 
     @property
@@ -182,6 +183,7 @@ class ScoredMethod(Method):
         return Scores(lend(value, self.ahead, self.behind), scores.first, ties)
 
     def prepare(self, view: LayerView, budget: int) -> None:
+        super().prepare(view, budget)
         self.ranking(view, self.quota(budget, budget))
 
     def plan(self, view: LayerView, budget: int) -> Plan:

@@ -1,10 +1,11 @@
 """SnapKV: what the end of the prompt looks at (Li et al., 2404.14469; SPEC 10.3)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import integer
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
@@ -28,8 +29,8 @@ class SnapKV(ScoredMethod):
     kernel: int = integer(5, minimum=1, odd=True, help="tokens that a vote is averaged over")
 
     @property
-    def query_rows(self) -> int:
-        return self.window
+    def needs(self) -> Needs:
+        return replace(super().needs, rows=self.window)
 
     def quota(self, budget: int, mean_budget: int) -> Quota:
         return Quota(budget, recent=min(self.window, budget // 2))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
-from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import integer
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod, Scores
@@ -37,13 +37,7 @@ class TGV(ScoredMethod):
     layer_adaptive = True
     uses_modality = True
 
-    @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
-
-    @property
-    def decoded_reductions(self) -> tuple[()]:
-        return ()  # a deferred cut only comes later
+    needs = Needs(ALL_ROWS, decoded=())  # a deferred cut only comes later
 
     def rows(self, view: LayerView) -> Tensor:
         """The text rows that are looked at, among those at hand: int64 [1, n]; rows of a batch are planned apart."""

@@ -1,10 +1,11 @@
 """TOVA: what the last token attends to (Oren et al., 2401.06104; SPEC 16.1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import flag, integer
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
@@ -29,8 +30,8 @@ class Tova(ScoredMethod):
     sinks: int = integer(0, minimum=0, help="first tokens that stay, at most half of the rest")
 
     @property
-    def query_rows(self) -> int:
-        return 1
+    def needs(self) -> Needs:
+        return replace(super().needs, rows=1)
 
     def score(self, view: LayerView, quota: Quota) -> Tensor:
         received = view.window_attention(1, rows_by=self.rows_by, heads_by=self.heads_by)

@@ -1,12 +1,12 @@
 """VL-Cache: what the text after the images looks at, layers by the density of that (2410.23317; SPEC 10.6)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
-from kvweave.methods.base import ALL_ROWS
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import real
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
@@ -34,8 +34,8 @@ class VLCache(ScoredMethod):
     uses_modality = True
 
     @property
-    def query_rows(self) -> int:
-        return ALL_ROWS
+    def needs(self) -> Needs:
+        return replace(super().needs, rows=ALL_ROWS)
 
     def rows(self, view: LayerView) -> int:
         """Rows after the last visual token; where there are none, the last 32."""

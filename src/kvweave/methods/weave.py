@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
-from kvweave.methods.base import ALL_ROWS, Reduction
 from kvweave.methods.merging import MergingMethod
+from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, flag, integer, real
 from kvweave.methods.peak import peak_score
 from kvweave.methods.registry import register
@@ -71,26 +71,18 @@ class Weave(MergingMethod, ScoredMethod):
             )
 
     @property
-    def decoded_temperature(self) -> float:
-        return self.temperature or 1.0
+    def needs(self) -> Needs:
+        return replace(
+            super().needs,
+            rows=self.proxies,
+            probed_rows=ALL_ROWS,
+            decoded=tuple(dict.fromkeys([self.reduction, ("mean", self.heads_by)])),  # of the reply, and of probes
+            temperature=self.temperature or 1.0,
+        )
 
     @property
-    def query_rows(self) -> int:
-        return self.proxies
-
-    @property
-    def probed_rows(self) -> int:
-        return ALL_ROWS
-
-    @property
-    def uses_modality(self) -> bool:  # type: ignore[override]
+    def uses_modality(self) -> bool:
         return self.cross_scope != "any"
-
-    @property
-    def decoded_reductions(self) -> tuple[Reduction, ...]:
-        return tuple(
-            dict.fromkeys([self.reduction, ("mean", self.heads_by)])
-        )  # of the reply's beginning, and of probes
 
     def quota(self, budget: int, mean_budget: int) -> Quota:
         return Quota(budget, recent=min(self.recent, budget // 2))

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kvweave.methods.base import ALL_ROWS, COMMON, Method, Reduction
+from kvweave.methods.base import COMMON, Method
 from kvweave.methods.merging import MergingMethod
+from kvweave.methods.needs import Needs
 from kvweave.methods.options import Option, wrapped
 from kvweave.methods.registry import get_method, list_methods, method_class, method_from_dict
 from kvweave.methods.scored import ScoredMethod
 from kvweave.methods.snapkv import SnapKV
-from kvweave.ops.budget import Budget
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
@@ -31,9 +31,9 @@ class Wrapper(Method):
     `method` may be a name, a method, or its dictionary.
     """
 
-    budget: Budget | None = field(default=None, kw_only=True)  # type: ignore[assignment]  # None: the inner method's
-    defer: int | None = field(default=None, kw_only=True)  # type: ignore[assignment]
-    redecode: bool | None = field(default=None, kw_only=True)  # type: ignore[assignment]
+    budget: Any = field(default=None, kw_only=True)  # None, here and below: the inner method's
+    defer: Any = field(default=None, kw_only=True)
+    redecode: Any = field(default=None, kw_only=True)
     method: Method = wrapped(SnapKV, help="what decides")
 
     #: The method inside where none is named.
@@ -108,62 +108,31 @@ class Wrapper(Method):
     # What the inner method says.
 
     @property
-    def layer_adaptive(self) -> bool:  # type: ignore[override]
+    def layer_adaptive(self) -> bool:
         return self.method.layer_adaptive
 
     @property
-    def uses_modality(self) -> bool:  # type: ignore[override]
+    def uses_modality(self) -> bool:
         return self.method.uses_modality
-
-    @property
-    def plans_rows_alone(self) -> bool:
-        return self.method.plans_rows_alone
-
-    @property
-    def turns_keys(self) -> bool:
-        return self.method.turns_keys
 
     @property
     def biases_logits(self) -> bool:
         return self.method.biases_logits
 
     @property
-    def decoded_temperature(self) -> float:
-        return self.method.decoded_temperature
-
-    @property
     def profiles(self) -> tuple[str, ...]:
         return self.method.profiles
-
-    @property
-    def replays(self) -> bool:
-        return self.method.replays
-
-    @property
-    def decoded_reductions(self) -> tuple[Reduction, ...]:
-        return self.method.decoded_reductions
-
-    @property
-    def keeps_rows(self) -> bool:
-        return self.method.keeps_rows
-
-    @property
-    def projects_values(self) -> bool:
-        return self.method.projects_values
 
     @property
     def pools(self) -> bool:
         return self.method.pools
 
     @property
-    def query_rows(self) -> int:
-        return self.method.query_rows
-
-    @property
-    def probed_rows(self) -> int:
-        return self.method.probed_rows
+    def needs(self) -> Needs:
+        return self.method.needs
 
     def prepare(self, view: LayerView, budget: int) -> None:
+        super().prepare(view, budget)
         self.method.prepare(view, budget)
 
     def plan(self, view: LayerView, budget: int) -> Plan:
@@ -179,6 +148,7 @@ class Wrapper(Method):
         return self.method.layer_weight(view)
 
     def observe(self, view: LayerView) -> Any:
+        self.needs.compute(view)
         return self.method.observe(view)
 
     def allocate(self, weights: list[Any], budget: int, length: int) -> list[Any]:
@@ -208,8 +178,3 @@ class ScoredWrapper(Wrapper):
     def planned(self, view: LayerView, budget: int | tuple[int, ...]) -> Plan:
         """Either of the two."""
         raise TypeError(f"{type(self).__name__} does not define planned(view, budget)")
-
-
-def more_rows(one: int, other: int) -> int:
-    """Rows that two together need."""
-    return ALL_ROWS if ALL_ROWS in (one, other) else max(one, other)

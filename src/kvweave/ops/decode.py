@@ -6,6 +6,9 @@ puts the runs together by their sums of exponentials (Flash-Decoding). Packed sl
 Imported where a CUDA tensor comes in; with TRITON_INTERPRET=1 the same code runs on a CPU.
 """
 
+# Triton gives a kernel's arguments their types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ _NUMBERS = ["slots", "run", "splits", "before", "tail"]  # that change from step
 
 
 @triton.jit
-def _query(queries, b, h, group, dim, sqb, sqh, rows: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
+def _query(queries, b, h, group, dim, sqb, sqh, rows: tl.constexpr, width: tl.constexpr):
     """The query heads of a KV head: [rows, width], zeros beyond."""
     row, channel = tl.arange(0, rows), tl.arange(0, width)
     inside = (row < group)[:, None] & (channel < dim)[None, :]
@@ -32,7 +35,7 @@ def _query(queries, b, h, group, dim, sqb, sqh, rows: tl.constexpr, width: tl.co
 
 
 @triton.jit
-def _running(best, total, out, logits, v, precision: tl.constexpr):  # type: ignore[no-untyped-def]
+def _running(best, total, out, logits, v, precision: tl.constexpr):
     """A softmax that goes on over a tile: largest logit, sum of weights, weighted sum of values."""
     larger = tl.maximum(best, tl.max(logits, 1))
     fades = tl.exp2(best - larger)
@@ -43,7 +46,7 @@ def _running(best, total, out, logits, v, precision: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _store(sums, norms, at, best, total, out, rows: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store(sums, norms, at, best, total, out, rows: tl.constexpr, width: tl.constexpr):
     """A run's weighted mean, and the logarithm, base 2, of its weights' sum; -inf where it holds nothing."""
     goal = at * rows + tl.arange(0, rows)
     tl.store(norms + goal, best + tl.log2(total))
@@ -51,7 +54,7 @@ def _store(sums, norms, at, best, total, out, rows: tl.constexpr, width: tl.cons
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
-def _part(  # type: ignore[no-untyped-def]
+def _part(
     queries, keys, values, bias, table, sums, norms, scaling, slots, tail, run, before, splits,
     dim, value_dim, kv_heads, group, sqb, sqh, skb, skh, skl, svb, svh, svl, sbb, sbh,
     biased: tl.constexpr, uneven: tl.constexpr, aligned: tl.constexpr,
@@ -98,7 +101,7 @@ def _part(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _codes(base, at, stride, dim, inside, bits: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def _codes(base, at, stride, dim, inside, bits: tl.constexpr, width: tl.constexpr, dtype: tl.constexpr):
     """Rows `at` of packed numbers, 8 / bits to a byte: [tile, width] in `dtype`.
 
     Where a half precision has the digits, a code is written into those of a power of two, which is then taken off:
@@ -124,7 +127,7 @@ def _codes(base, at, stride, dim, inside, bits: tl.constexpr, width: tl.constexp
 
 
 @triton.jit
-def _by_part(base, at, parts, inside, tile: tl.constexpr, share: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
+def _by_part(base, at, parts, inside, tile: tl.constexpr, share: tl.constexpr, width: tl.constexpr):
     """A number for each part of a token's channels, at each of them: [tile, width]."""
     part = tl.arange(0, width // share)
     there = inside[:, None] & (part < parts)[None, :]
@@ -133,7 +136,7 @@ def _by_part(base, at, parts, inside, tile: tl.constexpr, share: tl.constexpr, w
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
-def _packed_part(  # type: ignore[no-untyped-def]
+def _packed_part(
     queries, keys, key_scale, key_zero, values, value_scale, value_zero, bias, sums, norms,
     scaling, slots, run, splits, dim, value_dim, parts, kv_heads, group, sqb, sqh, sbb, sbh,
     biased: tl.constexpr, bits: tl.constexpr, share: tl.constexpr,
@@ -169,7 +172,7 @@ def _packed_part(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _together(  # type: ignore[no-untyped-def]
+def _together(
     sums, norms, out, splits, value_dim, group, rows: tl.constexpr, value_width: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """The runs of one query head as one."""

@@ -1,6 +1,7 @@
 """A layer's heads where they are spread over processes (tensor parallelism): what all of them say, what is ours."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,17 +16,17 @@ class Heads:
 
     Attributes:
         group: those processes; None: all heads are here.
+        size: how many they are; rank: this one's number.
     """
 
     group: "dist.ProcessGroup | None" = None
+    size: int = field(init=False, default=1)
+    rank: int = field(init=False, default=0)
 
-    @property
-    def size(self) -> int:
-        return 1 if self.group is None else self.group.size()
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.group is None else self.group.rank()
+    def __post_init__(self) -> None:
+        if self.group is not None:
+            object.__setattr__(self, "size", self.group.size())
+            object.__setattr__(self, "rank", self.group.rank())
 
     def gather(self, x: Tensor) -> Tensor:
         """`x` [batch, heads here, ...] of all heads, [batch, heads, ...]."""
@@ -40,11 +41,9 @@ class Heads:
         """Of `x` [batch, heads, ...] what belongs to the heads here."""
         return x.chunk(self.size, 1)[self.rank]
 
-    def counts(self, count: int, device: torch.device) -> list[int]:
-        """`count` of each process."""
-        if self.group is None:
-            return [count]
-        return self.gather(torch.tensor([[count]], device=device))[0].tolist()
+    def each(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+        """These numbers of each process: [processes][numbers]."""
+        return self.gather(torch.tensor([[list(numbers)]], device=device))[0].tolist()
 
 
 #: All of a layer's heads are in this process.

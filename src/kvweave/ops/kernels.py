@@ -4,6 +4,9 @@ Imported only where a CUDA tensor comes in and Triton is installed. With TRITON_
 CPU, which is how it is tested there. Half-precision numbers are multiplied as they are and summed in float32.
 """
 
+# Triton gives a kernel's arguments their types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +17,7 @@ _SIZES = ["rows", "length", "sources", "targets", "kept", "members"]  # a number
 
 
 @triton.jit
-def _tile(base, at, row_stride, dim, width: tl.constexpr, there):  # type: ignore[no-untyped-def]
+def _tile(base, at, row_stride, dim, width: tl.constexpr, there):
     """Rows `at` of a matrix of `dim` columns, zeros where not `there`: [rows, width]."""
     channel = tl.arange(0, width)
     inside = there[:, None] & (channel < dim)[None, :]
@@ -22,7 +25,7 @@ def _tile(base, at, row_stride, dim, width: tl.constexpr, there):  # type: ignor
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _log_sum_exp(  # type: ignore[no-untyped-def]
+def _log_sum_exp(
     queries, keys, out, scaling, rows, length, dim, heads, group, sqb, sqh, sqr, skb, skh, skl,
     width: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +61,7 @@ def _log_sum_exp(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _weights(  # type: ignore[no-untyped-def]
+def _weights(
     k, base, normal, kind, start, scaling, rows, dim, sqr, kinds,
     width: tl.constexpr, block_rows: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +76,7 @@ def _weights(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _column_sums(  # type: ignore[no-untyped-def]
+def _column_sums(
     queries, keys, normal, weights, out, scaling, rows, length, dim, heads, group, kinds,
     sqb, sqh, sqr, skb, skh, skl,
     width: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr, precision: tl.constexpr,
@@ -156,7 +159,7 @@ def column_sums(queries: Tensor, keys: Tensor, scaling: float, row_weights: Tens
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _nearest(  # type: ignore[no-untyped-def]
+def _nearest(
     keys, source, target, norm, allowed, label, index, cosine, sources, targets, length, dim, heads, labels,
     skb, skh, skl, restricted: tl.constexpr,
     width: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr, precision: tl.constexpr,
@@ -216,7 +219,7 @@ def nearest(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _merge(  # type: ignore[no-untyped-def]
+def _merge(
     x, keep, member, start, weight, own, out, kept, members, dim, heads, sxb, sxh, sxl,
     width: tl.constexpr, block_rows: tl.constexpr,
 ):  # fmt: skip

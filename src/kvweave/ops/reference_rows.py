@@ -69,22 +69,7 @@ class ReferenceRows:
         logits = capped(torch.matmul(rows, keys.to(wide).mT) * rule.scaling, rule)
         slot = torch.arange(length - tokens, length, device=keys.device)
         slot = torch.cat([slot, slot.new_full((more,), length - 1)]).repeat_interleave(group)
-
-        added = torch.zeros(batch, kv_heads, 1, length, dtype=wide, device=keys.device)
-        if bias is not None:
-            added = added + bias[:, :, None]
-        if empty is not None:
-            added = added.masked_fill(empty[:, :, None], -torch.inf)
-        ahead = torch.arange(length, device=keys.device) > slot[:, None]  # [rows, length]
-        if mask is None:
-            logits = (logits + added).masked_fill(ahead, -torch.inf)
-        else:
-            own = _by_token(mask, kv_heads, group, wide)  # [batch, kv_heads, tokens * group, length]
-            behind = (logits + added)[:, :, tokens * group :]
-            logits = torch.cat([logits[:, :, : tokens * group] + own, behind], 2)
-            if empty is not None:
-                logits = logits.masked_fill(empty[:, :, None], -torch.inf)
-
+        logits = _seen(logits, slot, mask, bias, empty, tokens * group)
         counts = torch.ones(batch, tokens + more, dtype=torch.bool, device=keys.device)
         if counted is not None:
             counts[:, tokens:] = counted.to(keys.device)
@@ -153,6 +138,30 @@ def capped(logits: Tensor, rule: AttentionRule) -> Tensor:
 def _softmax(logits: Tensor) -> Tensor:
     blind = (logits == -torch.inf).all(-1, keepdim=True)
     return torch.softmax(logits.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+
+
+def _seen(
+    logits: Tensor, slot: Tensor, mask: Tensor | None, bias: Tensor | None, empty: Tensor | None, own: int
+) -> Tensor:
+    """Logits [batch, kv_heads, rows, length] with the slots' biases, -inf where a row does not see a slot.
+
+    Args:
+        slot: int64 [rows], the last slot that a row sees where nothing else says.
+        mask, bias, empty: as in `ReferenceRows.of`; the mask is of the first `own` rows.
+    """
+    batch, kv_heads, _, length = logits.shape
+    added = torch.zeros(batch, kv_heads, 1, length, dtype=logits.dtype, device=logits.device)
+    if bias is not None:
+        added = added + bias[:, :, None]
+    if empty is not None:
+        added = added.masked_fill(empty[:, :, None], -torch.inf)
+    ahead = torch.arange(length, device=logits.device) > slot[:, None]  # [rows, length]
+    if mask is None:
+        return (logits + added).masked_fill(ahead, -torch.inf)
+    group = own // mask.shape[2]
+    told = _by_token(mask, kv_heads, group, logits.dtype)  # [batch, kv_heads, own, length]
+    logits = torch.cat([logits[:, :, :own] + told, (logits + added)[:, :, own:]], 2)
+    return logits if empty is None else logits.masked_fill(empty[:, :, None], -torch.inf)
 
 
 def _by_token(mask: Tensor, kv_heads: int, group: int, dtype: torch.dtype) -> Tensor:

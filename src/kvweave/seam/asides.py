@@ -1,23 +1,47 @@
-"""Probes are answered: what they and their answers attend to decides what stays (SPEC 13.2 and 15.5).
+"""The model goes on aside, and is taken back: drafts here, probes in `kvweave.seam.probing`."""
 
-After the prefill the model answers each probe from the whole context, or only reads it; the cache is cropped back.
-"""
-
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvweave.seam.cache import CompressedCache
-from kvweave.seam.names import CACHE, Signature, show_window_alone
-from kvweave.seam.probes import Probes
+from kvweave.seam.frame import Frame
+from kvweave.seam.lookup import show_window_alone
+from kvweave.seam.names import CACHE, Call
 
-_OVERLAP = 8  # tokens of the chunk before that are said again with a chunk
+
+@torch.no_grad()
+def aside(
+    model: nn.Module,
+    cache: CompressedCache,
+    step: dict[str, Any],
+    most: int = 1,
+    *,
+    ended: Callable[[], bool] = lambda: False,
+    look: Callable[[], None] = lambda: None,
+) -> int:
+    """Let the model go on greedily behind what the cache holds, and take it back; inside `going_aside`.
+
+    Args:
+        step: inputs of the first forward pass; most: how many there are, each of the token that the one before gave.
+        ended: no further one is wanted.
+        look: called before it is all taken back.
+    Returns:
+        Columns that were there meanwhile.
+    """
+    before = cache.get_seq_length()
+    with rewindable(cache):
+        for _ in range(most):
+            step = _following(step, model(**step).logits[:, -1:].argmax(-1))
+            if ended():
+                break
+        look()
+        columns = cache.get_seq_length() - before
+        cache.crop(-columns)
+    return columns
 
 
 @contextmanager
@@ -37,131 +61,45 @@ def rewindable(cache: CompressedCache) -> Iterator[None]:
                 layer.record_past = False
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One forward pass behind the prompt, and the greedy answer to it.
+def _following(step: dict[str, Any], token: Tensor) -> dict[str, Any]:
+    """The inputs of the forward pass after `step`, of the tokens [batch, 1]."""
+    following = {name: value for name, value in step.items() if name != "inputs_embeds"} | {"input_ids": token}
+    if "attention_mask" in step:
+        mask = step["attention_mask"]
+        following["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    if "position_ids" in step:
+        following["position_ids"] = step["position_ids"][..., -1:] + 1
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in step:
+            following[name] = torch.zeros_like(step[name])
+    return following
 
-    Attributes:
-        tokens: int64 [batch, new]; live: bool, alike, those that are real.
-        most: tokens of the answer; the last one is not fed, so that 1 is none.
+
+# -------------------------------------------------------------------- drafts
+
+
+def redecode(running: Frame, model: nn.Module, cache: CompressedCache, call: Call) -> None:
+    """Draft the tokens that the cut waits for, make it, and take them back.
+
+    It happens inside the forward pass of the first decoded token, so that `generate` goes on as if nothing had been:
+    sampling, streamers, beams and processors of logits see no draft. The draft itself is greedy.
     """
-
-    tokens: Tensor
-    live: Tensor
-    most: int = 1
-
-
-@torch.no_grad()
-def answer_probes(model: nn.Module, cache: CompressedCache, probes: Probes) -> None:
-    """Let the model answer the probes from the whole context, crop the cache back, and cut it by what they looked at.
-
-    Args:
-        cache: holds a prompt that waits for its cut.
-    Raises:
-        ValueError: the prompt is to be said again, and its token ids are not known.
-    """
-    started, spent = time.perf_counter(), 0
-    passes = _passes(cache, probes)
-    with rewindable(cache), _progress(len(passes)) as step:
-        for asked in passes:
-            fed = _answer(model, cache, asked)
-            _take_back(cache, fed)
-            spent += fed
-            step()
-    told = {"count": len(passes), "tokens": spent, "seconds": round(time.perf_counter() - started, 3)}
-    cache.shared.turn.note_probes(told | ({"instructed": bool(probes.instruction)} if probes.chunk else {}))
-    cache.cut_waiting()
+    step = _first_token(call, cache)
+    with running.going_aside():
+        aside(model, cache, step, cache.method.defer - cache.decoded)
 
 
-def _passes(cache: CompressedCache, probes: Probes) -> list[_Pass]:
-    prompt = cache.prompt
-    assert prompt is not None
-    rows, device = len(prompt.valid), prompt.valid.device
-    again: list[_Pass] = []
-    answered = probes.answered
-    if probes.chunk:
-        shown = prompt.visual & prompt.valid
-        answered = answered if bool(shown.any()) else ()
-        again = [_padded(said, device) for said in _said_again(cache, probes)]
-    fed = [_padded([probe] * rows, device) for probe in probes.fed]
-    asked = [_padded([probe] * rows, device, probes.most) for probe in answered]
-    return again + fed + asked
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device, most: int = 1) -> _Pass:
-    """Rows of unequal lengths, padded behind, where nothing real sees it."""
-    longest = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return _Pass(tokens, torch.arange(longest, device=device) < lengths[:, None], most)
-
-
-def _said_again(cache: CompressedCache, probes: Probes) -> list[list[list[int]]]:
-    """For each chunk of the prompts' texts what each row is fed; a shorter prompt has nothing left in the end."""
-    turn, seen = cache.shared.turn, cache.get_seq_length()
-    if turn.ids is None or turn.ids.shape[1] < seen:
-        raise ValueError(
-            "probes='replay' needs the token ids of the whole prompt, and it came as embeddings, or with a reply "
-            "that was decoded into fixed buffers: allowed is input_ids, other probes, or kvzip's replay=false"
-        )
-    assert turn.prompt is not None
-    texts = turn.prompt.valid[:, :seen] & ~turn.prompt.visual[:, :seen]
-    rows = [ids[text].tolist() for ids, text in zip(turn.ids[:, :seen].to(texts.device), texts, strict=True)]
-    return [
-        [
-            [*probes.instruction, *row[max(0, start - _OVERLAP) : start + probes.chunk]] if start < len(row) else []
-            for row in rows
-        ]
-        for start in range(0, max(map(len, rows)), probes.chunk)
-    ]
-
-
-def _answer(model: nn.Module, cache: CompressedCache, asked: _Pass) -> int:
-    """One pass and the greedy answer to it; returns how many columns they have in the cache."""
-    turn = cache.shared.turn
-    assert turn.prompt is not None
-    valid = turn.prompt.valid[:, : cache.get_seq_length()]
-    tokens, live = asked.tokens, asked.live
-    turn.expect(tokens.shape[1], asked.most)
-    for layer in cache.compressed_layers:
-        if layer.prompt_cut.waiting is not None:
-            layer.prompt_cut.waiting.expect(tokens.shape[1] + asked.most)
-    padded = not bool(valid.all() & live.all())
-    last = turn.last_position
-    few = {"logits_to_keep": 1} if "logits_to_keep" in Signature.of(model).parameters else {}
-    for _ in range(asked.most):
-        step: dict[str, Any] = {"input_ids": tokens, CACHE: cache, "use_cache": True, "return_dict": True, **few}
-        if padded or last is not None:
-            step["attention_mask"] = torch.cat([valid, live], 1).long()
-        if last is not None:
-            step["position_ids"] = last + torch.arange(1, tokens.shape[1] + 1, device=last.device)
-            last = step["position_ids"][..., -1:]
-        tokens = model(**step).logits[:, -1:].argmax(-1)
-        live = torch.cat([live, live.new_ones(tokens.shape)], 1)
-        if turn.counted is None or not bool(turn.counted[:, cache.decoded - 1].any()):
-            break  # the answer has ended in all rows
-    return cache.decoded
-
-
-def _take_back(cache: CompressedCache, tokens: int) -> None:
-    """Note what the probe and its answer looked at, and forget them, `tokens` together."""
-    turn = cache.shared.turn
-    assert turn.counted is not None
-    for layer in cache.compressed_layers:
-        layer.count_attention(turn.counted)
-    cache.crop(-tokens)
-    turn.expect(0, 0)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("answering probes", total=total)
-        yield lambda: bar.advance(task)
+def _first_token(call: Call, cache: CompressedCache) -> dict[str, Any]:
+    """The inputs of a forward pass, of its first token alone."""
+    step = {CACHE: cache, "use_cache": True, "return_dict": True}
+    if call.mask is not None:
+        if not isinstance(call.mask, Tensor) or call.mask.dim() != 2:
+            raise ValueError("redecode=True is not allowed with an attention mask of one's own: allowed is a 2-D one")
+        step["attention_mask"] = call.mask[:, : call.mask.shape[1] - call.new + 1]
+    for name in ("input_ids", "inputs_embeds"):
+        if call.kwargs.get(name) is not None:
+            step[name] = call.kwargs[name][:, :1]
+    for name in ("position_ids", "token_type_ids", "mm_token_type_ids"):
+        if call.kwargs.get(name) is not None:
+            step[name] = call.kwargs[name][..., :1]
+    return step

@@ -19,6 +19,7 @@ from kvweave.memory.masks import by_head
 from kvweave.memory.slots import Slots
 from kvweave.ops.statistics import AttentionRule
 from kvweave.seam.layer import Link
+from kvweave.seam.lookup import output_projection
 
 #: What an attention function returns, and the mask that it used, at the slots.
 Read = tuple[Any, Tensor | None]
@@ -144,45 +145,48 @@ def _read(
     return _by_head(attention, query, mask, list(block.parts), _to_block)
 
 
-def output_projection(module: nn.Module, width: int) -> Tensor | None:
-    """Weight [hidden, width] of what an attention module does to its heads' outputs; None: it is not to be found."""
-    for name in ("o_proj", "out_proj", "dense"):
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if (
-            isinstance(weight, Tensor)
-            and weight.is_floating_point()
-            and weight.dim() == 2
-            and weight.shape[1] == width
-        ):
-            return weight.detach()
-    return None
-
-
-def read(
-    function: Callable[..., Any],
-    base: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    link: Link,
-    options: dict[str, Any],
+def reader_of(
+    base: str, found: Callable[..., Any] | None, own: Callable[[type], Any], passed: Callable[..., None]
 ) -> Any:
+    """What models find under an implementation's name: it reads the keys that carry a link, and passes on the others.
+
+    Args:
+        base: the name.
+        found: the function that stood there; None: `own` says which one a class of modules calls.
+        passed: is told of modules whose keys carry no link.
+    """
+
+    def kvweave_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        function = found or own(type(module))
+        link: Link | None = getattr(key, "_kvweave", None)
+        if link is None:
+            if not torch.compiler.is_compiling():
+                passed(module)
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        attention = Attention(function, base, module, kwargs)
+        return read(attention, query, key, value, attention_mask, link)
+
+    return kvweave_attention
+
+
+def read(attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, link: Link) -> Any:
     """Attention to a compressed layer, which is then told what was read."""
-    layer, block = link.layer, link.block
+    layer, block, options = link.layer, link.block, attention.options
     if query.shape[2] == 1 and layer.shared.turn.sees_all and block.has_positions:
         mask = None  # it hides nothing of what is kept
-    attention = Attention(function, base, module, options)
     out, mask = _read(attention, query, key, value, mask, block, link.apart)
-    scaling = attention.scaling
-    rule = AttentionRule(
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=options.get("softcap"),
-        sinks=options.get("s_aux"),
-    )
-    if layer.shared.method.projects_values:
-        layer.prompt_cut.projection = output_projection(module, query.shape[1] * value.shape[-1])
-    layer.prompt_cut.rotated = getattr(module, "use_rope", True) not in (False, 0)
+    scaling = query.shape[-1] ** -0.5 if attention.scaling is None else attention.scaling
+    rule = AttentionRule(scaling, softcap=options.get("softcap"), sinks=options.get("s_aux"))
+    if layer.shared.needs.projection:
+        layer.prompt_cut.projection = output_projection(attention.module, query.shape[1] * value.shape[-1])
+    layer.prompt_cut.rotated = getattr(attention.module, "use_rope", True) not in (False, 0)
     layer.after_attention(query, rule, mask)
     return out

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvweave.cut.prompt_cut import Pending
 from kvweave.cut.shares import by_row, share_out
+from kvweave.cut.terms import Pending
 from kvweave.methods.base import Method
 from kvweave.prompt import Prompt
 from kvweave.seam.layer import CompressedLayer
@@ -211,7 +211,7 @@ class CompressedCache(Cache):
             raise ValueError(
                 "compress: the cache was cut already; allowed is CompressedCache(config, method, hold=True)"
             )
-        elif self.method.replays and not self.decoded and session is not None and session.attached:
+        elif self.shared.needs.replay and not self.decoded and session is not None and session.attached:
             session.answer_probes(self, None)
         self.cut_waiting()
 
@@ -240,23 +240,24 @@ class CompressedCache(Cache):
                 layer.cut(layer.due(share, counted), share)
         self.shared.turn.finish(deferred=self.decoded)
 
-    def finish_prompt(self) -> None:
-        """A forward pass has ended: cut what waited for all layers to be observed, and lay out room to decode in."""
-        if self.fixed:
-            return
-        self._cut_observed()
-        self.shared.turn.finish()
-        end, room = self.shared.turn.end, self.shared.room
-        complete = end is not None and self.get_seq_length() >= end
-        if room is not None and self.is_compileable and complete and not self.waits:
-            self.reserve(room)
+    def finish_pass(self, new: int) -> bool:
+        """A forward pass of `new` columns has ended: cut what is due, and lay out room to decode in.
 
-    def _cut_observed(self) -> None:
-        """Cut the layers that had to be observed first, once all have been."""
+        Returns:
+            Whether the prompt waits for its cut.
+        """
         layers = self.compressed_layers
         pending = [layer.prompt_cut.pending for layer in layers if layer.prompt_cut.pending is not None]
-        if layers and len(pending) == len(layers):
+        if layers and len(pending) == len(layers):  # all have been observed
             self._cut_together(layers, pending)
+        turn, room = self.shared.turn, self.shared.room
+        turn.finish()
+        complete = room is not None and turn.end is not None and self.get_seq_length() >= turn.end
+        if room is not None and complete and self.is_compileable and not self.waits:
+            self.reserve(room)
+        if new == 1:
+            self.cut_if_due()
+        return self.waits
 
     def _cut_together(self, layers: Sequence[CompressedLayer], pending: Sequence[Pending]) -> None:
         """Cut layers whose budgets depend on what was observed of all of them."""

@@ -9,12 +9,13 @@ from transformers import DynamicCache
 
 from kvweave.methods.base import Method
 from kvweave.prompt import Prompt, given_images, visual_mask, visual_token_ids
-from kvweave.seam import guard, names, reader
+from kvweave.seam import guard, lookup, names, reader
+from kvweave.seam.asides import redecode
 from kvweave.seam.cache import CompressedCache
-from kvweave.seam.draft import redecode
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.names import Call
 from kvweave.seam.profiles import check_profiles
+from kvweave.seam.turn import State
 
 if TYPE_CHECKING:
     from kvweave.seam.session import Session
@@ -24,7 +25,7 @@ def cache_of(session: "Session", part: nn.Module, call: Call) -> CompressedCache
     """The compressed cache that a forward pass fills; None if it should run as it is."""
     if isinstance(call.cache, CompressedCache):
         check_bias(call.cache.method, session.implementation)
-        if call.cache.prompt is None:
+        if call.cache.shared.turn.prompt is None:
             check_profiles(call.cache.method, session.base)
         return call.cache
     if session.method is None:
@@ -64,7 +65,7 @@ def _in_place(own: DynamicCache, cache: CompressedCache) -> CompressedCache:
 
 def check_bias(method: Method, implementation: str) -> None:
     """Flash attention takes no bias on its logits."""
-    if method.biases_logits and "flash" in implementation:
+    if "flash" in implementation and method.biases_logits:
         why = (
             "mass_bias=True"
             if hasattr(method, "mass_bias")
@@ -80,36 +81,55 @@ def tokens_before_the_cut(session: "Session", cache: Any, length: int) -> int | 
         method = None if cache.shared.turn.frozen or cache.shared.turn.on_request else cache.method
     if method is None or method.keeps_all(length):
         return None
-    return 0 if method.redecode or session.asks(method) else method.defer
+    return 0 if method.redecode or session.asks(method.needs) else method.defer
+
+
+def begin(session: "Session", part: nn.Module, call: Call) -> CompressedCache | None:
+    """A forward pass begins: the compressed cache that it fills, told what comes; None if it should run as it is."""
+    running = session.running
+    cache = cache_of(session, part, call)
+    running.cache, running.new, running.fixed = None, call.new, False
+    if cache is None or call.inputs is None:
+        return None
+    running.cache = cache
+    if running.request is not None and running.own is None:
+        running.own = cache
+    if running.request is None or running.own is cache:  # not the other branch of classifier-free guidance
+        session.cache = cache
+    if any(isinstance(layer, CompressedLayer) for layer in cache.layers):
+        prepare(session, part, cache, call)
+    return cache
 
 
 def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: Call) -> None:
     """Tell the cache what the forward pass's columns are, and where the prompt ends."""
-    running, turn = session.running, cache.shared.turn
-    if cache.fixed:
-        if call.new == 1:  # buffers take the token in, and nothing else changes
-            cache.shared.attached = True
-            turn.trust_room(running.prompted)
-            return
+    running, shared, turn = session.running, cache.shared, cache.shared.turn
+    running.fixed = call.new == 1 and cache.fixed
+    if running.fixed:  # buffers take the token in, and nothing else changes
+        shared.attached = True
+        turn.trust_room(running.prompted)
+        return
+    if call.new != 1:
         cache.settle()
-    cache.cut_if_due()  # candidates of assisted decoding have been taken back by now
+    if turn.state is State.WAITING:
+        cache.cut_if_due()  # candidates of assisted decoding have been taken back by now
     seen, new = cache.get_seq_length(), call.new
     end = prompt_end(session, cache, seen, new)
     prompted = end is not None and seen < end
-    if prompted and session.asks(cache.method):
+    if prompted and session.asks(shared.needs):
         turn.hold()
     if turn.on_request and not running.aside:
         turn.append_ids(call.ids, seen)
     cache.session = weakref.ref(session)
-    redecodes = cache.method.redecode and not turn.on_request and cache.waits
-    if redecodes and not prompted and not running.aside:
+    drafts = turn.state is State.WAITING and cache.method.redecode and not turn.on_request
+    if drafts and not prompted and not running.aside:
         redecode(running, part, cache, call)
-        running.cache = cache
-    running.before = guard.held(cache)
+        running.cache, running.new = cache, new
     if not torch.compiler.is_compiling():
         reader.passed.layers.clear()
-    cache.shared.attached = True
-    cache.shared.spread_over(session.base)
+    shared.attached, shared.filled = True, False
+    if session.tensor_parallel:
+        shared.spread_over(session.base)
     prompt = prompt_of(session, cache, call, seen, seen + new if end is None else end)
     turn.begin(
         prompt,
@@ -119,21 +139,21 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
         masked=call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.dim() == 2),
         last_position=call.last_position() if turn.on_request and prompted else None,
     )
-    if cache.shared.awaited and turn.end is not None:
+    if (turn.on_request or cache.method.defer) and turn.end is not None:
         count_decoded(session, cache, call.ids, seen, new)
 
 
 def note_rotary(session: "Session", module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A hook before a module's forward pass: the rotary tables, for methods that turn keys."""
     cache, place = session.running.cache, module.layer_idx
-    if cache is None or not cache.method.turns_keys or place >= len(cache.layers):
+    if cache is None or not cache.shared.needs.rotary or place >= len(cache.layers):
         return
     layer = cache.layers[place]
     if not isinstance(layer, CompressedLayer) or layer.index or not getattr(module, "is_causal", True):
         return  # all compressed layers are turned by the same tables; a vision tower has its own
-    tables = names.rotary_tables(kwargs, session.base.config.get_text_config(decoder=True))
+    tables = lookup.rotary_tables(kwargs, session.base.config.get_text_config(decoder=True))
     if tables is not None:
-        cache.shared.turn.append_rotary(*tables, layer.seen, interleaved=names.interleaved(module))
+        cache.shared.turn.append_rotary(*tables, layer.seen, interleaved=lookup.interleaved(module))
 
 
 # -------------------------------------------------------------------- what its columns are
@@ -159,9 +179,9 @@ def prompt_of(session: "Session", cache: CompressedCache, call: Call, seen: int,
     """
     assert call.inputs is not None
     batch, new = call.inputs.shape[:2]
-    device, prompt = call.inputs.device, cache.prompt
+    device, prompt = call.inputs.device, cache.shared.turn.prompt
     visual = _visual(session, cache, call, seen, min(end, seen + new))
-    mask = call.seen_columns(compiled=cache.is_compileable)
+    mask = None if call.mask is None else call.seen_columns(compiled=cache.is_compileable)
     valid = torch.ones(batch, new, dtype=torch.bool, device=device)
     if mask is not None:
         valid = mask[:, -new:].bool().to(device)
@@ -170,7 +190,7 @@ def prompt_of(session: "Session", cache: CompressedCache, call: Call, seen: int,
             prompt = Prompt(prompt.visual[:, :seen], mask.bool().to(device)[:, :seen])
     if not seen or prompt is None:
         return Prompt(visual, valid)
-    return prompt.cropped(seen).to(device).extended(visual, valid)
+    return prompt.extended(visual, valid, seen)
 
 
 def _visual(session: "Session", cache: CompressedCache, call: Call, seen: int, end: int) -> Tensor:

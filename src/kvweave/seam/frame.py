@@ -20,7 +20,8 @@ class Frame(threading.local):
         planned: the cache whose decode steps it compiles, or None.
         forwards: forward passes, the outermost first.
         cache: what the outermost fills.
-        before: tokens that it held before.
+        new: columns of that pass; fixed: it writes to fixed buffers, and changes tensors alone.
+        prompted: it is inside of a `generate` that knows how long its prompt is.
         aside: the model is drafting, or answering a probe.
     """
 
@@ -31,24 +32,21 @@ class Frame(threading.local):
         self.planned: CompressedCache | None = None
         self.forwards: list[nn.Module] = []
         self.cache: CompressedCache | None = None
-        self.before = 0
+        self.new, self.fixed = 0, False
+        self.prompted = False
         self.aside = False
-
-    @property
-    def prompted(self) -> bool:
-        """It is inside of a `generate` that knows how long its prompt is."""
-        return self.request is not None and self.request.length is not None
 
     @contextmanager
     def generating(self, request: Request, visual: Tensor | None, planned: CompressedCache | None) -> Iterator[None]:
         """Inside, this is the innermost `generate`."""
-        outer = self.request, self.visual, self.own, self.planned, self.forwards
+        outer = self.request, self.visual, self.own, self.planned, self.forwards, self.prompted
         self.request, self.own, self.planned, self.forwards = request, None, planned, []
+        self.prompted = request.length is not None
         self.visual = self.visual if visual is None else visual
         try:
             yield
         finally:
-            self.request, self.visual, self.own, self.planned, self.forwards = outer
+            self.request, self.visual, self.own, self.planned, self.forwards, self.prompted = outer
 
     @contextmanager
     def going_aside(self) -> Iterator[None]:
@@ -58,17 +56,3 @@ class Frame(threading.local):
             yield
         finally:
             self.forwards, self.aside = forwards, False
-
-    def begin(self, model: nn.Module) -> bool:
-        """A forward pass begins; whether it is the outermost."""
-        if model in self.forwards:  # it was left by an exception, without a word
-            del self.forwards[self.forwards.index(model) :]
-        self.forwards.append(model)
-        return len(self.forwards) == 1
-
-    def end(self, model: nn.Module) -> bool:
-        """A forward pass ends; whether it is the outermost."""
-        if not self.forwards or self.forwards[-1] is not model:
-            return False  # a hook that raised before ours: the forward pass never began
-        self.forwards.pop()
-        return not self.forwards

@@ -8,13 +8,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from kvweave.seam import names
-from kvweave.seam.attention import read
-from kvweave.seam.layer import Link
+from kvweave.seam import lookup
+from kvweave.seam.attention import reader_of
 
 
 def unwrapped(model: Any) -> Any:
@@ -30,9 +28,9 @@ def decoder_of(model: Any) -> Any:
     if model.config.is_encoder_decoder:
         raise ValueError(f"model={kind} is an encoder-decoder: kvweave compresses decoders only")
     decoder = model.config.get_text_config(decoder=True)
-    if names.implementation(decoder) == "flex_attention":
+    if lookup.implementation(decoder) == "flex_attention":
         raise ValueError("attn_implementation='flex_attention' is not supported: allowed is sdpa, eager or flash")
-    if not names.lets_attention_be_chosen(model, decoder):
+    if not lookup.lets_attention_be_chosen(model, decoder):
         raise ValueError(f"model={kind} does not let its attention be chosen: kvweave cannot read its keys")
     return decoder
 
@@ -52,40 +50,20 @@ class Reader:
     """
 
     def __init__(self, base: str) -> None:
-        self.base, self.found, self.users = base, names.registered(base), 0
+        self.base, self.found, self.users = base, lookup.registered(base), 0
         self._own: dict[type, Callable[..., Any]] = {}
-        self.function = self._function()
+        self.function = reader_of(base, self.found, self.own, passed.note)
 
     def own(self, kind: type) -> Callable[..., Any]:
         """The function that modules of this class would have called."""
         if self.found is not None:
             return self.found
         if kind not in self._own:
-            function = names.eager_function(kind)
+            function = lookup.eager_function(kind)
             if function is None:
                 raise ValueError(f"{kind.__name__}: no eager attention function is found in its file")
             self._own[kind] = function
         return self._own[kind]
-
-    def _function(self) -> Callable[..., Any]:
-        def kvweave_attention(
-            module: nn.Module,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Tensor | None,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            function = self.own(type(module))
-            link: Link | None = getattr(key, "_kvweave", None)
-            if link is None:
-                if not torch.compiler.is_compiling():
-                    passed.note(module)
-                return function(module, query, key, value, attention_mask, *args, **kwargs)
-            return read(function, self.base, module, query, key, value, attention_mask, link, kwargs)
-
-        return kvweave_attention
 
 
 class _Passed(threading.local):
@@ -110,18 +88,18 @@ def attach(base: str, model: nn.Module) -> None:
         ValueError: a model whose file looks the name up elsewhere.
     """
     for module in model.modules():
-        if names.has_table_of_its_own(module, base):
+        if lookup.has_table_of_its_own(module, base):
             raise ValueError(
                 f"attn_implementation={base!r} is {type(module).__name__}'s own: kvweave cannot read its keys"
             )
     with _LOCK:
         if base not in _READERS:
             _READERS[base] = Reader(base)
-            names.register(base, _READERS[base].function)
+            lookup.register(base, _READERS[base].function)
         _READERS[base].users += 1
         if _READERS[base].found is None:  # known before a step is compiled
             for kind in {type(module) for module in model.modules()}:
-                if names.eager_function(kind) is not None:
+                if lookup.eager_function(kind) is not None:
                     _READERS[base].own(kind)
 
 
@@ -133,5 +111,5 @@ def detach(base: str) -> None:
         if reader.users:
             return
         del _READERS[base]
-        if names.registered(base) is reader.function:  # nobody has put another there meanwhile
-            names.register(base, reader.found)
+        if lookup.registered(base) is reader.function:  # nobody has put another there meanwhile
+            lookup.register(base, reader.found)

@@ -13,22 +13,19 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvweave.methods.base import Method
-from kvweave.methods.registry import chosen_method
-from kvweave.ops.budget import Budget
-from kvweave.seam import guard, names, reader
-from kvweave.seam.asides import answer_probes
+from kvweave.methods.needs import Needs
+from kvweave.seam import guard, lookup, reader
 from kvweave.seam.cache import CompressedCache
-from kvweave.seam.filling import cache_of, check_bias, note_rotary, prepare
+from kvweave.seam.filling import begin, check_bias, note_rotary
 from kvweave.seam.frame import Frame
 from kvweave.seam.generate import wrap
-from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.names import Call, Signature
-from kvweave.seam.probes import CHUNK, Probes, read_probes
+from kvweave.seam.probes import Probes
+from kvweave.seam.probing import answer, answer_if_due
 from kvweave.seam.profiles import check_profiles
 
 #: Sessions by the parts of models that they are attached to: a part has one at most.
@@ -58,9 +55,10 @@ class Session:
         self.method = method
         self.trace = trace
         self.visual = visual
-        self._probes, self._processor = probes, processor
+        self.probes, self.processor = probes, processor
         self.cache: CompressedCache | None = None
         self.implementation = ""  # the name of the model's attention
+        self.tensor_parallel = (getattr(self.base, "_tp_size", None) or 1) > 1
         self.running = Frame()
         self.attached = False
         self._undo: list[Callable[[], Any]] = []
@@ -80,7 +78,7 @@ class Session:
         self._used = True
         model = self.base
         decoder = reader.decoder_of(model)
-        base = names.implementation(decoder)
+        base = lookup.implementation(decoder)
         if self.method is not None:
             check_bias(self.method, base)
             check_profiles(self.method, model)
@@ -102,7 +100,7 @@ class Session:
             for part in parts:
                 if hasattr(part, "generate"):
                     self._undo += wrap(self, part)
-            if self.method is None or self.method.turns_keys:
+            if self.method is None or self.method.needs.rotary:
                 self._hook_rotary()
         except BaseException:
             self.detach()
@@ -177,51 +175,40 @@ class Session:
     def _before_forward(
         self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, signature: Signature
     ) -> Any:
-        running = self.running
-        if not running.begin(part):
+        forwards = self.running.forwards
+        if part in forwards:  # it was left by an exception, without a word
+            del forwards[forwards.index(part) :]
+        forwards.append(part)
+        if len(forwards) > 1:
             return None  # the outer model's hook knows more: ids, token types
         call = Call(signature, args, kwargs)
-        cache = cache_of(self, part, call)
-        running.cache = None
-        if call.inputs is None or cache is None:
+        cache = begin(self, part, call)
+        if cache is None:
             return ((), call.arguments(call.cache)) if call.misnamed else None
-        running.cache = cache
-        if running.request is not None and running.own is None:
-            running.own = cache
-        if running.request is None or running.own is cache:  # not the other branch of classifier-free guidance
-            self.cache = cache
-        if any(isinstance(layer, CompressedLayer) for layer in cache.layers):
-            prepare(self, part, cache, call)
         return (), call.arguments(cache)
-
-    def asks(self, method: Method) -> bool:
-        """Probes are answered before a prompt is cut by this method."""
-        return self._probes is not None or method.replays
 
     def _after_forward(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         running = self.running
-        if not running.end(part):
+        if not running.forwards or running.forwards[-1] is not part:
+            return  # a hook that raised before ours: the forward pass never began
+        running.forwards.pop()
+        if running.forwards:
             return
         cache, running.cache = running.cache, None
         if cache is None:
             return
         cache.shared.attached = False
-        if out is None or cache.fixed:
+        if out is None or running.fixed:
             return  # the forward pass raised, or changed tensors alone
-        guard.check_filled(self.base, cache, running.before, kwargs, out)
-        guard.check_read(self.base, self.base.config.get_text_config(decoder=True), cache)
-        cache.finish_prompt()
-        ids = kwargs.get("input_ids")
-        if (ids if ids is not None else kwargs["inputs_embeds"]).shape[1] == 1:
-            cache.cut_if_due()
-        named = self._probes is not None or not cache.shared.hold  # else `cache.compress` asks
-        if named and self.asks(cache.method) and cache.waits and cache.decoded >= 0 and not running.aside:
-            self._answer(cache, self._probes)
-        if not cache.compressed_layers:
-            kinds = sorted({layer["kind"] for layer in cache.report["layers"]})
-            self.warn("nothing", f"kvweave compressed no layer of {type(self.base).__name__}: {'; '.join(kinds)}")
+        guard.check(self, cache, kwargs, out)
+        if cache.finish_pass(running.new) and not running.aside:
+            answer_if_due(self, cache)
 
     # ------------------------------------------------------------ probes
+
+    def asks(self, needs: Needs) -> bool:
+        """Probes are answered before a prompt is cut by a method that needs this."""
+        return self.probes is not None or needs.replay
 
     def answer_probes(self, cache: CompressedCache, probes: Probes | None) -> None:
         """For `CompressedCache.compress`: ask the model, and cut the cache by what it looked at.
@@ -232,76 +219,9 @@ class Session:
         if not self.attached:
             raise ValueError("probes: the model is not attached any more: allowed is after kvweave.attach(model)")
         if cache.waits:
-            self._answer(cache, probes)
-
-    def _answer(self, cache: CompressedCache, probes: Probes | None) -> None:
-        if cache.decoded:
-            raise ValueError("probes: the prompt came with tokens behind it: allowed is a forward pass of the prompt")
-        asked = probes or read_probes("replay", self._processor, Probes.most)
-        with self.running.going_aside():
-            answer_probes(self.base, cache, asked)
+            answer(self, cache, probes)
 
 
-# -------------------------------------------------------------------- what users call
-
-
-def compress(
-    model: Any,
-    method: Method | str | None = None,
-    *,
-    budget: Budget | None = None,
-    visual: Tensor | None = None,
-    trace: bool = False,
-    probes: Any = None,
-    processor: Any = None,
-    probe_tokens: int = 32,
-    replay_chunk: int = CHUNK,
-) -> Session:
-    """Compress the KV cache of everything that `model` is given inside the `with` block.
-
-        with kvweave.compress(model, kvweave.FlowMM(budget=0.2)) as session:
-            out = model.generate(**inputs, max_new_tokens=64)
-        session.report
-
-    Args:
-        model: any decoder of transformers, with an image encoder or without; or PEFT's wrapper of one.
-        method: what decides which entries stay, or its spelling, such as "flowmm:budget=0.2".
-        budget: in place of a method: `Weave(budget=budget)`.
-        visual: bool [batch, length], which tokens are visual, where only embeddings are passed; else it is read
-            from the inputs.
-        trace: keep what became of each token, for pictures.
-        probes: for contexts whose question is not known: what the model is asked about a prompt before it is cut;
-            what it then looks at stays (SPEC 13.2, 15.5). A list of texts or of token ids; "default": to describe
-            the images and repeat the text; "replay": the prompt's text is read again behind it, then images are
-            described; "template": the tokens that end a user's turn. They take the place of `defer`, which is
-            ignored. A method that reads no attention is none the wiser. None: nothing, but kvzip asks "replay".
-        processor: the model's, or its tokenizer, where probes are texts. Without it "replay" comes without an
-            instruction, and images are not described.
-        probe_tokens: most tokens of an answer to a probe.
-        replay_chunk: tokens of the prompt that "replay" reads at once.
-    Raises:
-        TypeError: `method` is none, `model` is none.
-        ValueError, RuntimeError: on entering, where the model cannot be compressed or already is.
-    """
-    chosen = chosen_method(method, budget)
-    if visual is not None and (visual.dtype != torch.bool or visual.dim() != 2):
-        raise ValueError(f"visual must be bool [batch, length], got {visual.dtype} {list(visual.shape)}")
-    asked = None if probes is None else read_probes(probes, processor, probe_tokens, replay_chunk)
-    return Session(model, chosen, visual=visual, trace=trace, probes=asked, processor=processor)
-
-
-def attach(model: Any) -> Session:
-    """Let `model` read every `CompressedCache` that it is given, until `kvweave.detach(model)`, or inside `with`.
-
-    cache = kvweave.CompressedCache(model.config, method)
-    with kvweave.attach(model):
-        out = model.generate(**inputs, past_key_values=cache)
-    """
-    return Session(model, None).attach()
-
-
-def detach(model: Any) -> None:
-    """End whatever session is attached to `model`; nothing happens where there is none."""
-    session = _SESSIONS.get(id(reader.unwrapped(model)))
-    if session is not None:
-        session.detach()
+def attached_to(model: Any) -> Session | None:
+    """The session that is attached to `model`, or None."""
+    return _SESSIONS.get(id(reader.unwrapped(model)))

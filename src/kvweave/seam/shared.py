@@ -1,10 +1,11 @@
 """What all layers of a compressed cache share: the method, the turn, and where the layers' heads are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvweave.cut.prompt_cut import Terms
+from kvweave.cut.terms import Terms
 from kvweave.methods.base import Method
+from kvweave.methods.needs import Needs
 from kvweave.ops.heads import HERE, Heads
 from kvweave.seam.turn import Turn
 
@@ -23,6 +24,8 @@ class Shared:
         known: views' statistics by what they are of, for caches that are filled with one and the same prompt.
         heads: processes that share each layer's heads, where the model is tensor parallel.
         query_heads: of a layer, in all of them.
+        filled: some layer has been given keys since the forward pass began.
+        needs: what the method declares.
         room: tokens to come for which memory is laid out once the prompt is cut, or None.
     """
 
@@ -36,8 +39,12 @@ class Shared:
     heads: Heads = HERE
     query_heads: int = 0
     room: int | None = None
+    filled: bool = False
+    needs: Needs = field(init=False)
 
     def __post_init__(self) -> None:
+        self._terms = Terms.of(self.method, layers=self.layers, trace=self.trace)
+        self.needs = self._terms.needs
         if self.hold:
             self.turn.hold()
 
@@ -62,7 +69,7 @@ class Shared:
     @property
     def query_rows(self) -> int:
         """Queries of how many of a prompt's last rows are needed."""
-        return self.method.probed_rows if self.turn.on_request else self.method.query_rows
+        return self.needs.rows_with_probes if self.turn.on_request else self.needs.rows
 
     @property
     def awaited(self) -> int:
@@ -71,18 +78,16 @@ class Shared:
 
     def terms(self, query_heads: int) -> Terms:
         """What the cut of a layer goes by that has as many query heads here."""
-        turn, method = self.turn, self.method
-        return Terms(
-            method,
-            layers=self.layers,
+        turn = self.turn
+        return replace(
+            self._terms,
             heads=self._heads_of(query_heads),
             query_rows=self.query_rows,
             awaited=self.awaited,
             on_request=turn.on_request,
             probed=bool(turn.probes),
-            rotary=turn.rotary if method.turns_keys else None,
+            rotary=turn.rotary if self.needs.rotary else None,
             interleaved=turn.interleaved,
-            trace=self.trace,
             known=self.known,
         )
 

@@ -21,8 +21,9 @@ from kvweave.methods import Method
 from kvweave.methods.full import Full
 from kvweave.models.chat import encode, written
 from kvweave.seam.cache import CompressedCache
+from kvweave.seam.entry import compress
 from kvweave.seam.names import CACHE
-from kvweave.seam.session import Session, compress
+from kvweave.seam.session import Session
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # one entry a token
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.full import Full
+from kvweave.methods.needs import Needs
 from kvweave.ops.statistics import AttentionRule
 from kvweave.seam.cache import CompressedCache
+from kvweave.seam.entry import compress
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.names import CACHE
-from kvweave.seam.session import compress
 from kvweave.seam.shared import Shared
 
 #: What an attention was called with: queries [batch, heads, new, dim], its rule, and its mask.
@@ -31,9 +32,7 @@ Call = tuple[Tensor, AttentionRule, Tensor | None]
 class _Whole(Full):
     """The full cache, its rotary tables noted for methods that turn keys."""
 
-    @property
-    def turns_keys(self) -> bool:
-        return True
+    needs = Needs(rotary=True)
 
 
 class RecordedLayer(CompressedLayer):
@@ -157,7 +156,7 @@ class Prefill:
     def _fill(self, cache: CompressedCache, memory: Sequence[Tensor]) -> None:
         """What the forward pass would have done to an empty cache."""
         cache.shared.known = self.known
-        if cache.method.turns_keys:
+        if cache.shared.needs.rotary:
             cache.shared.turn.recall_rotary(self.rotary, interleaved=self.interleaved)
         remembered = iter(memory)
         for place, layer in enumerate(self.layers):

@@ -13,7 +13,8 @@ from torch import Tensor
 from kvweave.methods.base import Method
 from kvweave.models.loading import ModelError
 from kvweave.seam.cache import CompressedCache
-from kvweave.seam.session import Session, compress
+from kvweave.seam.entry import compress
+from kvweave.seam.session import Session
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ def generate(
                 session.detach()
             report = session.report
             _check_layers(report)
+            layers: list[Any] = [] if session.cache is None else session.cache.layers
             for layer in report.get("layers", []):
                 if layer["compressed"]:
-                    fate = session.cache.layers[layer["layer"]].fate  # type: ignore[union-attr]
+                    fate = layers[layer["layer"]].fate
                     fates.append(fate[0].cpu() if fate else None)
     new = out[0, inputs["input_ids"].shape[1] :]
     tokens = clock.times[1:]

@@ -20,7 +20,7 @@ from kvweave.methods.flowmm import FlowMM
 from kvweave.ops.budget import LEAST
 from kvweave.prompt import visual_mask
 from kvweave.report import charts
-from kvweave.seam.session import compress
+from kvweave.seam.entry import compress
 from kvweave.view import LayerView
 
 _PROMPTS = 8  # of each task

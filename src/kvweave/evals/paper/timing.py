@@ -28,7 +28,7 @@ from kvweave.methods import Method, get_method, list_methods
 from kvweave.methods.full import Full
 from kvweave.models import LABS
 from kvweave.report import charts
-from kvweave.seam.session import compress
+from kvweave.seam.entry import compress
 
 BUDGETS = (1.0, 0.5, 0.35, 0.2, 0.05)
 ROUNDS = 5

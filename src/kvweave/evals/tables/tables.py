@@ -65,24 +65,31 @@ def summarise(
         for test, p in zip(family, holm([test["p"] for test in family]), strict=True):
             test["p_holm"] = p
     return {
-        "about": {
-            "command": command,
-            "model": evaluation.model,
-            "tasks": [task.to_dict() for task in evaluation.tasks],
-            "seeds": list(evaluation.seeds),
-            "batch": sorted({result["batch"] for result in results}),
-            "cpu": sorted({result["cpu"] for result in results}),
-            "device": sorted({result["device"] for result in results}),
-            "versions": store.versions(),
-            "seconds": seconds,
-            "seconds_of_cells": round(sum(result["seconds"] for result in results), 1),
-        },
+        "about": _about(evaluation, results, command, seconds),
         "scores": scores,
         "means": means,
         "fidelity": fidelity,
         "tests": tests,
         "unequal": [result["cell"] for result in results if result["equal"] is False],
         "failed": [{**result["cell"], **failure} for result in results for failure in result["failed"]],
+    }
+
+
+def _about(
+    evaluation: Evaluation, results: Sequence[dict[str, Any]], command: str, seconds: float | None
+) -> dict[str, Any]:
+    """How the results came about."""
+    return {
+        "command": command,
+        "model": evaluation.model,
+        "tasks": [task.to_dict() for task in evaluation.tasks],
+        "seeds": list(evaluation.seeds),
+        "batch": sorted({result["batch"] for result in results}),
+        "cpu": sorted({result["cpu"] for result in results}),
+        "device": sorted({result["device"] for result in results}),
+        "versions": store.versions(),
+        "seconds": seconds,
+        "seconds_of_cells": round(sum(result["seconds"] for result in results), 1),
     }
 
 

@@ -173,5 +173,9 @@ def _installed() -> list[str]:
 
 
 def _readme(package: str) -> str:
-    described = metadata.metadata(package.split("==")[0])
-    return described.get("Description") or str(described.get_payload())  # type: ignore[attr-defined]
+    return readme(metadata.metadata(package.split("==")[0]))
+
+
+def readme(package: Any) -> str:
+    """What a package's metadata, an e-mail's headers and text, describe it as."""
+    return package.get("Description") or str(package.get_payload() or "")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -44,7 +45,7 @@ def _render() -> np.ndarray:
     return np.stack([_picture(resvg, folder / f"{code}.svg") for code in CODES.values()])
 
 
-def _picture(resvg: object, file: Path) -> np.ndarray:
-    drawn = resvg.svg_to_bytes(svg_string=file.read_text(encoding="utf-8"), width=SIDE, height=SIDE)  # type: ignore[attr-defined]
+def _picture(resvg: Any, file: Path) -> np.ndarray:
+    drawn = resvg.svg_to_bytes(svg_string=file.read_text(encoding="utf-8"), width=SIDE, height=SIDE)
     with Image.open(io.BytesIO(bytes(drawn))) as picture:
         return np.asarray(picture.convert("RGBA").resize((SIDE, SIDE)))

@@ -1,0 +1,139 @@
+"""One layer cut: what the method sees of its slots, and what memory keeps of them. Nothing here knows a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvweave.cut.record import Record
+from kvweave.cut.rows import Group, Share, compact, fits, group_rows
+from kvweave.cut.terms import Pending, Terms
+from kvweave.memory.block import Block
+from kvweave.memory.heads import block_from, stored_in
+from kvweave.memory.slots import Slots
+from kvweave.ops.statistics import AttentionRule
+from kvweave.plan import Compacted
+from kvweave.prompt import Prompt
+
+
+@dataclass
+class LayerCut:
+    """What a layer keeps of its cuts beside the slots.
+
+    Attributes:
+        layer: its number among the layers that are compressed.
+        rotated: keys carry a rotary phase.
+        projection: the output projection, for methods that look through it.
+        memory: what the method left for a later turn.
+        pending: what is cut once all layers have been observed.
+        record, flow: of the last cut, for the report.
+        fate: with `trace`, for each row int64 [kv_heads, length], the slot that a slot lives on in, -1: evicted.
+    """
+
+    layer: int = 0
+    rotated: bool = True
+    projection: Tensor | None = None
+    memory: Tensor | None = None
+    pending: Pending | None = None
+    record: Record | None = None
+    flow: float | None = None
+    fate: list[Tensor] = field(default_factory=list)
+
+    def groups(
+        self,
+        slots: Slots,
+        queries: Tensor | None,
+        prompt: Prompt,
+        rule: AttentionRule,
+        terms: Terms,
+        mask: Tensor | None = None,
+        apart: Sequence[int] | None = None,
+    ) -> list[Group]:
+        """What the method sees of the prompt's slots, rows that hold equally many tokens together.
+
+        Args:
+            slots, queries, prompt, rule, mask, apart: as in `group_rows`.
+        """
+        groups = group_rows(
+            slots,
+            queries,
+            prompt,
+            rule,
+            mask=mask,
+            layer=self.layer,
+            layers=terms.layers,
+            memory=self.memory,
+            rotary=terms.rotary,
+            wanted=terms.query_rows,
+            apart=range(len(prompt.valid)) if terms.alone else apart,
+            heads=terms.heads,
+        )
+        for group in groups:
+            view = group.view
+            view.interleaved, view.rotated, view.projection = terms.interleaved, self.rotated, self.projection
+        return groups
+
+    def cut(self, block: Block, pending: Pending, share: Sequence[Share], terms: Terms) -> tuple[Block, Tensor]:
+        """What memory holds once the method has taken from the prompt's slots what it keeps.
+
+        Args:
+            block: what memory holds.
+            share: entries that each row of the batch keeps in this layer.
+        Returns:
+            That, and bool [batch, columns], the tokens of the prompt that were taken for real.
+        """
+        self.pending = None
+        behind = 0 if pending.behind is None else pending.behind.nbytes
+        if fits(pending.groups, share) and not _holds_padding(block, pending):
+            return self.store(block, block, pending.lengths, pending.prompt, terms, behind=behind), pending.valid
+        outcome = compact(terms.method, pending.groups, share, pending.budgets, trace=terms.trace)
+        self.flow = outcome.compacted.flow
+        self.fate = outcome.fate
+        self.memory = self.memory if outcome.memory is None else outcome.memory
+        cut = block_from(outcome.compacted, pending.behind)
+        cut = self.store(block, cut, pending.lengths, outcome.compacted, terms, outcome.rows, behind=behind)
+        return cut, pending.valid
+
+    def store(
+        self,
+        before: Block,
+        block: Block,
+        lengths: list[int],
+        prompt: Slots | Compacted,
+        terms: Terms,
+        rows: list[dict[str, Any]] | None = None,
+        packs: bool = True,
+        behind: int = 0,
+    ) -> Block:
+        """`block` as the method wants it stored; keeps what the report will say.
+
+        Args:
+            before: what memory held.
+            prompt: what is left of the prompt, for its positions and mass.
+            rows: for each row, what its plan says of itself.
+            packs: store it as the method wants it stored.
+            behind: bytes of the tokens that lie behind the prompt.
+        """
+        if packs and terms.storage is not None:
+            block = stored_in(block, terms.storage)
+        assert prompt.positions is not None
+        assert prompt.mass is not None
+        real = prompt.positions >= 0
+        mass = prompt.mass * real
+        sizes = [before.nbytes - behind, block.nbytes - behind, behind]
+        counts = torch.stack([real.sum(-1).to(mass.dtype), mass.sum(-1), mass.amax(-1)], -1)
+        if terms.heads.size > 1:  # and those of the layer's other heads
+            sizes = [sum(each) for each in zip(*terms.heads.each(sizes, real.device), strict=True)]
+            counts = terms.heads.gather(counts)
+        kept, represented, heaviest = counts.unbind(-1)
+        bytes_before, bytes_after, behind = sizes
+        rows = rows or [{} for _ in lengths]
+        self.record = Record(lengths, kept, represented, heaviest.max(), bytes_before, bytes_after, rows, behind)
+        return block
+
+
+def _holds_padding(block: Block, pending: Pending) -> bool:
+    """Slots, known by their columns, that are no real token: padding that came behind an earlier cut."""
+    return block.has_positions and bool(pending.prompt.stands_for_others_than(pending.valid).any())

@@ -1,0 +1,172 @@
+"""Probes are answered: what they and their answers attend to decides what stays (SPEC 13.2 and 15.5).
+
+After the prefill the model answers each probe from the whole context, or only reads it; the cache is cropped back.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kvweave.seam.asides import aside
+from kvweave.seam.cache import CompressedCache
+from kvweave.seam.names import CACHE, Signature
+from kvweave.seam.probes import Probes, read_probes
+
+if TYPE_CHECKING:
+    from kvweave.seam.session import Session
+
+_OVERLAP = 8  # tokens of the chunk before that are said again with a chunk
+
+
+def answer_if_due(session: "Session", cache: CompressedCache) -> None:
+    """A forward pass has left a prompt that waits for its cut: answer the probes, if any are asked before it."""
+    named = session.probes is not None or not cache.shared.hold  # else `cache.compress` asks
+    if named and session.asks(cache.shared.needs) and cache.decoded >= 0:
+        answer(session, cache, session.probes)
+
+
+def answer(session: "Session", cache: CompressedCache, probes: Probes | None) -> None:
+    """Ask the model, and cut the cache by what it looked at.
+
+    Args:
+        probes: None: what the cache's method asks by itself.
+    """
+    if cache.decoded:
+        raise ValueError("probes: the prompt came with tokens behind it: allowed is a forward pass of the prompt")
+    asked = probes or read_probes("replay", session.processor, Probes.most)
+    with session.running.going_aside():
+        answer_probes(session.base, cache, asked)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass behind the prompt, and the greedy answer to it.
+
+    Attributes:
+        tokens: int64 [batch, new]; live: bool, alike, those that are real.
+        most: tokens of the answer; the last one is not fed, so that 1 is none.
+    """
+
+    tokens: Tensor
+    live: Tensor
+    most: int = 1
+
+
+def answer_probes(model: nn.Module, cache: CompressedCache, probes: Probes) -> None:
+    """Let the model answer the probes from the whole context, crop the cache back, and cut it by what they looked at.
+
+    Args:
+        cache: holds a prompt that waits for its cut.
+    Raises:
+        ValueError: the prompt is to be said again, and its token ids are not known.
+    """
+    started, spent = time.perf_counter(), 0
+    passes = _passes(cache, probes)
+    with _progress(len(passes)) as step:
+        for asked in passes:
+            spent += _answer(model, cache, asked)
+            step()
+    told = {"count": len(passes), "tokens": spent, "seconds": round(time.perf_counter() - started, 3)}
+    cache.shared.turn.note_probes(told | ({"instructed": bool(probes.instruction)} if probes.chunk else {}))
+    with torch.no_grad():
+        cache.cut_waiting()
+
+
+def _passes(cache: CompressedCache, probes: Probes) -> list[_Pass]:
+    prompt = cache.prompt
+    assert prompt is not None
+    rows, device = len(prompt.valid), prompt.valid.device
+    again: list[_Pass] = []
+    answered = probes.answered
+    if probes.chunk:
+        shown = prompt.visual & prompt.valid
+        answered = answered if bool(shown.any()) else ()
+        again = [_padded(said, device) for said in _said_again(cache, probes)]
+    fed = [_padded([probe] * rows, device) for probe in probes.fed]
+    asked = [_padded([probe] * rows, device, probes.most) for probe in answered]
+    return again + fed + asked
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device, most: int = 1) -> _Pass:
+    """Rows of unequal lengths, padded behind, where nothing real sees it."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return _Pass(tokens, torch.arange(longest, device=device) < lengths[:, None], most)
+
+
+def _said_again(cache: CompressedCache, probes: Probes) -> list[list[list[int]]]:
+    """For each chunk of the prompts' texts what each row is fed; a shorter prompt has nothing left in the end."""
+    turn, seen = cache.shared.turn, cache.get_seq_length()
+    if turn.ids is None or turn.ids.shape[1] < seen:
+        raise ValueError(
+            "probes='replay' needs the token ids of the whole prompt, and it came as embeddings, or with a reply "
+            "that was decoded into fixed buffers: allowed is input_ids, other probes, or kvzip's replay=false"
+        )
+    assert turn.prompt is not None
+    texts = turn.prompt.valid[:, :seen] & ~turn.prompt.visual[:, :seen]
+    rows = [ids[text].tolist() for ids, text in zip(turn.ids[:, :seen].to(texts.device), texts, strict=True)]
+    return [
+        [
+            [*probes.instruction, *row[max(0, start - _OVERLAP) : start + probes.chunk]] if start < len(row) else []
+            for row in rows
+        ]
+        for start in range(0, max(map(len, rows)), probes.chunk)
+    ]
+
+
+def _answer(model: nn.Module, cache: CompressedCache, asked: _Pass) -> int:
+    """One pass and the greedy answer to it, what they looked at noted; returns how many columns they had."""
+    turn = cache.shared.turn
+    turn.expect(asked.tokens.shape[1], asked.most)
+    for layer in cache.compressed_layers:
+        if layer.prompt_cut.waiting is not None:
+            layer.prompt_cut.waiting.expect(asked.tokens.shape[1] + asked.most)
+
+    def ended() -> bool:
+        """In all rows."""
+        return turn.counted is None or not bool(turn.counted[:, cache.decoded - 1].any())
+
+    def look() -> None:
+        assert turn.counted is not None
+        for layer in cache.compressed_layers:
+            layer.count_attention(turn.counted)
+
+    columns = aside(model, cache, _first(model, cache, asked), asked.most, ended=ended, look=look)
+    turn.expect(0, 0)
+    return columns
+
+
+def _first(model: nn.Module, cache: CompressedCache, asked: _Pass) -> dict[str, Any]:
+    """The inputs of the pass."""
+    turn, last, tokens = cache.shared.turn, cache.shared.turn.last_position, asked.tokens
+    assert turn.prompt is not None
+    step: dict[str, Any] = {"input_ids": tokens, CACHE: cache, "use_cache": True, "return_dict": True}
+    if "logits_to_keep" in Signature.of(model).parameters:
+        step["logits_to_keep"] = 1
+    mask = torch.cat([turn.prompt.valid[:, : cache.get_seq_length()], asked.live], 1)
+    if last is not None or not bool(mask.all()):
+        step["attention_mask"] = mask.long()
+    if last is not None:
+        step["position_ids"] = last + torch.arange(1, tokens.shape[1] + 1, device=last.device)
+    return step
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("answering probes", total=total)
+        yield lambda: bar.advance(task)
