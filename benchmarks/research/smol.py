@@ -32,6 +32,15 @@ LENT = "weave:merge=false,rows_by=max,heads_by=max,ahead=8,recent=8"
 TOKENS = {"needle": 24, "reversed": 24, "records": 24, "several": 48, "copy": 48}  # of an answer, at most
 TASKS = tuple(TOKENS)
 BUDGETS = (0.2, 0.1, 0.05)
+#: weave on a model: as it comes, without a profile, with equal counts, four decoded tokens, none, and as it came before.
+FORMS = (
+    "weave",
+    "weave:form=lent",
+    "weave:form=even",
+    "weave:form=lent,defer=4",
+    "weave:form=lent,defer=0",
+    "weave:form=spelled",
+)
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,13 @@ def _variants(profile: str) -> tuple[str, ...]:
 
 def questions(profile: str) -> dict[str, Question]:
     """What is asked, by name."""
-    best = tuple(text for text in _variants(profile) if "behind=0" in text and ("defer=4" in text or "mix" in text))
-    unseen = ("snapkv", "weave", "kvzip")
+    unseen = ("snapkv", "weave", "weave:form=spelled", "kvzip")
     return {
-        "published": Question("What do methods of papers keep?", ("snapkv", "h2o", "flowmm", "weave"), BUDGETS),
+        "published": Question("What do methods of papers keep?", ("snapkv", "h2o", "flowmm"), BUDGETS),
         "variants": Question(
             "Whom to lend scores to, how to share out budgets, whether to wait?", _variants(profile), (0.1,)
         ),
-        "seen": Question("What is kept where the question is in the prompt?", best, BUDGETS),
+        "seen": Question("What is kept where the question is in the prompt?", FORMS, BUDGETS),
         "replayed": Question("What does replay keep, the question in the prompt?", ("kvzip",), BUDGETS),
         "unseen": Question("What is kept where the question comes after?", unseen, (0.2, 0.1), "unseen"),
     }

@@ -52,7 +52,7 @@ QUESTIONS = {
     "marks": Question(
         "Does softened attention beat weave's defaults, and merging never cost?",
         {
-            "weave": "weave",
+            "weave": "weave:form=spelled",
             "soft, 4 tokens": SOFT,
             "soft, 4 tokens, nothing merged": f"{SOFT},merge=false",
             "soft, 2 tokens": SOFT_2,

@@ -1,5 +1,6 @@
 """What the reference of weave leaves out: the softened attention of the decoded tokens."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -60,3 +61,48 @@ def test_a_temperature_needs_decoded_tokens():
 def test_entropy_needs_averaged_keys(options):
     with pytest.raises(ValueError, match="mass_kind='entropy'"):
         Weave(mass_kind="entropy", **options)
+
+
+# -------------------------------------------------------------------- forms
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "weave",
+        "weave:form=spelled",
+        "weave:merge=true",
+        "weave:redecode=true",
+        "weave:form=lent",
+        "weave:form=lent,recent=32",
+        "weave:form=even,defer=4",
+        "weave:form=lent,allocation=profile,profile=smol-text",
+        "quantized:method=weave,form=even",
+    ],
+)
+def test_a_form_is_read_back_from_what_is_written(spelled):
+    method = kvweave.parse_method(spelled)
+    assert kvweave.parse_method(method.spelling()) == method
+    assert kvweave.method_from_dict(method.to_dict()) == method
+    assert replace(method, budget=0.2) == method
+    assert pickle.loads(pickle.dumps(method)) == method
+
+
+def test_a_form_changes_what_is_not_spelled():
+    lent, even = Weave(form="lent", recent=32, merge=True), Weave(form="even")
+    assert (lent.recent, lent.merge, lent.ahead, lent.allocation) == (32, True, 8, "global")
+    assert Weave(form="lent", defer=0).temperature is None
+    assert (even.merge, even.mass_bias, even.ahead, even.allocation) == (False, False, 8, "head")
+
+
+def test_what_is_spelled_is_not_left_to_the_model():
+    assert Weave(0.3).form == Weave(budget=0.3, redecode=True).form == "auto"
+    assert Weave(defer=2).form == Weave(recent=8).form == replace(Weave(), defer=3).form == "spelled"
+
+
+def test_on_a_model_the_form_is_lent_with_its_profile_if_there_is_one():
+    assert Weave(0.3).on_model(lambda: None) == Weave(0.3, form="lent")
+    known = Weave(0.3, redecode=True).on_model(lambda: "smol-text")
+    assert known == Weave(0.3, form="lent", redecode=True, allocation="profile", profile="smol-text")
+    spelled = Weave(0.3, recent=8)
+    assert spelled.on_model(lambda: "smol-text") is spelled

@@ -4,12 +4,15 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from kvweave.report import Answer, Layer, Run, Speed, Token, grids
+from kvweave.report import Answer, Layer, Run, Speed, Token, charts, grids
 from kvweave.report.data import finite, layers_of, size
 from kvweave.report.page import html
 from kvweave.report.picture import KEPT, pieces, png, shares
@@ -221,3 +224,15 @@ def test_sizes_as_people_read_them(count: int, text: str) -> None:
 
 def test_finite() -> None:
     assert [finite(value) for value in (1.5, float("inf"), "x", 3)] == [1.5, None, "x", 3]
+
+
+class TestNamesOfCurves:
+    @given(st.lists(st.floats(0, 1), max_size=20), st.floats(0.01, 0.05))
+    def test_neighbours_are_apart_and_near_where_they_were(self, places: list[float], gap: float) -> None:
+        places = sorted(places)
+        moved = charts._apart(places, gap)
+        assert len(moved) == len(places)
+        assert all(after - before > gap - 1e-9 for before, after in pairwise(moved))
+        assert all(place <= max(1.0, len(places) * gap) for place in moved)
+        if all(after - before > gap for before, after in pairwise(places)):
+            assert moved == places

@@ -258,7 +258,7 @@ def test_the_cache_holds_what_compress_tensors_gives(name, kind, monkeypatch):
         rotary=rotary,
         scaling=scaling[0],
     )
-    assert (rotary is not None) == method.turns_keys
+    assert (rotary is not None) == method.needs.rotary
     for mine, want in zip(cache.layers, expected, strict=True):
         assert torch.equal(mine.positions, want.positions)
         held = (want.positions >= 0)[..., None]

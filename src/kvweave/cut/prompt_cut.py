@@ -6,7 +6,6 @@ was seen of them; or when the first tokens have been decoded, or probes answered
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +159,7 @@ class PromptCut(LayerCut):
     # ---------------------------------------------------------------- a cut that waits
 
     def _wait(
-        self, pending: Pending, prompt: Prompt, rule: AttentionRule, budgets: list[Any], terms: Terms
+        self, pending: Pending, prompt: Prompt, rule: AttentionRule, budgets: Sequence[Share], terms: Terms
     ) -> Waiting:
         """What the prompt's queries say, held until the first tokens are decoded.
 
@@ -169,7 +168,8 @@ class PromptCut(LayerCut):
         """
         batch = len(prompt.valid)
         probed = (False, True) if terms.on_request else (False,)
-        weights = observe(terms.method, pending.groups, budgets, pending.lengths, probed=probed)
+        means, lengths = pending.budgets, pending.lengths
+        weights = observe(terms.method, pending.groups, budgets, lengths, means=means, probed=probed)
         heads, dim = self.query_shape
         queries = pending.prompt.keys.new_zeros(batch, heads, terms.awaited, dim)
         known, weights = known_by_row(pending.groups, batch), by_row(pending.groups, weights)

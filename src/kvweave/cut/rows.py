@@ -83,17 +83,15 @@ def group_rows(
             layers=layers,
             heads=heads,
         )
-        length = part.held.shape[1]
         if (slots.has_empty or heads.size > 1) and not bool(pick(tokens.everywhere).all()):
             view.empty = ~pick(tokens.here)
         if queries is not None:
-            asks = part.held[:, length - asked :] - (count - rows)  # rows of `queries` that hold a token
+            asks = part.held[:, part.length - asked :] - (count - rows)  # rows of `queries` that hold a token
             view.queries = queries[:, :, rows - asked :] if part.whole else _of_rows(queries, at, asks)
             if mask is not None:
                 view.rule = replace(rule, mask=_blocks(mask, at, asks, part.held))
-        if rotary is not None:
-            view.rotary = _tables(rotary, at, view.positions)
-        groups.append(Group(part.index, view, length))
+        view.rotary = None if rotary is None else _tables(rotary, at, view.positions)
+        groups.append(Group(part.index, view, part.length))
     return groups
 
 
@@ -140,6 +138,10 @@ class _Part:
     at: Tensor
     held: Tensor
     whole: bool
+
+    @property
+    def length(self) -> int:
+        return self.held.shape[1]
 
     def pick(self, x: Tensor) -> Tensor:
         """These rows' held slots of `x` [batch, heads, slots, ...]."""
@@ -229,9 +231,10 @@ def fits(groups: list[Group], budgets: Sequence[Share]) -> bool:
 def observe(
     method: Method,
     groups: list[Group],
-    budgets: Sequence[int],
+    budgets: Sequence[Share],
     lengths: Sequence[int],
     *,
+    means: Sequence[int] | None = None,
     probed: Sequence[bool] = (False,),
 ) -> list[Any]:
     """What `Method.allocate` is given of each group, all statistics computed and queries released.
@@ -241,6 +244,7 @@ def observe(
     Args:
         budgets: entries that stay in this layer, by row of the batch; of a layer-adaptive method, their mean over
             layers, this one's not being known yet.
+        means: the mean over layers of each row's budgets; None: they are given in `budgets`.
         lengths: real tokens of each row; on a later turn a layer holds fewer.
         probed: whether the plan will know of probes; both where that is still open.
     """
@@ -248,11 +252,13 @@ def observe(
     for group in groups:
         view, weight = group.view, 0.0
         row = group.index[0]
-        view.mean_budget = budgets[row]
+        mean = budgets[row] if means is None else means[row]
+        assert isinstance(mean, int)
+        view.mean_budget = mean
         if method.pools and group.length:
             for view.probed in probed:
                 weight = method.observe(view)  # a group of one row
-        elif budgets[row] < (lengths[row] if method.layer_adaptive else group.length):
+        elif smallest(budgets[row]) < (lengths[row] if method.layer_adaptive else group.length):
             if method.layer_adaptive:  # a group of one row
                 weight = method.observe(view)
             elif method.needs.rows:

@@ -1,6 +1,7 @@
 """What every method is: a frozen dataclass of options that plans one layer at a time."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +18,10 @@ from kvweave.view import LayerView
 #: Options that every method takes beside its budget.
 COMMON = ("defer", "defer_weight", "redecode")
 #: Members that `Method.needs` has taken the place of.
-_NOW_NEEDS = ("query_rows", "probed_rows", "turns_keys", "plans_rows_alone", "decoded_reductions", "keeps_rows")
+_NOW_NEEDS = (
+    *("query_rows", "probed_rows", "turns_keys", "plans_rows_alone", "decoded_reductions", "decoded_temperature"),
+    *("keeps_rows", "projects_values", "replays"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,14 @@ class Method:
         """Not an option that every method takes, or one with a default of its own."""
         shared = [base for base in cls.__mro__[1:] if base.__dict__.get("shares_options") and hasattr(base, option)]
         return not shared or getattr(cls, option) != getattr(shared[0], option)
+
+    def on_model(self, profile: Callable[[], str | None]) -> "Method":
+        """The method as it works on a model: itself, or what its options leave to the model.
+
+        Args:
+            profile: gives the name of the profile that is shipped for this model, None if there is none.
+        """
+        return self
 
     def weight_of(self, rows: Tensor) -> Tensor:
         """Weight of the attention of that many decoded tokens against the prompt's own rows' (SPEC 13.1)."""

@@ -1,11 +1,15 @@
-"""Weave: the queries that count, the important left sharp, everything else merged with its mass kept (SPEC 13.3).
+"""Weave: the queries that count, and two ways to keep what they look at (SPEC 13.3, 17.7).
 
 FlowMM's proxies and sensitivity (2511.05534) taken further by known ideas: queries of decoded tokens (Lookahead
-Q-Cache, 2505.20334; SpecKV, 2506.08373), probes (KVzip, 2505.23416), and a merged entry's mass on its logit.
+Q-Cache, 2505.20334; SpecKV, 2506.08373), probes (KVzip, 2505.23416), a merged entry's mass on its logit, and budgets
+that belong to a model's heads (KVzip; HeadKV, 2410.19258; DuoAttention, 2410.10819).
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +27,41 @@ from kvweave.ops.select import complement, last, lowest, lowest_of, top
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
+_FREE = {"budget", "redecode", "form"}  # options that leave the form open
+#: Other defaults, by the name of a form.
+FORMS: dict[str, dict[str, Any]] = {
+    "lent": {
+        "merge": False,
+        "mass_bias": False,
+        "rows_by": "max",
+        "heads_by": "max",
+        "ahead": 8,
+        "recent": 8,
+        "defer": 8,
+        "temperature": 1.0,  # what the prompt's own rows look at counts only where none is decoded
+        "allocation": "global",
+    }
+}
+FORMS["even"] = FORMS["lent"] | {"allocation": "head"}
+
 
 @register("weave")
 @dataclass(frozen=True)
 class Weave(MergingMethod, ScoredMethod):
-    """Keeps what the first decoded tokens attend to and merges the rest into the least important of it.
+    """Keeps what the first decoded tokens attend to, on a model; or merges the rest into the least important of it.
 
-    The prompt stays whole for `defer` tokens, whose attention is counted beside that of the prompt's last rows; with
-    probes, the attention of their answers and the largest of the prompt's own is counted instead. Important pivots
-    are never blurred; the others take up everything else, and weigh in decoding as many tokens as they stand for.
+    On a model, `weave` with nothing but a budget is `form=lent`: the prompt stays whole while eight tokens are
+    decoded. The largest attention that any of them pays, from any head, is lent to the eight tokens behind what it
+    looks at: a name is looked up, and its value follows. Entries go to the heads that want them: half by the model's
+    profile where one is shipped, else by this prompt alone, the heads of all layers competing. Nothing is merged.
+    The report says what it came to (`works_as`). `form=even` is the same with equally many entries in each head, for
+    engines that hold equal counts and add no biases; `form=lent,recent=16` changes what is spelled.
+
+    Without a model (`kvweave.compress_tensors`), and wherever another option is spelled, it is SPEC 13.3, with the
+    defaults below; `form=spelled` is that on a model, all defaults. The prompt stays whole for `defer` tokens, whose
+    attention is counted beside that of the prompt's last rows; with probes, the attention of their answers and the
+    largest of the prompt's own is counted instead. Important pivots are never blurred; the others take up everything
+    else, and weigh in decoding as many tokens as they stand for.
     """
 
     keeps_by = "attention from the first decoded tokens and the last rows"
@@ -39,6 +69,14 @@ class Weave(MergingMethod, ScoredMethod):
     source = "ours, on 2511.05534 and 2505.20334"
     attention_like = True
 
+    form: str = choice(
+        "auto",
+        "auto",
+        "spelled",
+        *FORMS,
+        help="auto: as lent on a model, where nothing but a budget is spelled, else as spelled; lent, even: other "
+        "defaults for what is not spelled",
+    )
     defer: int = integer(2, minimum=0, help="tokens decoded from the whole prompt before it is cut, which count too")
     proxies: int = integer(32, minimum=1, help="last rows of the prompt whose attention counts")
     recent: int = integer(32, minimum=0, help="last tokens that stay unmerged, at most half of the budget")
@@ -58,7 +96,21 @@ class Weave(MergingMethod, ScoredMethod):
         help="softens the decoded tokens' attention, which then counts alone; None: mixed with the last rows'",
     )
 
+    def __new__(cls, *args: Any, **options: Any) -> "Weave":
+        made = super().__new__(cls)
+        object.__setattr__(made, "_given", frozenset(options))  # `lent` and `even` change what was not
+        return made
+
     def __post_init__(self) -> None:
+        given, form = self._given, self.form  # type: ignore[attr-defined]
+        if form in [*FORMS]:
+            for name, value in FORMS[form].items():
+                if name not in given and (self.defer or name != "temperature"):
+                    object.__setattr__(self, name, value)
+            form = "spelled"
+        elif form == "auto" and ((given - _FREE and "form" not in given) or self._differs):
+            form = "spelled"
+        object.__setattr__(self, "form", form)
         super().__post_init__()
         if self.cross_scope == "other_only" and self.allocation != "head":
             raise ValueError(
@@ -69,6 +121,24 @@ class Weave(MergingMethod, ScoredMethod):
                 f"temperature={self.temperature} is not allowed with defer=0: no token is decoded before the cut; "
                 "allowed is defer >= 1"
             )
+
+    @property
+    def _differs(self) -> bool:
+        """An option is not the default, which leaves nothing to a model."""
+        own = (field for field in dataclasses.fields(self) if field.name not in _FREE)
+        return any(getattr(self, field.name) != field.default for field in own)
+
+    def on_model(self, profile: Callable[[], str | None]) -> "Weave":
+        if self.form != "auto":
+            return self
+        known = profile()
+        lent = Weave(self.budget, form="lent", redecode=self.redecode)
+        return lent if known is None else replace(lent, allocation="profile", profile=known)
+
+    def spelling(self) -> str:
+        """Without the form where other options say it."""
+        text = super().spelling()
+        return text.replace(",form=spelled", "") if self._differs else text
 
     @property
     def needs(self) -> Needs:

@@ -5,6 +5,7 @@ names meet, the wrapper's win. Inside another wrapper, brackets: `regress:method
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -104,6 +105,11 @@ class Wrapper(Method):
         if isinstance(self.method, Wrapper) or theirs & set(own):
             return f"{self.name}:" + ",".join([f"method=[{inside}]", *changed])
         return f"{self.name}:" + ",".join([f"method={name}", *changed, options])
+
+    def on_model(self, profile: Callable[[], str | None]) -> "Wrapper":
+        inside = self.method.on_model(profile)
+        whole: dict[str, Any] = dict.fromkeys(_SHARED)  # the inner method's own
+        return self if inside is self.method else dataclasses.replace(self, method=inside, **whole)
 
     # What the inner method says.
 

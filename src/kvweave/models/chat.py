@@ -32,8 +32,7 @@ def encode(processor: Any, *conversations: Sequence[Message]) -> Any:
     given = [_opened(_turns(processor, messages)) for messages in conversations]
     padding = {"padding": True, "padding_side": "left"} if len(given) > 1 else {}
     if not getattr(processor, "chat_template", None):
-        texts = ["\n".join(turn["content"] for turn in turns) for turns in given]
-        return processor(texts, return_tensors="pt", **padding)
+        return processor([_plain(turns) for turns in given], return_tensors="pt", **padding)
     options: dict[str, Any] = {"processor_kwargs": padding}
     if not reads_images(processor):
         options = {"padding": bool(padding), "tokenizer_kwargs": {"padding_side": "left"}}
@@ -43,8 +42,10 @@ def encode(processor: Any, *conversations: Sequence[Message]) -> Any:
 
 
 def written(processor: Any, messages: Sequence[Message]) -> str:
-    """A conversation as the chat template writes it, a placeholder where each image goes."""
+    """A conversation as the chat template writes it, a placeholder where each image goes; without one, its text."""
     turns = _turns(processor, messages)
+    if not getattr(processor, "chat_template", None):
+        return _plain(turns)
     return processor.apply_chat_template([turns], add_generation_prompt=True, tokenize=False)[0]
 
 
@@ -55,6 +56,10 @@ def _turns(processor: Any, messages: Sequence[Message]) -> list[Message]:
     if not getattr(processor, "chat_template", None):
         raise PromptError("the model's processor has no chat template: kvweave cannot tell where images go")
     return list(messages)
+
+
+def _plain(turns: Sequence[Message]) -> str:
+    return "\n".join(turn["content"] for turn in turns)
 
 
 def _opened(turns: list[Message]) -> list[Message]:

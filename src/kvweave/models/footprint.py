@@ -109,7 +109,7 @@ def footprint(
         prefill, _ = _read(model, built, batch, tokens, cached=False)
         _, sizes = _read(model, built, batch, tokens, cached=True)
         _, step = _read(model, built, batch, _FEW, cached=True)
-    cache = CompressedCache(built.config, method)
+    cache, works = CompressedCache(built.config, method), method.on_model(lambda: None)
     compressed = {n for n, layer in enumerate(cache.layers) if any(layer is x for x in cache.compressed_layers)}
     each = {n: step[n] / _FEW for n in compressed}  # bytes a token
     whole = isinstance(method, Full)
@@ -129,7 +129,7 @@ def footprint(
         reply=int(sum(step) / _FEW * new_tokens),
         entries=count,
         layers=len(compressed),
-        waits=method.layer_adaptive or method.defer > 0,
+        waits=works.layer_adaptive or works.defer > 0,
     )
 
 

@@ -14,6 +14,7 @@ _MARKED = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _QUIET = "#a9afb5"
 _LIMIT = "#1d2125"
+_NAME_SIZE = 7.5  # points
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def curves(panels: Sequence[Panel], path: Path) -> None:
     """Score by share of the cache kept, panels side by side; the axis is logarithmic."""
     drawn, axes = _figure(1, len(panels), (6.4 * len(panels), 5.0), share_y=True)
     for axis, panel in zip(axes, panels, strict=True):
-        _lines(axis, panel.curves)
+        named = _lines(axis, panel.curves)
         ticks = sorted({x for curve in panel.curves for x in curve.x})
         if panel.full is not None:
             axis.axhline(panel.full, color=_LIMIT, linewidth=1, linestyle=":")
@@ -77,6 +78,7 @@ def curves(panels: Sequence[Panel], path: Path) -> None:
         axis.set_xlim(ticks[0] * 0.93, ticks[-1] * 1.05)
         axis.set_title(panel.title, loc="left", fontsize=11)
         axis.set_xlabel("share of the cache kept")
+        _name_ends(axis, named)
     axes[0].set_ylabel("score, mean over tasks")
     _save(drawn, path)
 
@@ -84,7 +86,7 @@ def curves(panels: Sequence[Panel], path: Path) -> None:
 def lengths(lines: Sequence[Curve], path: Path) -> None:
     """Milliseconds by prompt length, both axes logarithmic."""
     drawn, (axis,) = _figure(1, 1, (8, 5.2))
-    _lines(axis, lines)
+    named = _lines(axis, lines)
     ticks = sorted({x for line in lines for x in line.x})
     axis.set_xscale("log")
     axis.set_yscale("log")
@@ -93,6 +95,7 @@ def lengths(lines: Sequence[Curve], path: Path) -> None:
     axis.set_xlim(ticks[0] * 0.95, ticks[-1] * 1.05)
     axis.set_xlabel("tokens of the prompt")
     axis.set_ylabel("milliseconds added")
+    _name_ends(axis, named)
     _save(drawn, path)
 
 
@@ -143,13 +146,14 @@ def flow(lines: Sequence[Curve], theta: float, scores: Dots, path: Path) -> None
     from matplotlib.ticker import MaxNLocator
 
     drawn, (left, right) = _figure(1, 2, (11, 3.8))
-    _lines(left, lines)
+    named = _lines(left, lines)
     left.axhline(theta, color=_unit(SOFT), linestyle="--", linewidth=1)
     left.annotate(f"theta {theta:g}", (left.get_xlim()[0], theta), (4, 4), textcoords="offset points", size=8)
     left.set_ylim(0, 1)
     left.set_xlabel("layer")
     left.set_title("flow ratio", loc="left", fontsize=11)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _name_ends(left, named)
     _dots(right, scores)
     _save(drawn, path)
 
@@ -177,25 +181,51 @@ def outliers(layers: Sequence[dict[str, Any]], visual: Sequence[bool], path: Pat
 # -------------------------------------------------------------------- parts
 
 
-def _lines(axis: Any, lines: Sequence[Curve]) -> None:
-    """Marked ones on top, the others quiet behind them; a legend beside them."""
-    from matplotlib.lines import Line2D
-
-    quiet = [line for line in lines if not line.marked and not line.limit]
-    for line in quiet:
+def _lines(axis: Any, lines: Sequence[Curve]) -> list[tuple[Curve, str]]:
+    """Marked ones in colour on top, the others quiet behind them; returns each with its colour."""
+    drawn = []
+    for line in (line for line in lines if not line.marked and not line.limit):
         axis.plot(line.x, line.y, color=_QUIET, linewidth=0.9, zorder=2)
-    handles = []
+        drawn.append((line, _QUIET))
     for line in (line for line in lines if line.limit):
-        handles += axis.plot(line.x, line.y, color=_LIMIT, linewidth=1.6, linestyle="--", zorder=4, label=line.name)
+        axis.plot(line.x, line.y, color=_LIMIT, linewidth=1.6, linestyle="--", zorder=4)
+        drawn.append((line, _LIMIT))
     marked = [line for line in lines if line.marked]
     for line, colour, marker in zip(marked, _MARKED, _MARKERS, strict=False):
-        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 2}
-        handles += axis.plot(line.x, line.y, **style, zorder=5, label=line.name)
+        axis.plot(line.x, line.y, color=colour, marker=marker, markersize=5, linewidth=2, zorder=5)
         if line.low:
             axis.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0, zorder=3)
-    if quiet:
-        handles.append(Line2D([], [], color=_QUIET, linewidth=0.9, label="other methods"))
-    axis.legend(handles=handles, frameon=False, fontsize=9)
+        drawn.append((line, colour))
+    return drawn
+
+
+def _name_ends(axis: Any, drawn: Sequence[tuple[Curve, str]]) -> None:
+    """Each curve's name at its right end, moved apart where they would lie on each other; limits are set before."""
+    to_axis = axis.transData + axis.transAxes.inverted()
+    gap = 1.2 * _NAME_SIZE / (axis.get_window_extent().height / axis.figure.dpi * 72)
+
+    def height(line: Curve) -> float:
+        end = max(zip(line.x, line.y, strict=True))
+        return float(to_axis.transform(end)[1])
+
+    ends = sorted((height(line), line.name, colour) for line, colour in drawn)
+    places = _apart([place for place, _, _ in ends], gap)
+    for (_, name, colour), place in zip(ends, places, strict=True):
+        ink = _unit(SOFT) if colour == _QUIET else colour
+        where = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+        axis.annotate(name, (1, place), (5, 0), color=ink, size=_NAME_SIZE, va="center", **where)
+
+
+def _apart(places: Sequence[float], gap: float) -> list[float]:
+    """Rising places, moved as little as leaves `gap` between neighbours, the last not above 1 if there is room."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + gap) if moved else place)
+    roof = max(1.0, len(moved) * gap)
+    for n in reversed(range(len(moved))):
+        moved[n] = roof = min(moved[n], roof)
+        roof -= gap
+    return moved
 
 
 def _dots(axis: Any, panel: Dots) -> None:

@@ -10,7 +10,6 @@ from kvweave.report.data import Run, size
 from kvweave.report.page import data_uri, script_json, text
 from kvweave.report.picture import shares
 
-
 _DIFFERENCE = ("protocol", "method", "budget", "baseline", "difference", "low", "high", "p_holm")
 
 

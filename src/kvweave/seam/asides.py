@@ -86,7 +86,7 @@ def redecode(running: Frame, model: nn.Module, cache: CompressedCache, call: Cal
     """
     step = _first_token(call, cache)
     with running.going_aside():
-        aside(model, cache, step, cache.method.defer - cache.decoded)
+        aside(model, cache, step, cache.shared.method.defer - cache.decoded)
 
 
 def _first_token(call: Call, cache: CompressedCache) -> dict[str, Any]:

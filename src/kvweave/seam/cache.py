@@ -15,6 +15,7 @@ from kvweave.methods.base import Method
 from kvweave.prompt import Prompt
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.probes import CHUNK, read_probes
+from kvweave.seam.profiles import working
 from kvweave.seam.reader import unwrapped
 from kvweave.seam.report import described, layer_kinds
 from kvweave.seam.saved import read, write
@@ -84,6 +85,10 @@ class CompressedCache(Cache):
         """
         return read(cls, path, unwrapped(model))
 
+    def work_on(self, model: Any) -> None:
+        """Let the method be what it is on this model; `method` stays as it was given."""
+        self.shared.go_by(working(self.method, model))
+
     def stand_in_for(self, other: Cache) -> None:
         """Take the place of an empty cache: layers that are not compressed stay its own, with all they were told.
 
@@ -110,7 +115,7 @@ class CompressedCache(Cache):
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decode steps: room for them is laid out, in every layer."""
         ours = all(isinstance(layer, CompressedLayer) for layer in self.layers)
-        return self.shared.room is not None and ours and self.method.storage is None
+        return self.shared.room is not None and ours and self.shared.method.storage is None
 
     @property
     def fixed(self) -> bool:
@@ -129,8 +134,8 @@ class CompressedCache(Cache):
         """
         if not isinstance(tokens, int) or tokens < 1:
             raise ValueError(f"tokens={tokens!r} is not allowed: allowed is an int of at least 1")
-        if self.method.storage is not None:
-            raise ValueError(f"method={self.method.name} packs what it keeps, and has no fixed buffers")
+        if self.shared.method.storage is not None:
+            raise ValueError(f"method={self.shared.method.name} packs what it keeps, and has no fixed buffers")
         if self.prompt is None:
             raise ValueError("nothing is cached yet: reserve room after the prompt")
         self.settle()
@@ -180,7 +185,7 @@ class CompressedCache(Cache):
 
         Called when the tokens at hand are the reply's, and not candidates that may be taken back.
         """
-        if self.waits and not self.shared.turn.on_request and self.decoded >= self.method.defer:
+        if self.waits and not self.shared.turn.on_request and self.decoded >= self.shared.method.defer:
             self.cut_waiting()
 
     def compress(
@@ -229,12 +234,12 @@ class CompressedCache(Cache):
         if not waiting:
             return
         counted, first = self.shared.turn.counted, waiting[0]
-        if self.method.pools:  # what decides is known once all layers have been told
+        if self.shared.method.pools:  # what decides is known once all layers have been told
             self._cut_together(layers, [layer.due(None, counted) for layer in layers])
         else:
-            adaptive = self.method.layer_adaptive
+            adaptive = self.shared.method.layer_adaptive
             weights = [prompt.weights for prompt in waiting] if adaptive else None
-            shares = share_out(self.method, first.budgets, first.prompt.lengths, self.shared.layers, weights)
+            shares = share_out(self.shared.method, first.budgets, first.prompt.lengths, self.shared.layers, weights)
             for place, layer in enumerate(layers):
                 share = shares[place if adaptive else layer.index]
                 layer.cut(layer.due(share, counted), share)
@@ -262,7 +267,7 @@ class CompressedCache(Cache):
     def _cut_together(self, layers: Sequence[CompressedLayer], pending: Sequence[Pending]) -> None:
         """Cut layers whose budgets depend on what was observed of all of them."""
         first, weights = pending[0], [by_row(prompt.groups, prompt.weights) for prompt in pending]
-        shares = share_out(self.method, first.budgets, first.lengths, len(layers), weights)
+        shares = share_out(self.shared.method, first.budgets, first.lengths, len(layers), weights)
         for layer, prompt, share in zip(layers, pending, shares, strict=True):
             layer.cut(prompt, share)
 

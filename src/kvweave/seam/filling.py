@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 def cache_of(session: "Session", part: nn.Module, call: Call) -> CompressedCache | None:
     """The compressed cache that a forward pass fills; None if it should run as it is."""
     if isinstance(call.cache, CompressedCache):
-        check_bias(call.cache.method, session.implementation)
         if call.cache.shared.turn.prompt is None:
-            check_profiles(call.cache.method, session.base)
+            call.cache.work_on(session.base)
+            check_profiles(call.cache.shared.method, session.base)
+        check_bias(call.cache.shared.method, session.implementation)
         return call.cache
     if session.method is None:
         return None
@@ -52,6 +53,7 @@ def cache_for(session: "Session", part: Any, own: Any = None) -> CompressedCache
                 "compressed: allowed is none, an empty DynamicCache or a kvweave.CompressedCache"
             )
     cache = CompressedCache(part.config, session.method, trace=session.trace)
+    cache.shared.go_by(session.working or session.method)
     return cache if own is None else _in_place(own, cache)
 
 
@@ -76,9 +78,11 @@ def check_bias(method: Method, implementation: str) -> None:
 
 def tokens_before_the_cut(session: "Session", cache: Any, length: int) -> int | None:
     """How many decoded tokens will read the whole prompt of `length` that comes next; None: it stays whole."""
-    method = session.method
+    method = session.working
     if isinstance(cache, CompressedCache):
-        method = None if cache.shared.turn.frozen or cache.shared.turn.on_request else cache.method
+        if cache.prompt is None:
+            cache.work_on(session.base)
+        method = None if cache.shared.turn.frozen or cache.shared.turn.on_request else cache.shared.method
     if method is None or method.keeps_all(length):
         return None
     return 0 if method.redecode or session.asks(method.needs) else method.defer
@@ -121,7 +125,7 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
     if turn.on_request and not running.aside:
         turn.append_ids(call.ids, seen)
     cache.session = weakref.ref(session)
-    drafts = turn.state is State.WAITING and cache.method.redecode and not turn.on_request
+    drafts = turn.state is State.WAITING and shared.method.redecode and not turn.on_request
     if drafts and not prompted and not running.aside:
         redecode(running, part, cache, call)
         running.cache, running.new = cache, new
@@ -139,7 +143,7 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
         masked=call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.dim() == 2),
         last_position=call.last_position() if turn.on_request and prompted else None,
     )
-    if (turn.on_request or cache.method.defer) and turn.end is not None:
+    if (turn.on_request or shared.method.defer) and turn.end is not None:
         count_decoded(session, cache, call.ids, seen, new)
 
 
@@ -197,7 +201,7 @@ def _visual(session: "Session", cache: CompressedCache, call: Call, seen: int, e
     """Modalities, bool [batch, new]: as the user said, else from what the model was given."""
     assert call.inputs is not None
     batch, new = call.inputs.shape[:2]
-    device, config = call.inputs.device, session.base.config
+    device, config, method = call.inputs.device, session.base.config, cache.shared.method
     if session.running.aside:  # probes and drafts are text
         return torch.zeros(batch, new, dtype=torch.bool, device=device)
     users = session.visual
@@ -209,16 +213,16 @@ def _visual(session: "Session", cache: CompressedCache, call: Call, seen: int, e
     if known is None and session.running.visual is not None:  # what the outer generate was given
         known = session.running.visual[:, seen : seen + new]
     if known is None:
-        if cache.method.uses_modality and visual_token_ids(config) and not seen:
+        if method.uses_modality and visual_token_ids(config) and not seen:
             guard.warn(
-                f"{cache.method.name} goes by modality, and embeddings alone do not tell which tokens are visual: "
+                f"{method.name} goes by modality, and embeddings alone do not tell which tokens are visual: "
                 "all count as text unless kvweave.compress(..., visual=mask) says otherwise"
             )
         return torch.zeros(batch, new, dtype=torch.bool, device=device)
-    images = given_images(call.kwargs) if cache.method.uses_modality else []
+    images = given_images(call.kwargs) if method.uses_modality else []
     if images and not bool(known.any()):
         guard.warn(
-            f"{cache.method.name} goes by modality, and no token was recognised as visual although "
+            f"{method.name} goes by modality, and no token was recognised as visual although "
             f"{', '.join(images)} was given: all count as text unless kvweave.compress(..., visual=mask) says "
             "otherwise"
         )

@@ -70,7 +70,7 @@ def _with_room(session: "Session", request: Request) -> CompressedCache | None:
         return None
     if "flash" in session.implementation:
         raise ValueError("compile_config is not allowed with flash attention: allowed is sdpa or eager")
-    if cache.method.redecode:
+    if cache.shared.method.redecode:
         raise ValueError("compile_config is not allowed with redecode=True: allowed is one of them")
     cache.shared.room = request.new_tokens()
     return cache

@@ -6,7 +6,7 @@ import json
 import torch
 from transformers import PreTrainedModel
 
-from kvweave.methods.allocation import Profile
+from kvweave.methods.allocation import SHIPPED, Profile
 from kvweave.methods.base import Method
 
 _SAMPLES = 16  # numbers of each weight that tell models apart
@@ -24,6 +24,22 @@ def model_mark(model: PreTrainedModel) -> str:
             some = weight.detach().reshape(-1)[:: max(1, weight.numel() // _SAMPLES)]
             mark.update(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return mark.hexdigest()[:16]
+
+
+def working(method: Method, model: PreTrainedModel) -> Method:
+    """The method as it works on this model, with the profile that is shipped for it if there is one."""
+    return method.on_model(lambda: shipped_for(model))
+
+
+def shipped_for(model: PreTrainedModel) -> str | None:
+    """The name of the profile that is shipped for a model, or None."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    shape = getattr(config, "num_hidden_layers", None), heads
+    read = {file.stem: Profile.read(file.stem) for file in sorted(SHIPPED.glob("*.json"))}
+    alike = {name: profile.fingerprint for name, profile in read.items() if profile.shape == shape}
+    mark = model_mark(model) if alike else None
+    return next((name for name, fingerprint in alike.items() if fingerprint == mark), None)
 
 
 def check_profiles(method: Method, model: PreTrainedModel) -> None:

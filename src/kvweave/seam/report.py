@@ -14,7 +14,7 @@ _SUMS = ("length", "kept", "merged", "evicted", "bytes", "bytes_before")
 
 def described(cache: "CompressedCache") -> dict[str, Any]:
     """What the last cut did, JSON-able."""
-    method, turn = cache.method, cache.shared.turn
+    method, turn = cache.shared.method, cache.shared.turn
     layers = [_layer(place, kind, cache.layers[place]) for place, kind in enumerate(cache.kinds)]
     done = [layer for layer in layers if layer["compressed"]]
     totals: dict[str, Any] = {name: sum(layer[name] for layer in done) for name in _SUMS}
@@ -22,7 +22,14 @@ def described(cache: "CompressedCache") -> dict[str, Any]:
     records = [layer.prompt_cut.record for layer in cache.compressed_layers if layer.prompt_cut.record is not None]
     totals["peak_bytes"] = peak(records, method.layer_adaptive or bool(method.defer) or turn.on_request)
     deferred = None if cache.waits else turn.deferred or 0
-    report = {"method": method.to_dict(), "layers": layers, "totals": totals, "deferred": deferred}
+    report: dict[str, Any] = {
+        "method": cache.method.to_dict(),
+        "layers": layers,
+        "totals": totals,
+        "deferred": deferred,
+    }
+    if method is not cache.method:
+        report["works_as"] = method.spelling()
     for record in records:
         report |= record.words
     return report | ({"probes": turn.probes} if turn.probes else {})

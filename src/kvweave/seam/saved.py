@@ -78,6 +78,7 @@ def read(kind: "type[CompressedCache]", path: str | os.PathLike[str], model: Pre
     cache = kind(
         model.config, method_from_dict(json.loads(state["method"])), trace=state["trace"], hold=state["hold"]
     )
+    cache.work_on(model)
     devices = _devices(model)
     first = devices.get(0, model.device)
     turn = _moved(state["turn"], first)

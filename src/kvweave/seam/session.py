@@ -26,7 +26,7 @@ from kvweave.seam.generate import wrap
 from kvweave.seam.names import Call, Signature
 from kvweave.seam.probes import Probes
 from kvweave.seam.probing import answer, answer_if_due
-from kvweave.seam.profiles import check_profiles
+from kvweave.seam.profiles import check_profiles, working
 
 #: Sessions by the parts of models that they are attached to: a part has one at most.
 _SESSIONS: weakref.WeakValueDictionary[int, "Session"] = weakref.WeakValueDictionary()
@@ -38,6 +38,7 @@ class Session:
 
     Attributes:
         model: as it was given; base: the model of transformers in it (PEFT wraps one).
+        method: as it was given; working: as it works on this model.
         cache: the last compressed cache that the model filled, or None.
     """
 
@@ -53,6 +54,7 @@ class Session:
     ) -> None:
         self.model, self.base = model, reader.unwrapped(model)
         self.method = method
+        self.working = method
         self.trace = trace
         self.visual = visual
         self.probes, self.processor = probes, processor
@@ -80,8 +82,9 @@ class Session:
         decoder = reader.decoder_of(model)
         base = lookup.implementation(decoder)
         if self.method is not None:
-            check_bias(self.method, base)
-            check_profiles(self.method, model)
+            self.working = working(self.method, model)
+            check_bias(self.working, base)
+            check_profiles(self.working, model)
         parts = [p for p in model.modules() if isinstance(p, PreTrainedModel) and reader.decodes(p, decoder)]
         with _LOCK:
             if any(id(part) in _SESSIONS for part in parts):
@@ -100,7 +103,7 @@ class Session:
             for part in parts:
                 if hasattr(part, "generate"):
                     self._undo += wrap(self, part)
-            if self.method is None or self.method.needs.rotary:
+            if self.working is None or self.working.needs.rotary:
                 self._hook_rotary()
         except BaseException:
             self.detach()

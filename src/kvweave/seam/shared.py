@@ -43,10 +43,15 @@ class Shared:
     needs: Needs = field(init=False)
 
     def __post_init__(self) -> None:
-        self._terms = Terms.of(self.method, layers=self.layers, trace=self.trace)
-        self.needs = self._terms.needs
+        self.go_by(self.method)
         if self.hold:
             self.turn.hold()
+
+    def go_by(self, method: Method) -> None:
+        """Let this method decide, the given one as it works on a model."""
+        self.method = method
+        self._terms = Terms.of(method, layers=self.layers, trace=self.trace)
+        self.needs = self._terms.needs
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied, saved and sent: not what runs here."""

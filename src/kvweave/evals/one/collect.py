@@ -14,6 +14,7 @@ from kvweave.models import LABS
 from kvweave.prompt import visual_mask
 from kvweave.report.data import Answer, Long, Run, Speed, Token, layers_of
 from kvweave.report.grids import Grid, grids
+from kvweave.seam.profiles import working
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,7 +124,8 @@ def _decode_behind(
 
 def _notes(subject: Subject, unknown: int, grids: Sequence[Grid], methods: Sequence[Method]) -> list[str]:
     """What a reader should know."""
-    notes = [_deferred(method) for method in methods if method.defer]
+    works = [working(method, subject.model) for method in methods]
+    notes = [_deferred(method) for method in works if method.defer]
     if subject.name in LABS and subject.right is None:
         notes.insert(0, OWN_WORLD)
     if unknown:

@@ -11,6 +11,7 @@ from kvweave.evals.paper.sheet import Sheet, Table
 from kvweave.evals.paper.subject import Subject
 from kvweave.evals.run.plan import FULL, PROTOCOLS
 from kvweave.evals.tables.tables import about, interval, percent
+from kvweave.methods.registry import method_class
 from kvweave.report import charts
 
 Summary = dict[str, Any]
@@ -55,6 +56,7 @@ def by_budget(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
     for protocol in recipe.protocols:
         names = _names(recipe, protocol)
         means = _means(summary, protocol)
+        coloured = {*recipe.marked, _best_published(names, means, recipe)}
         rows = [[names[m], *(interval(means.get((m, b)) or means[m, 1.0]) for b in budgets)] for m in names]
         title = f"Mean over tasks by budget, 95 % interval ({PROTOCOLS[protocol]})"
         tables.append(Table(title, ["method", *map(percent, budgets)], rows))
@@ -65,7 +67,7 @@ def by_budget(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
                 [means[m, b]["score"] for b in budgets],
                 [means[m, b]["low"] for b in budgets],
                 [means[m, b]["high"] for b in budgets],
-                marked=names[m].split(",")[0] in recipe.marked,
+                marked=names[m].split(",")[0] in coloured,
                 limit=m == "oracle",
             )
             for m in names
@@ -73,6 +75,21 @@ def by_budget(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
         ]
         panels.append(charts.Panel(PROTOCOLS[protocol], curves, means[FULL, 1.0]["score"]))
     return _sheet(recipe, subject, summary, tables, partial(charts.curves, panels), [_ORACLE])
+
+
+def _best_published(names: dict[str, str], means: dict[tuple[str, float], dict[str, Any]], recipe: Recipe) -> str:
+    """Of the methods that are neither ours nor a bound, the one with the highest mean over budgets."""
+
+    def mean(label: str) -> float:
+        return sum(means[label, budget]["score"] or 0.0 for budget in recipe.budgets)
+
+    bare = (name.partition(":")[0] for name in names)
+    published = [
+        label
+        for label, name in zip(names, bare, strict=True)
+        if name not in (FULL, "oracle", "random") and not method_class(name).source.startswith("ours")
+    ]
+    return names[max(published, key=mean)].split(",")[0] if published else ""
 
 
 def by_variant(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:

@@ -151,8 +151,6 @@ class Worker:
         if self._loaded is None:
             with no_bars():
                 self._loaded = models.load(self.model, self.dtype, self.device, trust_remote_code=self.trusted)
-            if not models.reads_images(self._loaded[1]):
-                raise ValueError(f"model={self.model!r} reads text only: allowed is a model that reads images")
         return self._loaded
 
     def _examples(self, cell: Cell) -> tuple[Sequence[Example], dict[tuple[str, ...], Batch]]:
@@ -168,6 +166,8 @@ class Worker:
     ) -> list[dict[str, Any] | str]:
         """What is to be stored, or an error in its place, for each sample: one does not take others along."""
         model, processor = self._model()
+        if not models.reads_images(processor) and any(map(_shows_images, examples)):
+            raise ValueError(f"model={self.model!r} reads text only: allowed here is a model that reads images")
         try:
             batch = self._prepared(processor, examples, cell.protocol, prepared)
             references = [Reference.load(cell.reference(self.out, example.id)) for example in examples]
@@ -219,6 +219,10 @@ def _prefill_bytes(config: Any, batch: Batch, itemsize: int) -> int:
     dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
     rows = heads + 2 * (getattr(decoder, "num_key_value_heads", None) or heads)
     return decoder.num_hidden_layers * rows * dim * itemsize * batch.inputs["input_ids"].numel()
+
+
+def _shows_images(example: Example) -> bool:
+    return any(piece["type"] == "image" for turn in example.messages for piece in turn["content"])
 
 
 def batches(examples: Sequence[Example], protocol: str, size: int) -> list[list[Example]]:

@@ -1,14 +1,16 @@
 """Six kinds of questions about long texts, for `smol-text` and any other model that reads text.
 
-*needle*: two codes somewhere in prose, each behind its name, one asked for. *reversed*: the same, each before its
-name. *records*: four prices among the prose, alike but for their names, one asked for. *several*: both codes at once.
-*copy*: a long sentence of the prose, to be said again. *prose*: the README of an installed package goes on; what the
-model makes of it is held against the full cache's continuation token by token (fidelity), and against the file's own.
+*needle*: two codes somewhere in prose, each behind its name, one asked for. *reversed*: two phone numbers, each
+before its name. *records*: three prices, alike but for their names, one asked for. *several*: two phone numbers, each
+behind its name, both asked for. *copy*: the long sentence on a sign, to be said again. *prose*: the README of an
+installed package goes on; what the model makes of it is held against the full cache's continuation token by token
+(fidelity), and against the file's own.
 
-Answers are sentences whose first words give nothing away: a value is read from the cache while it is said.
+Answers are sentences whose first words give nothing away: a value is read from the cache while it is said. Questions
+are worded so that SmolLM2-135M can answer them with its full cache (docs/EVALUATION.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -17,8 +19,7 @@ import numpy as np
 
 from kvweave.evals.tasks.tasks import Example
 
-KINDS = ("needle", "records", "several", "copy", "prose", "reversed")
-ASKED = KINDS[:-1]  # where none are named: SmolLM2 itself answers a third of the reversed
+KINDS = ("needle", "reversed", "records", "several", "copy", "prose")
 FEWEST, MOST = 200, 6_000  # tokens
 _PER_SENTENCE = 14  # tokens of a sentence of prose, roughly
 _WORDS_PER_TOKEN = 0.35  # of a README
@@ -27,6 +28,8 @@ _PLACES = (
     "boat house", "north gate", "clock tower", "wine cellar", "bird tower", "salt store", "grain loft", "tool shed",
     "music room", "west wing", "lamp room", "map room", "rose garden", "ice house", "rope walk", "toll house",
 )  # fmt: skip
+_NAMES = ("Anna", "Boris", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Louis",
+          "Maria", "Nadia", "Oscar", "Paula")  # fmt: skip
 _WHO = ("the baker", "a young teacher", "the mayor", "an old sailor", "the doctor", "a painter", "the gardener",
         "a tall farmer", "the librarian", "a tired postman", "the carpenter", "a visiting singer")  # fmt: skip
 _DID = ("walked slowly past", "talked for an hour about", "bought new paint for", "forgot an umbrella near",
@@ -69,15 +72,13 @@ class TextTask:
 
     def _example(self, seed: int, number: int) -> Example:
         rng = np.random.default_rng([seed, KINDS.index(self.name), self.tokens, number])
-        context, question, answer = {"records": _records, "prose": _prose, "copy": _copy}.get(self.name, _codes)(
-            self.name, self.tokens, rng
-        )
+        context, question, answer = _MAKERS[self.name](self.tokens, rng)
         pieces = [{"type": "text", "text": text} for text in (context, question)]
         name = f"{self.name}/{self.tokens}/{seed}/{number}"
         return Example(name, [{"role": "user", "content": pieces}], question, answer)
 
 
-def text_tasks(names: Sequence[str] = ASKED, count: int = 100, tokens: int = 600) -> tuple[TextTask, ...]:
+def text_tasks(names: Sequence[str] = KINDS, count: int = 100, tokens: int = 600) -> tuple[TextTask, ...]:
     """Tasks by name.
 
     Raises:
@@ -98,40 +99,38 @@ def text_tasks(names: Sequence[str] = ASKED, count: int = 100, tokens: int = 600
 _Made = tuple[str, str, str]  # context, question, answer
 
 
-def _codes(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
-    places = _places(2, rng)
-    codes = [str(code) for code in rng.choice(np.arange(10_000, 100_000), 2, replace=False)]
-    facts = [
-        f"Number {code} belongs to the {place}." if kind == "reversed" else f"The code of the {place} is {code}."
-        for place, code in zip(places, codes, strict=True)
-    ]
-    context = _strewn(facts, tokens, rng)
-    match kind:
-        case "reversed":
-            return context, f"Which number belongs to the {places[0]}?", codes[0]
-        case "several":
-            question = f"What is the code of the {places[0]}, and what is the code of the {places[1]}?"
-            return context, question, ", ".join(codes)
-    return context, f"What is the code of the {places[0]}?", codes[0]
+def _needle(tokens: int, rng: np.random.Generator) -> _Made:
+    places, codes = _some(_PLACES, 2, rng), _numbers(2, 5, rng)
+    facts = [f"The code of the {place} is {code}." for place, code in zip(places, codes, strict=True)]
+    return _strewn(facts, tokens, rng), f"What is the code of the {places[0]}?", codes[0]
 
 
-def _records(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
-    places, prices = _places(4, rng), [str(price) for price in rng.choice(np.arange(1_000, 10_000), 4, replace=False)]
+def _reversed(tokens: int, rng: np.random.Generator) -> _Made:
+    names, numbers = _some(_NAMES, 2, rng), _numbers(2, 5, rng)
+    facts = [f"The phone number {number} belongs to {name}." for name, number in zip(names, numbers, strict=True)]
+    return _strewn(facts, tokens, rng), f"Which phone number belongs to {names[0]}?", numbers[0]
+
+
+def _records(tokens: int, rng: np.random.Generator) -> _Made:
+    places, prices = _some(_PLACES, 3, rng), _numbers(3, 4, rng)
     rows = [f"The price of the {place} is {price} crowns." for place, price in zip(places, prices, strict=True)]
     return _strewn(rows, tokens, rng), f"What is the price of the {places[0]}?", prices[0]
 
 
-def _copy(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
-    parts = [f"{_pick(_WHO, rng)} {_pick(_DID, rng)} {_pick(_WHAT, rng)}" for _ in range(2)]
-    asked = f"It is written in the town book that {parts[0]}, and that {parts[1]}."
-    return (
-        _strewn([asked], tokens, rng),
-        'Repeat the sentence that begins with "It is written in the town book".',
-        asked,
-    )
+def _several(tokens: int, rng: np.random.Generator) -> _Made:
+    names, numbers = _some(_NAMES, 2, rng), _numbers(2, 5, rng)
+    facts = [f"The phone number of {name} is {number}." for name, number in zip(names, numbers, strict=True)]
+    question = f"What are the phone numbers of {names[0]} and {names[1]}?"
+    return _strewn(facts, tokens, rng), question, ", ".join(numbers)
 
 
-def _prose(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
+def _copy(tokens: int, rng: np.random.Generator) -> _Made:
+    first, second = (f"{_pick(_WHO, rng)} {_pick(_DID, rng)} {_pick(_WHAT, rng)}" for _ in range(2))
+    sign = f'The sign on the old door says: "{first.capitalize()} and {second}."'
+    return _strewn([sign], tokens, rng), "What does the sign on the old door say?", sign
+
+
+def _prose(tokens: int, rng: np.random.Generator) -> _Made:
     found = [text for name in _installed() if len(text := _readme(name)) > 8 * tokens]
     if not found:
         raise ValueError(f"tokens={tokens} is not allowed: no installed package has so long a README")
@@ -140,6 +139,16 @@ def _prose(kind: str, tokens: int, rng: np.random.Generator) -> _Made:
     first = int(rng.integers(max(1, len(words) - length - 100)))
     context = " ".join(words[first : first + length])
     return context, "Continue this text.", " ".join(words[first + length : first + length + 40])
+
+
+_MAKERS: dict[str, Callable[[int, np.random.Generator], _Made]] = {
+    "needle": _needle,
+    "reversed": _reversed,
+    "records": _records,
+    "several": _several,
+    "copy": _copy,
+    "prose": _prose,
+}
 
 
 def _strewn(facts: Sequence[str], tokens: int, rng: np.random.Generator) -> str:
@@ -153,8 +162,14 @@ def _strewn(facts: Sequence[str], tokens: int, rng: np.random.Generator) -> str:
     return " ".join(sentences)
 
 
-def _places(count: int, rng: np.random.Generator) -> list[str]:
-    return [_PLACES[n] for n in rng.choice(len(_PLACES), count, replace=False)]
+def _some(items: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+    """So many of them, all different."""
+    return [items[n] for n in rng.choice(len(items), count, replace=False)]
+
+
+def _numbers(count: int, digits: int, rng: np.random.Generator) -> list[str]:
+    """Unlike numbers of so many digits."""
+    return [str(number) for number in rng.choice(np.arange(10 ** (digits - 1), 10**digits), count, replace=False)]
 
 
 def _pick(items: Sequence[str], rng: np.random.Generator) -> str:
