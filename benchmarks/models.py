@@ -1,10 +1,10 @@
-"""docs/MODELS.md: which of transformers' models kvweave leaves untouched to the bit, and what it makes of each.
+"""docs/MODELS.md: what kvweave makes of each of transformers' model types, and that it leaves them as they were.
 
     python -m benchmarks.models > docs/MODELS.md
 
 Every type that builds tiny runs as it is, with kvweave attached, and with method `full`: a forward pass, one with
-`logits_to_keep=5`, and greedy decoding with prompt look-up, by SDPA and eagerly. Then `snapkv` says which layers it
-would compress.
+`logits_to_keep=5`, and greedy decoding with prompt look-up, by SDPA and eagerly. Then a batch of two, the second
+padded on the left, is cut by a method that evicts and by one that merges (`benchmarks.cuts`).
 """
 
 import sys
@@ -18,11 +18,34 @@ import transformers
 from torch import Tensor
 
 import kvweave
-from benchmarks import zoo
+from benchmarks import cuts, zoo
 
 ATTENTION = ("sdpa", "eager")
 STEPS = 6
 VERSION = transformers.__version__
+_HEAD = """# Models
+
+Written by `python -m benchmarks.models`, with transformers {version}: its {types} types of language models, with
+eyes or ears or without (`AutoModelForCausalLM`, `AutoModelForImageTextToText`, `AutoModelForMultimodalLM`), built
+tiny with random weights.
+
+**Untouched.** {exact} run exactly as without kvweave, to the bit: with it attached and with method `full`, by SDPA
+and eagerly where they take both. {different} differ, {refused} are refused by name, and {unbuildable} could not be
+built tiny or do not answer a prompt without pictures.
+
+**Evicting**, `{evicting}`: a batch of two prompts of {lengths}. Equal ({evicted} types): the logits of {steps}
+decoded tokens are those of the same model with everything in its cache and all but the kept tokens masked, computed
+in float64, to {tolerance:g} of the largest.
+
+**Merging**, `{merging}`: the same batch. Equal ({merged} types): the logits are those of the masked full cache with
+the merged entries in place of its own, and these entries are what `kvweave.compress_tensors` makes of the queries,
+keys and values that the plain model's attention was called with. Where attention is not plain and causal the
+entries are not compared, and the last column says why.
+
+**Visual tokens** are recognised by their placeholders, which the prompts hold (they are read as tokens; no tower
+runs), in {seen} types; `kvweave.compress(..., visual=mask)` tells of them elsewhere. Full-attention layers are
+compressed, the others left as they are.
+"""
 NOTES = {"llama4": "transformers 5.24.0 itself cannot run it: its outputs have no `image_outputs`"}
 
 
@@ -33,20 +56,19 @@ class Finding:
     Attributes:
         kind: the type; outcome: "exact", "refused", "unbuildable" or "different".
         reason: why, where it is not exact.
-        layers: how many layers `snapkv` compresses, of how many; empty where none ran.
-        kinds: what the others are.
+        decoded: from caches that methods cut, by what these do, where it is exact.
     """
 
     kind: str
     outcome: str
     reason: str = ""
-    layers: str = ""
-    kinds: list[str] = field(default_factory=list)
+    decoded: dict[str, cuts.Outcome] = field(default_factory=dict)
 
 
 def examine(kind: str) -> Finding:
     """Build a type, by each attention that it takes, and compare."""
     ran, reasons = [], []
+    first: zoo.Model | None = None
     for attention in ATTENTION:
         try:
             made = zoo.tiny(kind, attention)
@@ -55,10 +77,15 @@ def examine(kind: str) -> Finding:
             continue
         with zoo.within(zoo.SECONDS):
             ran.append(_compared(kind, made))
+        first = first or made
         if ran[-1].outcome != "exact":
             return ran[-1]
     if not ran:
         return Finding(kind, "unbuildable", reasons[-1])
+    assert first is not None
+    for how in cuts.METHODS:
+        with zoo.within(zoo.SECONDS):
+            ran[0].decoded[how] = cuts.compared(first, how)
     return ran[0]
 
 
@@ -82,7 +109,7 @@ def _compared(kind: str, made: zoo.Model) -> Finding:
         for name in plain:
             if name not in mine or not torch.equal(mine[name], plain[name]):
                 return Finding(kind, "different", f"{how}: {name}")
-    return _compressed(kind, made)
+    return Finding(kind, "exact")
 
 
 def _runs(made: zoo.Model) -> dict[str, Tensor]:
@@ -99,37 +126,49 @@ def _runs(made: zoo.Model) -> dict[str, Tensor]:
     return found
 
 
-def _compressed(kind: str, made: zoo.Model) -> Finding:
-    with kvweave.compress(made.model, kvweave.SnapKV(budget=0.5, window=4)) as session:
-        made.model.generate(**made.inputs, max_new_tokens=2)
-    layers = session.report.get("layers", [])
-    done = [layer for layer in layers if layer["compressed"]]
-    kinds = sorted({layer["kind"].replace("_", " ") for layer in layers if not layer["compressed"]})
-    return Finding(kind, "exact", layers=f"{len(done)} of {len(layers)}" if layers else "none", kinds=kinds)
-
-
 def page(findings: Iterable[Finding]) -> str:
     """docs/MODELS.md."""
     found = sorted(findings, key=lambda finding: finding.kind)
     count = {name: sum(f.outcome == name for f in found) for name in ("exact", "different", "refused", "unbuildable")}
+    equal = {how: sum(f.decoded[how].word == "equal" for f in found if how in f.decoded) for how in cuts.METHODS}
+    seen = sum(f.decoded["evicting"].visual == "yes" for f in found if f.decoded)
+    head = _HEAD.format(
+        version=VERSION,
+        types=len(found),
+        **count,
+        lengths=f"{cuts.LENGTH} tokens, {cuts.PADDING} of them padding on the left in the second",
+        steps=cuts.STEPS,
+        tolerance=cuts.TOLERANCE,
+        evicting=cuts.METHODS["evicting"].spelling(),
+        evicted=equal["evicting"],
+        merging=cuts.METHODS["merging"].spelling(),
+        merged=equal["merging"],
+        seen=seen,
+    )
     lines = [
-        "# Models",
-        "",
-        f"Written by `python -m benchmarks.models`, with transformers {VERSION}. Of the {len(found)} "
-        f"types of `AutoModelForCausalLM` and `AutoModelForImageTextToText`, {count['exact']} run tiny, with random "
-        "weights, exactly as without kvweave, to the bit: with it attached and with method `full`, by SDPA and "
-        f"eagerly where they take both. {count['different']} differ, {count['refused']} are refused by name, and "
-        f"{count['unbuildable']} could not be built tiny or do not answer a prompt of text alone. Full-attention "
-        "layers are compressed, the others left as they are.",
-        "",
-        "| type | outcome | compressed layers | others are |",
-        "|---|---|---|---|",
+        head,
+        "| type | untouched | compressed layers | evicting | merging | visual tokens | why; the other layers |",
+        "|---|---|---|---|---|---|---|",
     ]
     for f in found:
-        why = f.reason or ", ".join(f.kinds)
-        note = f"; {NOTES[f.kind]}" if f.kind in NOTES else ""
-        lines.append(f"| {f.kind} | {f.outcome} | {f.layers} | {why.replace('|', '/')}{note} |")
+        evicting, merging = (f.decoded.get(how) for how in cuts.METHODS)
+        if evicting is None or merging is None:
+            lines.append(f"| {f.kind} | {f.outcome} | | | | | {_cell(f.reason, f.kind)} |")
+            continue
+        why = [
+            ", ".join(evicting.kinds),
+            evicting.reason,
+            merging.reason if merging.reason != evicting.reason else "",
+        ]
+        cells = [f.kind, f.outcome, evicting.layers, evicting.word, merging.word, evicting.visual]
+        lines.append("| " + " | ".join(cells) + f" | {_cell('; '.join(filter(None, why)), f.kind)} |")
     return "\n".join(lines)
+
+
+def _cell(text: str, kind: str) -> str:
+    """What fits into a table: an error without what it allows."""
+    note = f"; {NOTES[kind]}" if kind in NOTES else ""
+    return text.replace("|", "/").partition("; allowed")[0] + note
 
 
 def main() -> None:
@@ -142,7 +181,8 @@ def main() -> None:
             findings.append(examine(kind))
         except Exception as error:
             findings.append(Finding(kind, "different", zoo.one_line(error)))
-        print(f"{kind}: {findings[-1].outcome} {findings[-1].reason}", file=sys.stderr, flush=True)
+        words = ", ".join(f"{how} {cut.word}" for how, cut in findings[-1].decoded.items())
+        print(f"{kind}: {findings[-1].outcome} {findings[-1].reason} {words}", file=sys.stderr, flush=True)
     print(page(findings))
 
 

@@ -23,7 +23,7 @@ BUDGET, PICTURES, TOKENS = 0.2, 8, 12
 
 def waits_for(method: Method) -> str:
     """What a layer's cut waits for, in words."""
-    if method.replays:
+    if method.needs.replay:
         return "the context, read again"
     if method.defer:
         return f"{method.defer} decoded tokens"
@@ -40,9 +40,10 @@ def table() -> str:
         method = parse_method(name, budget=BUDGET)
         with kvweave.compress(model, method) as session, torch.inference_mode():
             model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        working = session.working or method
         told = session.report["totals"]
         peak, kept = (f"{told[what] / told['bytes_before']:.0%}" for what in ("peak_bytes", "bytes"))
-        alike.setdefault((peak, kept, waits_for(method)), []).append(f"`{name}`")
+        alike.setdefault((peak, kept, waits_for(working)), []).append(f"`{name}`")
     length, layers = inputs["input_ids"].shape[1], model.config.get_text_config().num_hidden_layers
     lines = [
         f"`smol`, {layers} layers, a prompt of {length} tokens, in shares of the full cache:",

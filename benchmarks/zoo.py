@@ -18,19 +18,26 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 IMAGE, VOCABULARY, LENGTH = 5, 96, 20
 LARGEST = 40e6  # parameters
 SECONDS = 40  # that a type may take
-TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+#: Classes of transformers that build them, and what each knows; the first that knows a type does.
+AUTO = (
+    (transformers.AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    (transformers.AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+    (transformers.AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+)
+TYPES = sorted({kind for _, known in AUTO for kind in known})
 
 #: The first pattern that a field's whole name matches says its value; only fields whose default is an int are asked.
 SIZES = (
     (r"pad_token_id", 0),
     (r"bos_token_id|sep_token_id", 1),
     (r"eos_token_id|decoder_start_token_id", 2),
-    (r"image_token_(id|index)", IMAGE),
+    (r"image_token_(id|index)|image_patch_id", IMAGE),
     (r"video_token_(id|index)", 6),
     (r"audio_token_(id|index)", 9),
     (r"(vision|image)_start_token_id|boi_token_id", 7),
@@ -43,7 +50,8 @@ SIZES = (
     (r"qk_(rope|nope)_head_dim", 4),
     (r"(q|kv|o)_lora_rank|.*lora_rank", 8),
     (r"index_topk", 8),
-    (r"num_experts_per_tok|moe_topk|moe_k|num_selected_experts|top_k_experts", 2),
+    (r"adapter_input_size|adapter_out_dim", 32),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k|num_selected_experts|top_k_experts", 2),
     (r"n_group|topk_group|num_expert_groups?", 1),
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_routed_experts", 4),
     (r"first_k_dense_replace", 1),
@@ -63,10 +71,27 @@ SIZES = (
     (r"rotary_dim", 4),
     (r"mamba_(n_heads|num_heads)|(mamba_)?d_head|mamba_head_dim|mamba_d_head", 8),
 )
+#: Fields that are None where nothing is set, and ints else.
+UNSET = (
+    "head_dim",
+    "image_token_id",
+    "video_token_id",
+    "num_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+    "sliding_window",
+)
 MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
 #: Fields of some types; a dictionary goes to the part of that name.
 _AXES: dict[str, Any] = {"text_config": {"rope_parameters": MROPE}}
 _TOKENS = {f"<|visual token {i:06d}|>": 20 + i for i in range(8)}
+_INDEXER = {
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+}
 _CODES = {"embed_dim": 8, "latent_channels": 32, "channel_multiplier": [1]}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -77,7 +102,27 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "dots3_note": {"text_config": {"num_key_value_heads": 4}, "vision_config": {"adapter_in_dim": 32}},
     "dots3_note_text": {"num_key_value_heads": 4, "intermediate_size": 48},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4, "index_topk": 64}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "index_topk": 64, "qk_rope_head_dim": 0}},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), MROPE)}
+    },
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "dense"]}},
+    "granite4_vision": {
+        "deepstack_layer_map": [],
+        "spatial_target_layers": [],
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},
+    },
+    "hunyuan_vl": _AXES,
+    "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1]}},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "muse_spark": {
+        "audio_config": {"patch_sizes": [4, 2], "hidden_sizes": [16, 32], "depths": [1, 1], "num_hidden_layers": 2}
+    },
+    "nemotron_h_omni": {"video_temporal_patch_size": 4, "vision_config": {"video_temporal_patch_size": 4}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"qk_head_dim": 16, "head_dim": 8},
     "zaya": {"num_experts_per_tok": 1},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -111,10 +156,12 @@ class Model:
 
     Attributes:
         model: in evaluation mode; inputs: a prompt of `LENGTH` tokens.
+        pictures: it takes pictures or sounds too.
     """
 
     model: Any
     inputs: dict[str, Tensor]
+    pictures: bool = False
 
 
 @contextmanager
@@ -153,8 +200,7 @@ def tiny(kind: str, attention: str) -> Model:
 
 
 def _tiny(kind: str, attention: str, sized_heads: bool) -> Model:
-    pictures = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    auto = transformers.AutoModelForImageTextToText if pictures else transformers.AutoModelForCausalLM
+    auto: Any = next(auto for auto, known in AUTO if kind in known)
     config = _shrunk(CONFIG_MAPPING[kind], SPECIAL.get(kind, {}), sized_heads)
     config._attn_implementation = attention
     with torch.device("meta"):
@@ -174,7 +220,7 @@ def _tiny(kind: str, attention: str, sized_heads: bool) -> Model:
         out = model(**inputs).logits
     if not out.isfinite().all():
         raise UnbuildableError("its logits are not finite with random weights")
-    return Model(model, inputs)
+    return Model(model, inputs, auto is not transformers.AutoModelForCausalLM)
 
 
 def _spread(model: Any) -> None:
@@ -197,7 +243,7 @@ def _shrunk(kind: type, special: dict[str, Any], sized_heads: bool) -> Any:
     for name, value in default.to_dict().items():
         if name in parts or name in renamed:
             continue
-        if (isinstance(value, int) and not isinstance(value, bool)) or (value is None and name == "head_dim"):
+        if (isinstance(value, int) and not isinstance(value, bool)) or (value is None and name in UNSET):
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
             if size is not None:
                 fields[name] = size

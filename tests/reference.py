@@ -954,6 +954,37 @@ def madakv(layer: Layer, B: int, *, proxies: int = 32) -> LayerResult:
     return each_head(layer, keep)
 
 
+def infinipot(layer: Layer, B: int, *, newest: int = 1, share: float = 0.5) -> LayerResult:
+    """METHODS_NEW 18, video forms; text beyond half of the budget where older frames are fewer than what is left."""
+    L = layer.length
+    text = [j for j in range(L) if not layer.visual[j]]
+    runs: list[list[int]] = []
+    for j in range(L):
+        if layer.visual[j]:
+            runs = runs if j and layer.visual[j - 1] else [*runs, []]
+            runs[-1].append(j)
+    new, older = runs[max(0, len(runs) - newest) :], runs[: max(0, len(runs) - newest)]
+    words = text[max(0, len(text) - B // 2) :]
+    shown = [j for run in new for j in run]
+    shown = shown[max(0, len(shown) - (B - len(words))) :]
+    N = B - len(words) - len(shown)
+
+    def keep(kv: int) -> Head:
+        K, V = layer.keys[kv], layer.values[kv]
+        likeness: dict[int, float] = {}
+        for run in older:
+            for place, j in enumerate(run):
+                there = [K[frame[place]] for frame in new if place < len(frame)]
+                mean_key = [mean([k[d] for k in there]) for d in range(len(K[j]))] if there else []
+                likeness[j] = cosine(K[j], mean_key) if there else 0.0
+        changed = sorted(likeness, key=lambda j: (likeness[j], j))[: floor(share * N)]
+        rest = sorted((j for j in likeness if j not in changed), key=lambda j: (-dot(V[j], V[j]), j))
+        spare = [j for j in reversed(text) if j not in words]
+        return evict(layer, kv, sorted([*words, *shown, *[*changed, *rest, *spare][:N]]))
+
+    return each_head(layer, keep)
+
+
 # ---------------------------------------------------------------- 13 peak and weave
 
 
@@ -1025,6 +1056,7 @@ UNIFORM: dict[str, Callable[..., LayerResult]] = {
     "chelsea": chelsea,
     "cam": cam,
     "madakv": madakv,
+    "infinipot": infinipot,
     "peak": peak,
     "weave": weave,
 }

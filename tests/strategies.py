@@ -395,6 +395,7 @@ OPTIONS |= {
         {"allocation": "head", "sinks": 2},
         {"allocation": "layer", "sinks": 0, "floor": 0.5, "ahead": 1},
     ],
+    "infinipot": [{}, {"newest": 0}, {"newest": 2, "share": 0.29}],
 }
 OPTIONS |= {
     "match": [

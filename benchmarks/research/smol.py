@@ -32,7 +32,7 @@ LENT = "weave:merge=false,rows_by=max,heads_by=max,ahead=8,recent=8"
 TOKENS = {"needle": 24, "reversed": 24, "records": 24, "several": 48, "copy": 48}  # of an answer, at most
 TASKS = tuple(TOKENS)
 BUDGETS = (0.2, 0.1, 0.05)
-#: weave on a model: as it comes, without a profile, with equal counts, four decoded tokens, none, and as it came before.
+#: weave as it comes, without a profile, with equal counts, four decoded tokens, none, and as it came before.
 FORMS = (
     "weave",
     "weave:form=lent",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvweave.methods.fold import Fold
     from kvweave.methods.full import Full
     from kvweave.methods.h2o import H2O
+    from kvweave.methods.infinipot import InfiniPot
     from kvweave.methods.keydiff import KeyDiff
     from kvweave.methods.knorm import Knorm
     from kvweave.methods.kvmerger import KVMerger
@@ -78,6 +79,7 @@ __all__ = [
     "FlowMM",
     "Fold",
     "Full",
+    "InfiniPot",
     "KVMerger",
     "KVzip",
     "KeyDiff",
@@ -135,6 +137,7 @@ _HOMES = {
     "Fold": "methods.fold",
     "Full": "methods.full",
     "H2O": "methods.h2o",
+    "InfiniPot": "methods.infinipot",
     "KVMerger": "methods.kvmerger",
     "KVzip": "methods.kvzip",
     "KeyDiff": "methods.keydiff",

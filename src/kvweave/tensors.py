@@ -10,13 +10,12 @@ from kvweave.cut.layer_cut import LayerCut
 from kvweave.cut.rows import Group, compact, fits, observe
 from kvweave.cut.shares import by_row, share_out
 from kvweave.cut.terms import Terms
-from kvweave.cut.waiting import Waiting
+from kvweave.cut.waiting import tell_rows
 from kvweave.memory.slots import Slots
 from kvweave.methods.base import Method
 from kvweave.ops.budget import entries
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted
-from kvweave.prompt import Prompt
 
 
 @torch.no_grad()
@@ -65,7 +64,7 @@ def compress_tensors(
         own = queries[layer] if terms.query_rows else None
         groups = LayerCut(layer).groups(slots[layer], own, prompt, rule, terms)
         if decoded is not None and terms.query_rows:
-            _tell(groups, prompt, decoded[0][layer], decoded[1][layer], rule, terms)
+            tell_rows(groups, prompt, decoded[0][layer], decoded[1][layer], rule, terms)
         return groups
 
     budgets = [entries(method.budget, n, batch * sum(map(_entry_bytes, slots))) for n in lengths]
@@ -85,20 +84,6 @@ def _terms(method: Method, layers: int, rotary: tuple[Tensor, Tensor] | None, *,
     needs = method.needs
     rows = needs.rows_with_probes if probed else needs.rows
     return Terms.of(method, layers=layers, query_rows=rows, probed=probed, rotary=rotary if needs.rotary else None)
-
-
-def _tell(
-    groups: list[Group], prompt: Prompt, queries: Tensor, keys: Tensor, rule: AttentionRule, terms: Terms
-) -> None:
-    """Let views know what the tokens behind their prompt attend to: queries and keys [batch, heads, tokens, dim]."""
-    counted = torch.ones(len(queries), queries.shape[2], dtype=torch.bool, device=keys.device)
-    waiting = Waiting.of(prompt, prompt.length, rule, queries)
-    for group in groups:
-        waiting.add(group, keys, counted, terms.needs, 1.0 if terms.probed else terms.needs.temperature)
-        waiting.tell(group.view, group.index)
-        group.view.probed = terms.probed
-        rows = queries.new_full((1, 1, 1), queries.shape[2], dtype=torch.float64)
-        group.view.decoded_weight = terms.method.weight_of(rows)
 
 
 def _whole(keys: Tensor, values: Tensor) -> Compacted:

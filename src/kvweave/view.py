@@ -52,6 +52,8 @@ class LayerView:
             one.
         probed: the decoded tokens are answers to probes, not the reply's beginning.
         heads: where the layer's other KV heads are, if not here (tensor parallelism).
+        stored: what memory holds where all heads share one entry a token (MLA), as a view of one head, without
+            queries; `keys` and `values` are then what each head makes of it. None: `keys` and `values` themselves.
         known: statistics that were computed, by name.
     """
 
@@ -79,6 +81,7 @@ class LayerView:
     projection: Tensor | None = None
     probed: bool = False
     heads: Heads = HERE
+    stored: "LayerView | None" = None
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -92,6 +95,30 @@ class LayerView:
     @property
     def length(self) -> int:
         return self.keys.shape[2]
+
+    @property
+    def held(self) -> "LayerView":
+        """What a plan is about: the view itself, or what memory holds in place of its heads."""
+        return self if self.stored is None else self.stored
+
+    def of_one_head(self, keys: Tensor, values: Tensor) -> "LayerView":
+        """The same tokens as all heads share them: keys and values are [batch, 1, length, dim]."""
+
+        def first(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, :1]
+
+        return replace(
+            self,
+            keys=keys,
+            values=values,
+            queries=None,
+            positions=self.positions[:, :1],
+            mass=self.mass[:, :1],
+            visual=self.visual[:, :1],
+            bias=first(self.bias),
+            empty=first(self.empty),
+            known={},
+        )
 
     def over_heads(self, x: Tensor) -> Tensor:
         """`x` [batch, heads here, ...] of all the layer's heads: what is decided by several heads goes by this."""

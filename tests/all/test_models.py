@@ -1,4 +1,4 @@
-"""Every type of AutoModelForCausalLM and AutoModelForImageTextToText that can be built tiny: `make test-all`."""
+"""Every type of language model that can be built tiny, with eyes or ears or without: `make test-all`."""
 
 import pytest
 
@@ -7,7 +7,10 @@ from benchmarks.models import examine
 
 
 @pytest.mark.parametrize("kind", zoo.TYPES)
-def test_attached_and_full_change_not_a_bit(kind):
+def test_untouched_to_the_bit_and_cut_as_the_masked_full_cache(kind):
     finding = examine(kind)
     assert finding.outcome in ("exact", "refused", "unbuildable"), finding
     assert finding.outcome == "exact" or finding.reason
+    for cut in finding.decoded.values():
+        assert cut.word in ("equal", "nothing", "refused", "failed"), finding
+        assert cut.word == "equal" or cut.reason or cut.kinds, finding

@@ -7,7 +7,7 @@ import pytest
 from kvweave.evals.scores.metrics import METRICS
 from kvweave.evals.tasks.smol import smol_tasks
 from kvweave.evals.tasks.sources import SOURCES, named, source
-from kvweave.evals.tasks.text import KINDS, text_tasks
+from kvweave.evals.tasks.text import ASKED, KINDS, text_tasks
 from kvweave.lab.smol import FAMILIES
 
 TOKENS = 400
@@ -52,6 +52,16 @@ def test_the_answer_belongs_to_the_name_asked_for(name):
             assert (sentence.index(name) > sentence.index(code)) == name_last
 
 
+def test_ten_questions_are_asked_about_one_text():
+    _, examples = asked("many", 25)
+    texts = [example.messages[0]["content"][0]["text"] for example in examples]
+    assert [len({*texts[at : at + 10]}) for at in (0, 10, 20)] == [1, 1, 1]
+    assert len({*texts}) == len({example.context for example in examples}) == 3
+    assert len({(example.context, example.question) for example in examples}) == 25
+    for text, example in zip(texts, examples, strict=True):
+        assert f"{example.question.removeprefix('What is t').removesuffix('?')} is {example.answer}." in text
+
+
 def test_texts_are_about_as_long_as_asked():
     for tokens in (300, 1000):
         for task in text_tasks(["needle", "records", "copy", "prose"], 2, tokens):
@@ -82,7 +92,7 @@ def test_albums_that_are_not_allowed_are_refused_by_name(arguments, said):
 
 def test_a_model_is_asked_what_its_own_world_knows():
     assert source("smol").tasks == FAMILIES
-    assert source("smol-text").tasks == KINDS
+    assert source("smol-text").tasks == ASKED
     assert source("lab-large").tasks == SOURCES["lab-large"].tasks
     assert source("someone/model") is source("lab")
     assert source("out/smol/model", "smol") is source("smol")

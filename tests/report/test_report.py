@@ -159,6 +159,7 @@ class TestPage:
         assert [layer["fate"] for layer in data["methods"][0]["layers"]] == [[[0, 0, 2, 2, -1, -1, 2, 0]], None]
         assert data["grids"][0]["tokens"] == [2, 3, 4, 5]
         assert data["tokens"][6] == [" </script>", 0]
+        assert [method["text"] for method in data["methods"]] == [answer.text for answer in run.answers]
 
     def test_nothing_said(self, run: Run) -> None:
         silent = replace(run, full=replace(run.full, text=""), right="x")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
 from methods_for_tests import Heavier
+from test_latents import mla_model
 from tiny import assert_close, cut_of, decode, masked, text_inputs, text_model, words
 from transformers import DynamicCache, PreTrainedModel
 
@@ -51,7 +52,8 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, **kwar
 
 
 @pytest.fixture
-def model(monkeypatch):
+def stand_in(monkeypatch):
+    """The package, as transformers finds it."""
     package, padding = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.bert_padding")
     package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     package.flash_attn_with_kvcache = None
@@ -61,6 +63,10 @@ def model(monkeypatch):
     monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
     monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda self, *args, **kwargs: True)
+
+
+@pytest.fixture
+def model(stand_in):
     model = text_model()
     model.set_attn_implementation("flash_attention_2")
     assert model.config._attn_implementation == "flash_attention_2"
@@ -99,6 +105,19 @@ def test_a_second_turn_equals_the_oracle(model, lengths):
         _, logits = decode(model, again, past_key_values=session.cache)
     with masked(model, one, cut_of(session.cache, 37)):
         assert_close(logits, decode(model, again)[1])
+
+
+@pytest.mark.parametrize("lengths", [(26,), (26, 19)], ids=["one", "batch"])
+def test_latents_of_all_heads(stand_in, lengths):
+    model, inputs = mla_model(v_head_dim=12), text_inputs(lengths)
+    model.set_attn_implementation("flash_attention_2")
+    plain = decode(model, inputs)[1]
+    with kvweave.compress(model, METHODS["h2o"]) as session:
+        _, logits = decode(model, inputs)
+    assert torch.equal(logits[:, 0], plain[:, 0])
+    assert session.report["totals"]["layers"] == 2
+    with masked(model, cut_of(session.cache, 26)):
+        assert_close(logits, decode(model, inputs)[1])
 
 
 def test_budget_one_is_bit_identical(model):

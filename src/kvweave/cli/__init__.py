@@ -1,4 +1,4 @@
-"""The command line: `kvweave run | eval | paper | flow | plan | convert | methods | calibrate | lab`.
+"""The command line: `kvweave run | eval | paper | flow | plan | convert | serve | methods | calibrate | lab`.
 
 Exit codes: 0 done, 2 bad input, 1 anything else.
 """
@@ -22,6 +22,7 @@ from kvweave.cli.methods import methods
 from kvweave.cli.paper import paper
 from kvweave.cli.plan import plan
 from kvweave.cli.run import run
+from kvweave.cli.serve import serve
 
 app = typer.Typer(
     name="kvweave",
@@ -35,6 +36,7 @@ app.command("paper")(paper)
 app.command("flow")(flow)
 app.command("plan")(plan)
 app.command("convert")(convert)
+app.command("serve")(serve)
 app.command("methods")(methods)
 app.command("calibrate")(calibrate)
 app.add_typer(lab, name="lab")

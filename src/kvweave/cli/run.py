@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvweave.methods import Method
     from kvweave.report.data import Answer, Run
 
-_SHOWN = ["flowmm", "weave:redecode=True"]  # no token behind the first comes from the full cache
+_SHOWN = ["snapkv", "flowmm", "weave:redecode=True"]  # no token behind the first comes from the full cache
 _LONG_TEXT = 8192  # tokens behind which a small model's decoding is bound by its cache, no longer by Python
 
 

@@ -1,6 +1,6 @@
 """One layer cut: what the method sees of its slots, and what memory keeps of them. Nothing here knows a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ class LayerCut:
         rotated: keys carry a rotary phase.
         projection: the output projection, for methods that look through it.
         memory: what the method left for a later turn.
+        expand: what the heads make of slots that they all share (MLA); None: memory holds each head's own.
         pending: what is cut once all layers have been observed.
         record, flow: of the last cut, for the report.
         fate: with `trace`, for each row int64 [kv_heads, length], the slot that a slot lives on in, -1: evicted.
@@ -36,6 +37,7 @@ class LayerCut:
     rotated: bool = True
     projection: Tensor | None = None
     memory: Tensor | None = None
+    expand: Callable[[Slots], Slots] | None = None
     pending: Pending | None = None
     record: Record | None = None
     flow: float | None = None
@@ -57,7 +59,7 @@ class LayerCut:
             slots, queries, prompt, rule, mask, apart: as in `group_rows`.
         """
         groups = group_rows(
-            slots,
+            self.heads_of(slots),
             queries,
             prompt,
             rule,
@@ -69,20 +71,27 @@ class LayerCut:
             wanted=terms.query_rows,
             apart=range(len(prompt.valid)) if terms.alone else apart,
             heads=terms.heads,
+            stored=None if self.expand is None else slots,
         )
         for group in groups:
             view = group.view
             view.interleaved, view.rotated, view.projection = terms.interleaved, self.rotated, self.projection
         return groups
 
-    def cut(self, block: Block, pending: Pending, share: Sequence[Share], terms: Terms) -> tuple[Block, Tensor]:
+    def heads_of(self, slots: Slots) -> Slots:
+        """The slots as attention reads them."""
+        return slots if self.expand is None else self.expand(slots)
+
+    def cut(
+        self, block: Block, pending: Pending, share: Sequence[Share], terms: Terms
+    ) -> tuple[Block, Tensor | None]:
         """What memory holds once the method has taken from the prompt's slots what it keeps.
 
         Args:
             block: what memory holds.
             share: entries that each row of the batch keeps in this layer.
         Returns:
-            That, and bool [batch, columns], the tokens of the prompt that were taken for real.
+            That, and bool [batch, columns], the tokens of the prompt that were taken for real; None: nothing was cut.
         """
         self.pending = None
         behind = 0 if pending.behind is None else pending.behind.nbytes

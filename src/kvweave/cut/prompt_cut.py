@@ -185,7 +185,7 @@ class PromptCut(LayerCut):
         if self.waiting is not None and terms.query_rows:
             groups, _, after = self._waiting_groups(self.waiting, block, seen, terms)
             for group in groups:
-                self.waiting.add(group, after.keys, counted, terms.needs)
+                self.waiting.add(group, self.heads_of(after).keys, counted, terms.needs)
 
     def _waiting_groups(
         self, waiting: Waiting, block: Block, seen: int, terms: Terms
@@ -216,7 +216,8 @@ class PromptCut(LayerCut):
             view, at = group.view, group.index
             cuts = share is None or smallest(share[at[0]]) < view.length
             if counted is not None and after.count and terms.query_rows and cuts:
-                waiting.add(group, after.keys, counted, terms.needs, terms.needs.temperature)
+                keys = self.heads_of(after).keys
+                waiting.add(group, keys, counted, terms.needs, terms.needs.temperature)
             waiting.tell(view, at)
             view.probed = terms.probed
             rows = waiting.counts[at] if terms.probed else torch.full_like(waiting.counts[at], method.defer)

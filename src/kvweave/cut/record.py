@@ -81,7 +81,8 @@ def grouped(words: dict[str, Any]) -> dict[str, Any]:
 
 
 def _counts(length: float, kept: float, represented: float) -> dict[str, int]:
-    total, stay, merged = round(length), round(kept), round(represented - kept)
+    total, stay = round(length), round(kept)
+    merged = round(represented) - stay  # of halves too the counts add up
     return {"length": total, "kept": stay, "merged": merged, "evicted": total - stay - merged}
 
 

@@ -47,6 +47,7 @@ def group_rows(
     wanted: int = ALL_ROWS,
     apart: Sequence[int] | None = None,
     heads: Heads = HERE,
+    stored: Slots | None = None,
 ) -> list[Group]:
     """Views of a layer without its padding.
 
@@ -59,6 +60,7 @@ def group_rows(
         memory: [batch, ...], what the turn before left.
         wanted: queries of how many of the last tokens a view gets; `ALL_ROWS`: of all that are at hand.
         heads: where the layer's other heads are; `slots` are as many everywhere.
+        stored: one head that memory holds for all of them (MLA); None: `slots` are what it holds.
         apart: by row of the batch; rows of different numbers are not planned together.
     """
     assert slots.positions is not None
@@ -85,6 +87,8 @@ def group_rows(
         )
         if (slots.has_empty or heads.size > 1) and not bool(pick(tokens.everywhere).all()):
             view.empty = ~pick(tokens.here)
+        if stored is not None:
+            view.stored = view.of_one_head(pick(stored.keys), pick(stored.values))
         if queries is not None:
             asks = part.held[:, part.length - asked :] - (count - rows)  # rows of `queries` that hold a token
             view.queries = queries[:, :, rows - asked :] if part.whole else _of_rows(queries, at, asks)
@@ -287,11 +291,11 @@ def compact(
         view, budget = group.view, budgets[group.index[0]]
         view.mean_budget = means[group.index[0]]
         if smallest(budget) >= group.length:
-            plan = _everything(view)
+            plan = _everything(view.held)
         else:
             plan = method.plan(view, budget) if isinstance(budget, int) else method.plan_heads(view, budget)
-        done = plan.apply(view)
-        fate = plan.fate(view) if trace else None
+        done = plan.apply(view.held)
+        fate = plan.fate(view.held) if trace else None
         described = _described(plan, len(group.index))
         for n, row in enumerate(group.index):
             pieces[row] = _row(done, n)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from kvweave.cut.rows import Group
+from kvweave.cut.stream import Stream
 from kvweave.memory.slots import Slots
 from kvweave.methods.base import Method
 from kvweave.methods.needs import Needs
@@ -29,6 +30,7 @@ class Terms:
         interleaved: how it pairs channels.
         trace: keep each slot's fate.
         known: statistics that other caches filled with the same prompt have computed, by what they are of.
+        stream: the cache is bounded over endless input; None: each prompt is cut once.
     """
 
     method: Method
@@ -46,6 +48,7 @@ class Terms:
     interleaved: bool = False
     trace: bool = False
     known: dict[Any, dict[Any, Any]] | None = None
+    stream: Stream | None = None
 
     @classmethod
     def of(cls, method: Method, **more: Any) -> "Terms":

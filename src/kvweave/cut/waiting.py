@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvweave.cut.rows import Group
+from kvweave.cut.terms import Terms
 from kvweave.methods.needs import MEANS, Needs, Reduction
 from kvweave.ops.device import exact, writable
 from kvweave.ops.statistics import AttentionRule, column_sums, received
@@ -147,6 +148,25 @@ class Waiting:
             view.decoded_queries = torch.stack([F.pad(q, (0, 0, 0, most - q.shape[1])) for q in seen])
             places = torch.arange(most, device=view.keys.device)
             view.decoded_counted = torch.stack([places < queries.shape[1] for queries in seen])
+
+
+def tell_rows(
+    groups: Sequence[Group], prompt: Prompt, queries: Tensor, keys: Tensor, rule: AttentionRule, terms: Terms
+) -> None:
+    """Let views know what tokens behind their slots attend to, all of which count.
+
+    Args:
+        queries, keys: [batch, heads, tokens, dim] of those tokens.
+        rule: without mask.
+    """
+    counted = torch.ones(len(queries), queries.shape[2], dtype=torch.bool, device=keys.device)
+    waiting = Waiting.of(prompt, prompt.length, rule, queries)
+    for group in groups:
+        waiting.add(group, keys, counted, terms.needs, 1.0 if terms.probed else terms.needs.temperature)
+        waiting.tell(group.view, group.index)
+        group.view.probed = terms.probed
+        rows = queries.new_full((1, 1, 1), queries.shape[2], dtype=torch.float64)
+        group.view.decoded_weight = terms.method.weight_of(rows)
 
 
 def tell_attention(view: LayerView, reduction: Reduction, total: Tensor, counts: Tensor) -> None:

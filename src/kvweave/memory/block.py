@@ -4,8 +4,9 @@
     `PackedSlots`  the older ones in few bits                                                packed.py
     `FixedSlots`   in buffers of fixed shape and address, for compiled steps                 fixed.py
     `RaggedHeads`  one of these for each KV head                                             heads.py
+    `Expanded`     one head's for all heads, as attention reads them                         expanded.py
 
-All but the last are of KV heads that hold equally many. Nothing outside of this folder asks which it has.
+All but `RaggedHeads` are of KV heads that hold equally many. Nothing outside of this folder asks which it has.
 """
 
 from typing import TYPE_CHECKING, Protocol

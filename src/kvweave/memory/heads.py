@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvweave.memory.attend import by_kernel
 from kvweave.memory.block import Block
+from kvweave.memory.expanded import Expanded
 from kvweave.memory.fixed import FixedSlots
 from kvweave.memory.packed import packed
 from kvweave.memory.slots import Slots
@@ -76,7 +77,7 @@ def for_flash(block: Block, padding: Tensor | None) -> list[Slots]:
     """
     parts = []
     for part in block.parts:
-        slots = part.as_slots() if part.tensors is None else part
+        slots = part.as_slots() if part.tensors is None or isinstance(part, Expanded) else part
         if not isinstance(slots, Slots):
             raise ValueError("flash attention reads no reserved room: allowed is sdpa or eager")
         parts.append(slots)

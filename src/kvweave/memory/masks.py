@@ -1,6 +1,7 @@
 """A model's mask, which speaks of logical columns, at the slots that memory holds."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,7 +26,8 @@ def slot_mask(
 
     Args:
         positions: int64 [batch, kv_heads, slots], -1: empty; bias: alike, or None.
-        mask: [batch or 1, heads or 1, new, columns], boolean or additive; None: causal, the new slots being last.
+        mask: [batch or 1, heads or 1, new, columns], boolean or additive; of all columns, or of the new ones alone;
+            None: causal, the new slots being last.
         queries: [batch, heads, new, dim].
     Returns:
         [batch, kv_heads or heads, new, slots].
@@ -36,6 +38,10 @@ def slot_mask(
         row = torch.arange(count - new, count, device=positions.device)[:, None]
         seen = torch.arange(count, device=positions.device) <= row  # every old slot, and the new ones so far
         seen = seen.expand(batch, kv_heads, new, count)
+    elif mask.shape[-1] == new < count:  # of the new columns alone, which are the last slots: all old ones are seen
+        shown = mask.dtype == torch.bool
+        whole = F.pad(mask, (count - new, 0), value=shown)
+        seen = whole.expand(batch, kv_heads if mask.shape[1] == 1 else heads, new, count)
     else:
         seen = at_columns(mask, positions, heads, new)
     least = torch.finfo(queries.dtype).min

@@ -123,6 +123,11 @@ class Method:
         return Needs()
 
     @property
+    def needs_heads(self) -> str:
+        """Why heads cannot be held to one set of tokens, as those of MLA must be; empty: they can."""
+        return f"method={self.name} decides for each head by itself"
+
+    @property
     def layer_adaptive(self) -> bool:
         """Layer budgets depend on all layers' statistics: nothing is cut before the prefill ends."""
         return False

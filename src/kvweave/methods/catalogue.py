@@ -34,6 +34,11 @@ Neighbours, maxima and heads' budgets change what is kept, never how much: the e
 to the budget. What reads no attention has no rows or heads to reduce. With `allocation=global` nothing is cut before
 the prefill ends; so it is with a profile, unless `mix=0`. Heads of different counts are stored apart."""
 
+_LATENTS = """Models whose heads share one latent a token (MLA: DeepSeek V2 and V3, Kimi K2.5, Mistral 4) are
+compressed in those latents: one set of tokens for all heads of a layer, by the mean of the scores of the keys and
+values that heads expand from them (`heads_by=max`: the largest). These can: {}.
+The others merge entries, turn keys, or give heads tokens or counts of their own; they are refused by name."""
+
 _AROUND = """# Around a method
 
 Not listed among the methods: `fold:method=snapkv,window=8,budget=0.2` lets snapkv decide and goes on from there.
@@ -58,6 +63,8 @@ def markdown() -> str:
     scored = [name for name in list_methods() if issubclass(method_class(name), ScoredMethod)]
     shared = [option for option in ScoredMethod.options() if option[0] not in COMMON]
     lines += ["", _SCORED.format(", ".join(f"`{name}`" for name in scored)), "", *_table(ScoredMethod, shared)]
+    sharing = [name for name in list_methods() if not method_class(name)().needs_heads]
+    lines += ["", _LATENTS.format(", ".join(f"`{name}`" for name in sharing))]
     for name in list_methods():
         lines += ["", f"## {name}", "", *_section(method_class(name))]
     lines += ["", _AROUND, ""]

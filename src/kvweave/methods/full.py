@@ -23,5 +23,10 @@ class Full(Method):
     def layer_budgets(self, budget: int, length: int, layers: int) -> list[int]:
         return [length] * layers
 
+    @property
+    def needs_heads(self) -> str:
+        return ""
+
     def plan(self, view: LayerView, budget: int) -> Plan:
+        view = view.held
         return Plan(last(view.positions, view.length))

@@ -44,6 +44,10 @@ class MergingMethod(Method):
         return replace(super().needs, rotary=self.rope_aware)
 
     @property
+    def needs_heads(self) -> str:
+        return f"method={self.name} merges each head's entries"
+
+    @property
     def biases_logits(self) -> bool:
         return self.mass_bias
 

@@ -25,6 +25,11 @@ class Random(Method):
     recent: int = integer(32, minimum=0, help="last tokens that stay, at most half of the budget")
     seed: int = integer(0, minimum=0, help="of the draw")
 
+    @property
+    def needs_heads(self) -> str:
+        return ""
+
     def plan(self, view: LayerView, budget: int) -> Plan:
+        view = view.held
         scores = uniform(self.seed, view.layer, view.positions, view.first_head)
         return Plan(top_and_recent(scores, budget, min(self.recent, budget // 2)))

@@ -44,6 +44,17 @@ class Scores:
         first = None if self.first is None else self.first.to(self.value.dtype)
         return [key for key in (first, self.value, self.ties) if key is not None]
 
+    def shared(self, heads_by: str) -> "Scores":
+        """Of all heads together, [batch, 1, n]: their mean, or the largest; a token comes first if it does in any."""
+
+        def one(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.amax(1, keepdim=True) if heads_by == "max" else x.mean(1, keepdim=True)
+
+        first = None if self.first is None else self.first.any(1, keepdim=True)
+        value = one(self.value)
+        assert value is not None
+        return Scores(value, first, one(self.ties))
+
     def over(self, length: int) -> "Scores":
         """With the tokens that have no score among the last of all."""
 
@@ -147,6 +158,15 @@ class ScoredMethod(Method):
     # ------------------------------------------------------------ what follows from it
 
     @property
+    def needs_heads(self) -> str:
+        if self.uneven or self.allocation in ("layer", "profile"):
+            what = f"method={self.name}" if self.uneven else f"allocation={self.allocation!r}"
+            return f"{what} gives each head a count of its own"
+        if getattr(self, "per_head", False):
+            return "per_head=True gives each head tokens of its own"
+        return f"method={self.name} turns keys, of which MLA turns a part" if self.needs.rotary else ""
+
+    @property
     def reduction(self) -> Reduction:
         """How attention is reduced, over rows and over heads."""
         return self.rows_by, self.heads_by
@@ -176,6 +196,8 @@ class ScoredMethod(Method):
         """Scores of the layer, lent to neighbours."""
         scores = self.score(view, quota)
         scores = scores if isinstance(scores, Scores) else Scores(scores)
+        if view.stored is not None:
+            view, scores = view.stored, scores.shared(self.heads_by)
         if not self.lends:
             return scores
         ties = None if scores.ties is None else lend(scores.ties, self.ahead, self.behind)
@@ -190,7 +212,7 @@ class ScoredMethod(Method):
         if self.allocation == "head" and view.empty is None and not self.uneven:
             quota = self.quota(budget, view.mean_budget or budget)
             scores = self.ranking(view, quota)
-            return self.described(view, Plan(even_keep(view, scores, quota)))
+            return self.described(view, Plan(even_keep(view.held, scores, quota)))
         return self.evicting(view, self.selection(view, budget))
 
     def plan_heads(self, view: LayerView, counts: tuple[int, ...]) -> Plan:
@@ -216,6 +238,7 @@ class ScoredMethod(Method):
         mean = view.mean_budget or (budget if isinstance(budget, int) else sum(budget) // len(budget))
         quota = self.quota(budget if isinstance(budget, int) else mean, mean)
         scores = self.ranking(view, quota).over(view.length)
+        view = view.held
         forced, held = forced_tokens(view, quota)
         most = (held & ~forced).sum(-1).expand(view.batch, view.kv_heads)
         base = (forced & held).sum(-1).expand(view.batch, view.kv_heads)
@@ -260,7 +283,7 @@ class ScoredMethod(Method):
             return super().observe(view)
         quota = self.quota(view.mean_budget, view.mean_budget)
         scores = self.ranking(view, quota).over(view.length)
-        return self.pool(view, scores, *forced_tokens(view, quota), quota)
+        return self.pool(view.held, scores, *forced_tokens(view.held, quota), quota)
 
     def pool(self, view: LayerView, scores: Scores, forced: Tensor, held: Tensor, quota: Quota) -> Pool:
         """The layer's tokens as they compete, of all its heads."""

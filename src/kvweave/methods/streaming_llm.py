@@ -25,7 +25,12 @@ class StreamingLLM(Method):
 
     sinks: int = integer(4, minimum=0, help="first tokens that stay, at most budget - 1")
 
+    @property
+    def needs_heads(self) -> str:
+        return ""
+
     def plan(self, view: LayerView, budget: int) -> Plan:
+        view = view.held
         sinks = min(self.sinks, budget - 1)
         first = torch.arange(sinks, device=view.keys.device).expand(view.batch, view.kv_heads, -1)
         return Plan(torch.cat([first, last(view.positions, budget - sinks)], -1))

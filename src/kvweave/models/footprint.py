@@ -22,6 +22,7 @@ from kvweave.methods.full import Full
 from kvweave.models.loading import skeleton
 from kvweave.models.source import ModelError
 from kvweave.ops.budget import entries
+from kvweave.seam import latents
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.names import CACHE
 
@@ -101,8 +102,10 @@ def footprint(
         weights: "auto": in `dtype`; "8bit", "4bit": linear layers as bitsandbytes packs them, the rest in `dtype`.
     Raises:
         ModelError: the model cannot be had, or cannot be run without contents; the message says why.
+        ValueError: a method that the model does not take.
     """
     built = skeleton(model, dtype)
+    latents.check(method, built)
     built.set_attn_implementation(_PLANNED)
     with torch.no_grad():
         vision = _vision(model, built, images * batch, image_size)

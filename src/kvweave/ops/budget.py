@@ -15,12 +15,12 @@ _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 1
 _ALLOWED = "a share in (0, 1], tokens as an int >= 1, or bytes such as '256MiB'"
 LEAST = 1e-9  # a share that comes to one entry, however long the prompt
 _MOST = 2**63 - 1  # no cache holds more tokens or bytes
-_GUARD = 1e-9  # repairs binary rounding such as 0.29 * 100 = 28.999...96 before a floor
+GUARD = 1e-9  # repairs binary rounding such as 0.29 * 100 = 28.999...96 before a floor
 
 
 def floor(x: float) -> int:
     """Largest integer not above `x`, with the guard against binary rounding that every floor carries."""
-    return math.floor(x + _GUARD)
+    return math.floor(x + GUARD)
 
 
 def check_budget(budget: Budget) -> Budget:

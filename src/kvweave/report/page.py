@@ -129,6 +129,7 @@ def _drawing(run: Run) -> dict[str, Any]:
         "methods": [
             {
                 "name": answer.method,
+                "text": answer.text,
                 "layers": [{"index": layer.index, "fate": layer.fate} for layer in answer.layers if layer.compressed],
             }
             for answer in run.answers

@@ -108,9 +108,9 @@ class _Canvas:
         return y + 52
 
     def answers(self, run: Run, y: int) -> int:
-        """A card for each answer, three in a row."""
+        """A card for each answer, three in a row; of four, two."""
         answers = [run.full, *run.answers]
-        columns = min(3, len(answers))
+        columns = 2 if len(answers) == 4 else min(3, len(answers))
         wide = (_WIDTH - 2 * _MARGIN - (columns - 1) * _GAP) // columns
         for first in range(0, len(answers), columns):
             self.reach(y + 220)

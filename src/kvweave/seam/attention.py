@@ -145,6 +145,13 @@ def _read(
     return _by_head(attention, query, mask, list(block.parts), _to_block)
 
 
+def _weighs_slots(mask: Tensor | None) -> bool:
+    """A mask that the module made itself: it adds other numbers than masks do, to each head's logits others."""
+    if mask is None or mask.dim() != 4 or mask.shape[1] == 1 or not mask.is_floating_point():
+        return False
+    return not torch.compiler.is_compiling() and bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any())
+
+
 def reader_of(
     base: str, found: Callable[..., Any] | None, own: Callable[[type], Any], passed: Callable[..., None]
 ) -> Any:
@@ -180,6 +187,10 @@ def reader_of(
 def read(attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, link: Link) -> Any:
     """Attention to a compressed layer, which is then told what was read."""
     layer, block, options = link.layer, link.block, attention.options
+    if not layer.why and link.left_behind(value):  # what a head reads may be of several heads' tokens
+        layer.why = "values are transformed after the cache"
+    elif not layer.why and not block.has_positions and _weighs_slots(mask):
+        layer.why = "attention adds a bias of each head's own"
     if query.shape[2] == 1 and layer.shared.turn.sees_all and block.has_positions:
         mask = None  # it hides nothing of what is kept
     out, mask = _read(attention, query, key, value, mask, block, link.apart)

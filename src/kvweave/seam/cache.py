@@ -10,6 +10,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvweave.cut.shares import by_row, share_out
+from kvweave.cut.stream import SINKS, stream_of
+from kvweave.cut.stream_cut import StreamCut
 from kvweave.cut.terms import Pending
 from kvweave.methods.base import Method
 from kvweave.prompt import Prompt
@@ -35,17 +37,32 @@ class CompressedCache(Cache):
         method: what decides, such as `FlowMM(budget=0.2)`.
         trace: keep what became of each token, for pictures (`layers[i].fate`).
         hold: prompts stay whole until `compress` is called, which may ask probes first.
+        every: bounded over endless input: after so many new tokens the cache is brought back to its budget, inside
+            long prompts and while decoding; a method's default `defer` is 0 then. The budget is in tokens or bytes.
+        total: with `every`, tokens of the whole input, for a budget that is a share of it.
+        stream_sinks: with `every`, first tokens of the whole input that stay.
     """
 
-    def __init__(self, config: Any, method: Method, *, trace: bool = False, hold: bool = False) -> None:
+    def __init__(
+        self,
+        config: Any,
+        method: Method,
+        *,
+        trace: bool = False,
+        hold: bool = False,
+        every: int | None = None,
+        total: int | None = None,
+        stream_sinks: int = SINKS,
+    ) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...)")
+        method, stream = stream_of(method, every, total, stream_sinks, trace=trace, hold=hold)
         self.method = method
         decoder = config.get_text_config(decoder=True)
         crossed = set(getattr(decoder, "cross_attention_layers", None) or ())
         layers: list[Any] = list(DynamicCache(config=config).layers)
         places = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in crossed]
-        self.shared = Shared(method, layers=len(places), trace=trace, hold=hold)
+        self.shared = Shared(method, layers=len(places), trace=trace, hold=hold, stream=stream)
         self.session: Callable[[], Any] | None = None  # a weak reference to who attached the model that fills it
         for index, place in enumerate(places):
             layers[place] = CompressedLayer(index, self.shared)
@@ -134,6 +151,10 @@ class CompressedCache(Cache):
         """
         if not isinstance(tokens, int) or tokens < 1:
             raise ValueError(f"tokens={tokens!r} is not allowed: allowed is an int of at least 1")
+        if self.shared.stream is not None:
+            raise ValueError(
+                f"reserve is not allowed with every={self.shared.stream.every}, which cuts as it decodes"
+            )
         if self.shared.method.storage is not None:
             raise ValueError(f"method={self.shared.method.name} packs what it keeps, and has no fixed buffers")
         if self.prompt is None:
@@ -249,8 +270,10 @@ class CompressedCache(Cache):
         """A forward pass of `new` columns has ended: cut what is due, and lay out room to decode in.
 
         Returns:
-            Whether the prompt waits for its cut.
+            Whether a cut waits for the answers to probes.
         """
+        if self.shared.stream is not None:
+            return self._finish_pass_of_stream()
         layers = self.compressed_layers
         pending = [layer.prompt_cut.pending for layer in layers if layer.prompt_cut.pending is not None]
         if layers and len(pending) == len(layers):  # all have been observed
@@ -264,10 +287,49 @@ class CompressedCache(Cache):
             self.cut_if_due()
         return self.waits
 
+    def _finish_pass_of_stream(self) -> bool:
+        """The same of a stream."""
+        stream, cuts = self.shared.stream, [layer.prompt_cut for layer in self.compressed_layers]
+        assert stream is not None
+        streams = [cut for cut in cuts if isinstance(cut, StreamCut)]
+        stream.peak = max(stream.peak, sum(cut.read for cut in streams) / max(1, len(streams)))
+        due = any(cut.due_by is not None for cut in streams)
+        if due and not stream.asks:
+            self.cut_stream(self.ready())
+        if stream.tables.grown:
+            stream.tables.keep([x for x in (layer.positions for layer in self.compressed_layers) if x is not None])
+        return due and stream.asks
+
+    def ready(self, probing: int = 0) -> list[Pending]:
+        """What the cuts of a stream's layers need that are made when all have read a pass.
+
+        Args:
+            probing: columns at the end that are probes', and are forgotten before the cut.
+        """
+        return [layer.ready(probing) for layer in self.compressed_layers]
+
+    def cut_stream(self, pending: Sequence[Pending]) -> None:
+        """Make those cuts."""
+        layers, stream = self.compressed_layers, self.shared.stream
+        assert stream is not None
+        if self.shared.method.layer_adaptive:
+            self._cut_together(layers, pending)
+            return
+        for layer, prompt in zip(layers, pending, strict=True):
+            layer.cut(prompt, stream.shares(self.shared.method, prompt.budgets, layer.index, len(layers)))
+
+    @property
+    def speaks_of_slots(self) -> bool:
+        """Every layer but sliding ones knows the columns of its slots: a mask need not speak of all columns."""
+        layers = [layer for layer in self.layers if not getattr(layer, "is_sliding", False)]
+        ours = [layer.block for layer in layers if isinstance(layer, CompressedLayer) and layer.compressed]
+        return len(ours) == len(layers) and all(block is not None and block.has_positions for block in ours)
+
     def _cut_together(self, layers: Sequence[CompressedLayer], pending: Sequence[Pending]) -> None:
         """Cut layers whose budgets depend on what was observed of all of them."""
         first, weights = pending[0], [by_row(prompt.groups, prompt.weights) for prompt in pending]
-        shares = share_out(self.shared.method, first.budgets, first.lengths, len(layers), weights)
+        lengths = [max(of_row) for of_row in zip(*(prompt.lengths for prompt in pending), strict=True)]
+        shares = share_out(self.shared.method, first.budgets, lengths, len(layers), weights)
         for layer, prompt, share in zip(layers, pending, shares, strict=True):
             layer.cut(prompt, share)
 
@@ -295,16 +357,16 @@ class CompressedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.shared.turn.select(beam_idx)
+        self.shared.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.prompt is not None:
-            self.shared.turn.select(torch.arange(self.prompt.valid.shape[0]).repeat_interleave(repeats))
+            self.shared.select(torch.arange(self.prompt.valid.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.shared.turn.select(indices)
+        self.shared.select(indices)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -315,5 +377,8 @@ class CompressedCache(Cache):
         `rows`: the same for each row of a batch. `totals`: over the compressed layers; `peak_bytes`: most that they
         held at once. `deferred`: tokens decoded before the cut, None: it has not come. `probes`: how many were asked,
         their tokens and the seconds that they took.
+
+        With `every` all counts are of the whole input, at this moment; `cuts`, `seen` (tokens), `held` and
+        `peak_entries` (entries of a KV head on average, now and the most ever), of each layer and of all on average.
         """
         return described(self)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvweave.cut.stream import SINKS, stream_of
 from kvweave.methods.base import Method
 from kvweave.methods.registry import chosen_method
 from kvweave.ops.budget import Budget
@@ -23,6 +24,9 @@ def compress(
     processor: Any = None,
     probe_tokens: int = 32,
     replay_chunk: int = CHUNK,
+    every: int | None = None,
+    total: int | None = None,
+    stream_sinks: int = SINKS,
 ) -> Session:
     """Compress the KV cache of everything that `model` is given inside the `with` block.
 
@@ -46,6 +50,11 @@ def compress(
             instruction, and images are not described.
         probe_tokens: most tokens of an answer to a probe.
         replay_chunk: tokens of the prompt that "replay" reads at once.
+        every: over endless text or video: bring the cache back to its budget after so many new tokens, inside long
+            prompts and while decoding (SPEC 18). Budgets are tokens or bytes; the only probes are "template", which
+            are read before each cut.
+        total: with `every`, tokens of the whole input, for a budget that is a share of it.
+        stream_sinks: with `every`, first tokens of the whole input that stay.
     Raises:
         TypeError: `method` is none, `model` is none.
         ValueError, RuntimeError: on entering, where the model cannot be compressed or already is.
@@ -53,8 +62,12 @@ def compress(
     chosen = chosen_method(method, budget)
     if visual is not None and (visual.dtype != torch.bool or visual.dim() != 2):
         raise ValueError(f"visual must be bool [batch, length], got {visual.dtype} {list(visual.shape)}")
+    bounds: dict[str, Any] = {"every": every, "total": total, "stream_sinks": stream_sinks}
+    chosen, stream = stream_of(chosen, **bounds, trace=trace)
+    if stream is not None and probes is not None and not (isinstance(probes, str) and probes == "template"):
+        raise ValueError(f"probes={probes!r} is not allowed with every={every}: allowed is 'template'")
     asked = None if probes is None else read_probes(probes, processor, probe_tokens, replay_chunk)
-    return Session(model, chosen, visual=visual, trace=trace, probes=asked, processor=processor)
+    return Session(model, chosen, visual=visual, trace=trace, probes=asked, processor=processor, bounds=bounds)
 
 
 def attach(model: Any) -> Session:

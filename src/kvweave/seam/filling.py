@@ -9,12 +9,13 @@ from transformers import DynamicCache
 
 from kvweave.methods.base import Method
 from kvweave.prompt import Prompt, given_images, visual_mask, visual_token_ids
-from kvweave.seam import guard, lookup, names, reader
+from kvweave.seam import guard, latents, lookup, names, reader
 from kvweave.seam.asides import redecode
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.names import Call
 from kvweave.seam.profiles import check_profiles
+from kvweave.seam.stream import begin_stream, may_be_narrow, note_tables
 from kvweave.seam.turn import State
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def cache_of(session: "Session", part: nn.Module, call: Call) -> CompressedCache
         if call.cache.shared.turn.prompt is None:
             call.cache.work_on(session.base)
             check_profiles(call.cache.shared.method, session.base)
+            latents.check(call.cache.shared.method, session.base)
         check_bias(call.cache.shared.method, session.implementation)
         return call.cache
     if session.method is None:
@@ -52,7 +54,7 @@ def cache_for(session: "Session", part: Any, own: Any = None) -> CompressedCache
                 f"{names.CACHE}=DynamicCache already holds {tokens} tokens that were not "
                 "compressed: allowed is none, an empty DynamicCache or a kvweave.CompressedCache"
             )
-    cache = CompressedCache(part.config, session.method, trace=session.trace)
+    cache = CompressedCache(part.config, session.method, trace=session.trace, **session.bounds)
     cache.shared.go_by(session.working or session.method)
     return cache if own is None else _in_place(own, cache)
 
@@ -108,6 +110,7 @@ def begin(session: "Session", part: nn.Module, call: Call) -> CompressedCache | 
 def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: Call) -> None:
     """Tell the cache what the forward pass's columns are, and where the prompt ends."""
     running, shared, turn = session.running, cache.shared, cache.shared.turn
+    latents.introduce(session.expansions, cache)
     running.fixed = call.new == 1 and cache.fixed
     if running.fixed:  # buffers take the token in, and nothing else changes
         shared.attached = True
@@ -120,7 +123,9 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
     seen, new = cache.get_seq_length(), call.new
     end = prompt_end(session, cache, seen, new)
     prompted = end is not None and seen < end
-    if prompted and session.asks(shared.needs):
+    if shared.stream is not None:
+        begin_stream(session, shared.stream, seen + new)
+    elif prompted and session.asks(shared.needs):
         turn.hold()
     if turn.on_request and not running.aside:
         turn.append_ids(call.ids, seen)
@@ -135,13 +140,16 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
     if session.tensor_parallel:
         shared.spread_over(session.base)
     prompt = prompt_of(session, cache, call, seen, seen + new if end is None else end)
+    noting = shared.stream is not None and shared.stream.asks and not running.aside
     turn.begin(
         prompt,
         end,
         seen,
         generating=running.prompted,
         masked=call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.dim() == 2),
-        last_position=call.last_position() if turn.on_request and prompted else None,
+        last_position=call.last_position() if noting or (turn.on_request and prompted) else None,
+        noting=noting,
+        narrow=may_be_narrow(session, cache, new),
     )
     if (turn.on_request or shared.method.defer) and turn.end is not None:
         count_decoded(session, cache, call.ids, seen, new)
@@ -157,7 +165,7 @@ def note_rotary(session: "Session", module: Any, args: tuple[Any, ...], kwargs: 
         return  # all compressed layers are turned by the same tables; a vision tower has its own
     tables = lookup.rotary_tables(kwargs, session.base.config.get_text_config(decoder=True))
     if tables is not None:
-        cache.shared.turn.append_rotary(*tables, layer.seen, interleaved=lookup.interleaved(module))
+        note_tables(cache, tables, layer.seen, interleaved=lookup.interleaved(module))
 
 
 # -------------------------------------------------------------------- what its columns are

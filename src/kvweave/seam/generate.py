@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvweave.cut.stream import Stream, stream_of
 from kvweave.prompt import visual_mask
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.filling import cache_for, tokens_before_the_cut
 from kvweave.seam.names import Request
+from kvweave.seam.stream import check_request
 
 if TYPE_CHECKING:
     from kvweave.seam.session import Session
@@ -42,6 +44,7 @@ def _telling(session: "Session", generate: Callable[..., Any]) -> Callable[..., 
     @functools.wraps(generate)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         request, running = Request(session.base, args, kwargs), session.running
+        check_request(request, _stream(session, request))
         planned = _with_room(session, request) if running.request is None else None
         if planned is not None:
             request.cache = planned
@@ -55,6 +58,13 @@ def _telling(session: "Session", generate: Callable[..., Any]) -> Callable[..., 
                 planned.settle()
 
     return wrapped
+
+
+def _stream(session: "Session", request: Request) -> Stream | None:
+    """What bounds the cache that a `generate` fills, or None."""
+    if isinstance(request.cache, CompressedCache):
+        return request.cache.shared.stream
+    return None if session.method is None else stream_of(session.method, **session.bounds)[1]
 
 
 def _with_room(session: "Session", request: Request) -> CompressedCache | None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kvweave.cut.prompt_cut import PromptCut
+from kvweave.cut.record import Record
+from kvweave.cut.stream_cut import StreamCut
 from kvweave.memory.block import Block
 from kvweave.memory.fixed import FixedSlots
 from kvweave.memory.heads import block_of, in_fixed_buffers
@@ -39,7 +41,7 @@ class HeldLayer(DynamicLayer):
         self.block: Block | None = None
         self.fixed: tuple[FixedSlots, ...] = ()
         self._seen = 0
-        self.prompt_cut = PromptCut(self.index)
+        self.prompt_cut = PromptCut(self.index) if self.shared.stream is None else StreamCut(self.index)
         self.why = ""
         self.unread = False  # keys handed out that attention has not been seen to read
         self._new = 0
@@ -104,6 +106,14 @@ class HeldLayer(DynamicLayer):
         prompt = self.shared.turn.prompt
         return None if prompt is None else prompt.valid
 
+    @property
+    def record(self) -> Record | None:
+        """What the report says of the last cut; of a stream, of the whole input."""
+        cut, prompt = self.prompt_cut, self.shared.turn.prompt
+        if not isinstance(cut, StreamCut) or self.block is None or prompt is None:
+            return cut.record
+        return cut.recorded(self.block, prompt, self.shared.terms(cut.query_shape[0]))
+
     def hold(self, block: Block, seen: int) -> None:
         """Let memory hold `block`, of `seen` tokens, as after a prompt that was cut."""
         self.block, self._seen = block, seen
@@ -140,7 +150,12 @@ class HeldLayer(DynamicLayer):
         return self.fixed[0].seen if self.fixed else self._seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical sizes: the model builds its whole mask, attention picks the slots' columns from it."""
+        """Logical sizes: the model builds its whole mask, attention picks the slots' columns from it.
+
+        In a long stream the whole mask would be long: where a pass sees all slots, it speaks of its own columns.
+        """
+        if self.shared.turn.narrow and query_length > 1:
+            return query_length, self._seen
         return self.fixed[0].columns if self.fixed else self._seen + query_length, 0
 
     # ---------------------------------------------------------------- columns and rows go

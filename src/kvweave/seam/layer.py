@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvweave.cut.rows import Share
+from kvweave.cut.stream_cut import StreamCut
 from kvweave.cut.terms import Pending, Terms
 from kvweave.memory.block import Block
 from kvweave.memory.heads import unpacked
@@ -31,6 +32,13 @@ class Link:
     layer: "CompressedLayer"
     block: Block
     apart: bool
+
+    def left_behind(self, value: Tensor) -> bool:
+        """Attention reads other values than those that were handed out with the keys."""
+        tensors = self.block.tensors
+        if self.apart or tensors is None or torch.compiler.is_compiling():
+            return False
+        return value.shape != tensors[1].shape or value.data_ptr() != tensors[1].data_ptr()
 
 
 class CompressedLayer(HeldLayer):
@@ -87,7 +95,10 @@ class CompressedLayer(HeldLayer):
             self.why = "cross attention"
         if self.why or turn.end is None:
             return
-        if start >= turn.end:
+        if isinstance(cut, StreamCut):
+            if not turn.frozen:
+                self._go_on(cut, queries, rule, mask, ended=start < turn.end <= self._seen)
+        elif start >= turn.end:
             if cut.waiting is not None:
                 cut.waiting.note(queries.detach(), start - turn.end)
         elif cut.collect(queries, start, turn.end, self.shared.query_rows):
@@ -105,6 +116,17 @@ class CompressedLayer(HeldLayer):
             turn.note_cut(valid)
         if cut.waiting is not None:
             turn.wait()
+
+    def _go_on(
+        self, cut: StreamCut, queries: Tensor, rule: AttentionRule, mask: Tensor | None, *, ended: bool
+    ) -> None:
+        """A pass of a stream has been read."""
+        assert self.block is not None
+        assert self.shared.turn.prompt is not None
+        prompt = self.shared.turn.prompt
+        self.block, valid = cut.take(self.block, prompt, queries, rule, mask, ended=ended, terms=self._terms)
+        if valid is not None:
+            self.shared.turn.note_cut(valid)
 
     @property
     def _terms(self) -> Terms:
@@ -131,4 +153,14 @@ class CompressedLayer(HeldLayer):
         """
         assert self.block is not None
         self.block, valid = self.prompt_cut.cut(self.block, pending, share, self._terms)
-        self.shared.turn.note_cut(valid)
+        if valid is not None:
+            self.shared.turn.note_cut(valid)
+
+    @torch.no_grad()
+    def ready(self, probing: int = 0) -> Pending:
+        """What the cut of a stream that is due at a pass's end will need, as in `StreamCut.ready`."""
+        prompt = self.shared.turn.prompt
+        assert isinstance(self.prompt_cut, StreamCut)
+        assert self.block is not None
+        assert prompt is not None
+        return self.prompt_cut.ready(self.block, prompt, self._terms, probing)

@@ -3,6 +3,7 @@
 Beside `names.py` the only file that reaches into it; nothing here is needed to follow a token.
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -82,6 +83,22 @@ def output_projection(module: nn.Module, width: int) -> Tensor | None:
         ):
             return weight.detach()
     return None
+
+
+def expands_latents(module: nn.Module) -> bool:
+    """Attention of the kind MLA, which caches latents: its heads expand their keys and values from what it reads."""
+    return hasattr(type(module), "expand_kv") and isinstance(getattr(module, "layer_idx", None), int)
+
+
+def expansion(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """From latents and rotary keys, [batch, 1, tokens, dim] each, to keys and values [batch, heads, tokens, dim]."""
+    return functools.partial(type(module).expand_kv, module)  # type: ignore[attr-defined]
+
+
+def replace_expansion(module: nn.Module, by: Callable[..., Any]) -> Callable[[], Any]:
+    """Let a module expand its latents by another function; returns what undoes it."""
+    vars(module)["expand_kv"] = by
+    return lambda: vars(module).pop("expand_kv", None)
 
 
 # -------------------------------------------------------------------- rotary

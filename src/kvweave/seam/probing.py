@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kvweave.cut.terms import Pending
 from kvweave.seam.asides import aside
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.names import CACHE, Signature
@@ -26,9 +27,29 @@ _OVERLAP = 8  # tokens of the chunk before that are said again with a chunk
 
 def answer_if_due(session: "Session", cache: CompressedCache) -> None:
     """A forward pass has left a prompt that waits for its cut: answer the probes, if any are asked before it."""
+    if cache.shared.stream is not None:
+        _look_before_cut(session, cache)
+        return
     named = session.probes is not None or not cache.shared.hold  # else `cache.compress` asks
     if named and session.asks(cache.shared.needs) and cache.decoded >= 0:
         answer(session, cache, session.probes)
+
+
+def _look_before_cut(session: "Session", cache: CompressedCache) -> None:
+    """Let the model read the template behind all that a stream holds, and cut by what it looks at.
+
+    So does StreamMem (2508.15717): the template stands for questions that are not known.
+    """
+    assert session.probes is not None
+    assert cache.prompt is not None
+    (template,), valid = session.probes.fed, cache.prompt.valid
+    asked = _padded([template] * len(valid), valid.device)
+    pending: list[Pending] = []
+    with session.running.going_aside():
+        step = _first(session.base, cache, asked)
+        aside(session.base, cache, step, look=lambda: pending.extend(cache.ready(probing=len(template))))
+    with torch.no_grad():
+        cache.cut_stream(pending)
 
 
 def answer(session: "Session", cache: CompressedCache, probes: Probes | None) -> None:

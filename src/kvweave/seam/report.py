@@ -1,9 +1,11 @@
 """What a cache's report says: `CompressedCache.report`."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvweave.cut.record import peak
+from kvweave.cut.stream_cut import StreamCut
 from kvweave.seam.layer import CompressedLayer
 
 if TYPE_CHECKING:
@@ -19,8 +21,12 @@ def described(cache: "CompressedCache") -> dict[str, Any]:
     done = [layer for layer in layers if layer["compressed"]]
     totals: dict[str, Any] = {name: sum(layer[name] for layer in done) for name in _SUMS}
     totals["layers"] = len(done)
-    records = [layer.prompt_cut.record for layer in cache.compressed_layers if layer.prompt_cut.record is not None]
-    totals["peak_bytes"] = peak(records, method.layer_adaptive or bool(method.defer) or turn.on_request)
+    records = [record for record in (layer.record for layer in cache.compressed_layers) if record is not None]
+    streams = [layer.prompt_cut for layer in cache.compressed_layers if isinstance(layer.prompt_cut, StreamCut)]
+    if streams:
+        totals["peak_bytes"] = sum(stream.peak_bytes for stream in streams)
+    else:
+        totals["peak_bytes"] = peak(records, method.layer_adaptive or bool(method.defer) or turn.on_request)
     deferred = None if cache.waits else turn.deferred or 0
     report: dict[str, Any] = {
         "method": cache.method.to_dict(),
@@ -32,12 +38,20 @@ def described(cache: "CompressedCache") -> dict[str, Any]:
         report["works_as"] = method.spelling()
     for record in records:
         report |= record.words
+    if cache.shared.stream is not None and done:
+        report |= {name: max(layer[name] for layer in done) for name in ("cuts", "seen")}
+        report["held"] = math.ceil(sum(layer["kept"] for layer in done) / len(done))
+        report["peak_entries"] = math.ceil(cache.shared.stream.peak)
     return report | ({"probes": turn.probes} if turn.probes else {})
 
 
 def _layer(place: int, kind: str, layer: Any) -> dict[str, Any]:
-    if isinstance(layer, CompressedLayer) and layer.compressed and layer.prompt_cut.record is not None:
-        return {"layer": place, "kind": kind, "compressed": True, **layer.prompt_cut.record.described()}
+    record = layer.record if isinstance(layer, CompressedLayer) and layer.compressed else None
+    if record is not None:
+        told = record.described()
+        if isinstance(layer.prompt_cut, StreamCut):
+            told |= {"seen": told["length"], **layer.prompt_cut.counted(record)}
+        return {"layer": place, "kind": kind, "compressed": True, **told}
     why = layer.why if isinstance(layer, CompressedLayer) else ""
     return {"layer": place, "kind": why or kind, "compressed": False}
 

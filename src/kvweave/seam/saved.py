@@ -11,15 +11,19 @@ from transformers import PreTrainedModel
 
 from kvweave.cut.prompt_cut import PromptCut
 from kvweave.cut.record import Record
+from kvweave.cut.stream import Stream
+from kvweave.cut.stream_cut import StreamCut
 from kvweave.cut.waiting import Waiting
 from kvweave.memory import saved
 from kvweave.memory.heads import RaggedHeads
 from kvweave.memory.packed import PackedSlots
 from kvweave.memory.slots import Slots
+from kvweave.memory.tables import Tables
 from kvweave.methods.registry import method_from_dict
 from kvweave.ops.quantize import Packed, Quantization
 from kvweave.ops.statistics import AttentionRule, Flow
 from kvweave.prompt import Prompt
+from kvweave.seam.latents import Expansion, expansions, introduce
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.turn import State, Turn
 
@@ -36,10 +40,14 @@ _KINDS: dict[str, type] = {
         Quantization,
         Prompt,
         PromptCut,
+        Stream,
+        StreamCut,
+        Tables,
         Waiting,
         Record,
         AttentionRule,
         Flow,
+        Expansion,
     )
 }
 #: Of a layer, what belongs to the process that runs it, or is made anew.
@@ -59,6 +67,7 @@ def write(cache: "CompressedCache", path: str | os.PathLike[str], model: PreTrai
         "method": json.dumps(cache.method.to_dict()),
         "trace": cache.shared.trace,
         "hold": cache.shared.hold,
+        "stream": cache.shared.stream,
         "turn": vars(cache.shared.turn) | {"state": cache.shared.turn.state.value},
         "layers": [_layer(layer) for layer in cache.layers],
     }
@@ -75,19 +84,20 @@ def read(kind: "type[CompressedCache]", path: str | os.PathLike[str], model: Pre
             f"{os.fspath(path)} was saved for another model: {', '.join(other)} differ from those of this "
             f"{type(model).__name__}; allowed is the model that filled the cache"
         )
-    cache = kind(
-        model.config, method_from_dict(json.loads(state["method"])), trace=state["trace"], hold=state["hold"]
-    )
+    method, stream = method_from_dict(json.loads(state["method"])), state.get("stream")
+    cache = kind(model.config, method, trace=state["trace"], hold=state["hold"])
     cache.work_on(model)
     devices = _devices(model)
     first = devices.get(0, model.device)
     turn = _moved(state["turn"], first)
+    cache.shared.stream = _moved(stream, first)
     cache.shared.turn = Turn(**turn | {"state": State(turn["state"])})
     for place, (layer, parts) in enumerate(zip(cache.layers, state["layers"], strict=True)):
         device = devices.get(place, first)
         vars(layer).update(_moved(parts, device))
         if parts.get("is_initialized"):
             layer.device = device
+    introduce(expansions(model), cache)
     return cache
 
 

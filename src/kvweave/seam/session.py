@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvweave.methods.base import Method
 from kvweave.methods.needs import Needs
-from kvweave.seam import guard, lookup, reader
+from kvweave.seam import guard, latents, lookup, reader
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.filling import begin, check_bias, note_rotary
 from kvweave.seam.frame import Frame
@@ -51,6 +51,7 @@ class Session:
         trace: bool = False,
         probes: Probes | None = None,
         processor: Any = None,
+        bounds: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.base = model, reader.unwrapped(model)
         self.method = method
@@ -58,9 +59,11 @@ class Session:
         self.trace = trace
         self.visual = visual
         self.probes, self.processor = probes, processor
+        self.bounds = bounds or {}  # of caches over endless input: every, total, stream_sinks
         self.cache: CompressedCache | None = None
         self.implementation = ""  # the name of the model's attention
         self.tensor_parallel = (getattr(self.base, "_tp_size", None) or 1) > 1
+        self.expansions: dict[int, latents.Expansion] = {}
         self.running = Frame()
         self.attached = False
         self._undo: list[Callable[[], Any]] = []
@@ -85,6 +88,7 @@ class Session:
             self.working = working(self.method, model)
             check_bias(self.working, base)
             check_profiles(self.working, model)
+            latents.check(self.working, model)
         parts = [p for p in model.modules() if isinstance(p, PreTrainedModel) and reader.decodes(p, decoder)]
         with _LOCK:
             if any(id(part) in _SESSIONS for part in parts):
@@ -97,6 +101,8 @@ class Session:
         try:
             reader.attach(base, model)
             self._undo.append(lambda: reader.detach(base))
+            self._undo += latents.attach(model)
+            self.expansions = latents.expansions(model)
             self.implementation = base
             for part in parts:
                 self._hook(part)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
+from kvweave.cut.stream import Stream
 from kvweave.cut.terms import Terms
 from kvweave.methods.base import Method
 from kvweave.methods.needs import Needs
@@ -27,6 +30,7 @@ class Shared:
         filled: some layer has been given keys since the forward pass began.
         needs: what the method declares.
         room: tokens to come for which memory is laid out once the prompt is cut, or None.
+        stream: what keeps the cache bounded over endless input; None: each prompt is cut once.
     """
 
     method: Method
@@ -39,6 +43,7 @@ class Shared:
     heads: Heads = HERE
     query_heads: int = 0
     room: int | None = None
+    stream: Stream | None = None
     filled: bool = False
     needs: Needs = field(init=False)
 
@@ -59,22 +64,33 @@ class Shared:
 
     def reset(self) -> None:
         """As it was made: nothing seen, nothing cut, nothing frozen."""
-        vars(self).update(vars(Shared(self.method, layers=self.layers, trace=self.trace, hold=self.hold)))
+        stream = None if self.stream is None else self.stream.anew()
+        fresh = Shared(self.method, layers=self.layers, trace=self.trace, hold=self.hold, stream=stream)
+        vars(self).update(vars(fresh))
 
     def crop(self, length: int) -> None:
         """Forget the columns from `length` on."""
         if length:
             self.turn.crop(length)
+            if self.stream is not None:
+                self.stream.tables.crop(length)
             return
         frozen = self.turn.frozen
         self.reset()
         if frozen:
             self.turn.freeze()
 
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in that order."""
+        self.turn.select(rows)
+        if self.stream is not None:
+            self.stream.tables.select(rows)
+
     @property
     def query_rows(self) -> int:
         """Queries of how many of a prompt's last rows are needed."""
-        return self.needs.rows_with_probes if self.turn.on_request else self.needs.rows
+        probed = self.turn.on_request or (self.stream is not None and self.stream.asks)
+        return self.needs.rows_with_probes if probed else self.needs.rows
 
     @property
     def awaited(self) -> int:
@@ -90,10 +106,11 @@ class Shared:
             query_rows=self.query_rows,
             awaited=self.awaited,
             on_request=turn.on_request,
-            probed=bool(turn.probes),
+            probed=bool(turn.probes) or (self.stream is not None and self.stream.asks),
             rotary=turn.rotary if self.needs.rotary else None,
             interleaved=turn.interleaved,
             known=self.known,
+            stream=self.stream,
         )
 
     def spread_over(self, model: Any) -> None:

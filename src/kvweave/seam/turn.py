@@ -52,6 +52,7 @@ class Turn:
             for another column before its end; None: nothing was cut.
         shown: the mask shows every column that a slot stands for; None: nobody has looked since it may have changed.
         sees_all: the token that is being decoded sees every slot, so that the model's mask need not be read.
+        narrow: the pass sees every slot of columns before it, so that the model's mask may speak of its own alone.
     """
 
     state: State = State.FILLING
@@ -70,6 +71,7 @@ class Turn:
     cut: Tensor | None = None
     shown: bool | None = None
     sees_all: bool = False
+    narrow: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied, saved and sent: memory that another process may share is not written to."""
@@ -99,6 +101,8 @@ class Turn:
         generating: bool = False,
         masked: bool = False,
         last_position: Tensor | None = None,
+        noting: bool = False,
+        narrow: bool = False,
     ) -> None:
         """A forward pass begins.
 
@@ -108,19 +112,21 @@ class Turn:
             seen: columns before.
             generating: inside a `generate` that knows its prompt, whose mask only grows by what it adds.
             masked: with a mask that `prompt` does not speak of.
-            last_position: as in the attribute.
+            last_position: as in the attribute; noting: note it whatever is filled.
+            narrow: the model may make a mask of the new columns alone, where it hides no slot.
         """
         self.prompt = prompt
         prompted = end is not None and seen < end
         ended = self.end if end is None else end  # of another cache than the one that `generate` was given
         self.look(decoding=generating and ended is not None and seen >= ended, masked=masked)
-        if self.on_request and prompted:
+        self.narrow = narrow and not masked and self._shows_slots(prompt.valid[:, :seen])
+        if noting or (self.on_request and prompted):
             self.last_position = last_position
         if end is not None and not self.frozen:
             self.end = end
             if prompted:
                 self.counted, self.state = None, State.FILLING
-        if self.declared is not None and prompt.length >= self.declared:
+        if end is not None and self.declared is not None and prompt.length >= self.declared:
             self.declared = None
 
     def extend(self, tokens: int) -> None:
@@ -163,12 +169,15 @@ class Turn:
         if not decoding:
             self.shown = None
         elif self.shown is None and self.prompt is not None:
-            shown = self.prompt.valid
-            if self.cut is not None:
-                end = self.cut.shape[1]
-                shown = torch.cat([shown[:, :end] | ~self.cut.to(shown.device), shown[:, end:]], 1)
-            self.shown = bool(shown.all())
+            self.shown = self._shows_slots(self.prompt.valid)
         self.sees_all = decoding and not masked and bool(self.shown)
+
+    def _shows_slots(self, valid: Tensor) -> bool:
+        """The mask `valid` [batch, columns] shows every column that a slot may stand for."""
+        if self.cut is None:
+            return bool(valid.all())
+        end = self.cut.shape[1]
+        return bool((valid[:, :end] | ~self.cut.to(valid.device)).all() & valid[:, end:].all())
 
     def trust_room(self, prompted: bool) -> None:
         """A token comes into fixed buffers: the mask was read when they were laid out, of a `generate`'s prompt."""

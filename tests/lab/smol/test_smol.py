@@ -45,7 +45,9 @@ def test_it_answers_from_a_fifth_of_its_cache(smol, questions):
     (needle,) = [sample for sample in questions if sample.question.family == "image_needle"]
     with compress(model, Weave(budget=0.2)) as session:
         (answer,) = said(model, processor, [needle.messages()])
-        layers = session.report["layers"]
+        report = session.report
+        layers = report["layers"]
+    assert "profile=smol," in report["works_as"]  # the one that is shipped for it
     assert answer == needle.question.answer
     assert len(layers) == 30
     assert all(layer["compressed"] for layer in layers)

@@ -262,9 +262,9 @@ def _measured(cell: Cell, samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spent(method: Method, kept: list[int]) -> float:
-    """Mean entries of a layer; where heads share a pool a layer's own count is a rounded mean of its heads."""
-    mean = sum(kept) / len(kept)
-    return round(mean) if method.pools else mean
+    """Mean entries of a layer; where all layers share, a layer's own count is a rounded mean of its heads."""
+    mean, works = sum(kept) / len(kept), method.on_model(lambda: None)
+    return round(mean) if works.pools or works.profiles else mean
 
 
 def allowed(method: Method, length: int) -> int:

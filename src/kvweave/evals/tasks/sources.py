@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvweave import lab
-from kvweave.evals.tasks.smol import smol_tasks
+from kvweave.evals.tasks.smol import KNOWN, smol_tasks
 from kvweave.evals.tasks.tasks import Task, lab_tasks
-from kvweave.evals.tasks.text import KINDS, text_tasks
+from kvweave.evals.tasks.text import ASKED, KINDS, text_tasks
 from kvweave.lab.smol import FAMILIES
 
 
@@ -35,8 +35,8 @@ class Source:
 SOURCES = {
     "lab": Source(lab_tasks, lab.TASKS, lab.ALL_TASKS),
     "lab-large": Source(lab_tasks, lab.LARGE_TASKS, lab.ALL_TASKS),
-    "smol": Source(smol_tasks, FAMILIES, FAMILIES),
-    "smol-text": Source(text_tasks, KINDS, KINDS, "tokens", 600, "needle", 600, "needle"),
+    "smol": Source(smol_tasks, FAMILIES, KNOWN),
+    "smol-text": Source(text_tasks, ASKED, KINDS, "tokens", 600, "needle", 600, "needle"),
 }
 
 

@@ -1,10 +1,11 @@
-"""Six kinds of questions about long texts, for `smol-text` and any other model that reads text.
+"""Seven kinds of questions about long texts, for `smol-text` and any other model that reads text.
 
 *needle*: two codes somewhere in prose, each behind its name, one asked for. *reversed*: two phone numbers, each
 before its name. *records*: three prices, alike but for their names, one asked for. *several*: two phone numbers, each
 behind its name, both asked for. *copy*: the long sentence on a sign, to be said again. *prose*: the README of an
 installed package goes on; what the model makes of it is held against the full cache's continuation token by token
-(fidelity), and against the file's own.
+(fidelity), and against the file's own. *many*: ten unlike facts, asked about one after the other; `unseen` cuts once
+for all ten.
 
 Answers are sentences whose first words give nothing away: a value is read from the cache while it is said. Questions
 are worded so that SmolLM2-135M can answer them with its full cache (docs/EVALUATION.md).
@@ -19,7 +20,9 @@ import numpy as np
 
 from kvweave.evals.tasks.tasks import Example
 
-KINDS = ("needle", "reversed", "records", "several", "copy", "prose")
+KINDS = ("needle", "reversed", "records", "several", "copy", "prose", "many")
+ASKED = KINDS[:-1]  # where none are named
+TOGETHER = 10  # questions about one text, of *many*
 FEWEST, MOST = 200, 6_000  # tokens
 _PER_SENTENCE = 14  # tokens of a sentence of prose, roughly
 _WORDS_PER_TOKEN = 0.35  # of a README
@@ -41,6 +44,18 @@ _WHAT = ("the stone bridge", "the fish market", "the village school", "the train
 _WHEN = ("on Monday", "after lunch", "before sunrise", "during the storm", "in early spring", "last winter",
          "on the first warm day", "late in the evening", "while it rained", "at the end of the week",
          "for the third time", "without any reason")  # fmt: skip
+_FACTS = (  # what a number is of, and of whom
+    ("code of the {}", _PLACES),
+    ("phone number of {}", _NAMES),
+    ("price of the {}", ("red bicycle", "old piano", "silver lamp", "wooden boat")),
+    ("height of the {}", ("oak tree", "church tower", "water mill", "north wall")),
+    ("weight of the {}", ("brown horse", "iron anchor", "marble table", "copper bell")),
+    ("number of books in the {}", ("public library", "monastery", "castle", "hospital")),
+    ("distance to the {}", ("lighthouse", "border", "waterfall", "desert")),
+    ("depth of the {}", ("blue lake", "old well", "salt mine", "harbour")),
+    ("age of the {}", ("stone statue", "sunken ship", "giant turtle", "royal crown")),
+    ("size of the {}", ("wheat field", "forest", "island", "vineyard")),
+)
 _READMES = ("hypothesis", "numpy", "rich", "typer", "safetensors", "pre_commit", "regex", "tqdm", "click", "Jinja2",
             "pydantic", "networkx", "matplotlib", "attrs", "filelock", "fsspec")  # fmt: skip
 
@@ -63,22 +78,34 @@ class TextTask:
         return ("rouge_l",) if self.name in ("copy", "prose") else ("strict_parts",)
 
     def examples(self, seed: int) -> list[Example]:
-        """`count` questions, each about a text of its own."""
+        """`count` questions, each about a text of its own; of *many* ten about each."""
+        if self.name == "many":
+            texts = range(-(-self.count // TOGETHER))
+            return [one for n in texts for one in self._about_one(seed, n)][: self.count]
         return [self._example(seed, n) for n in range(self.count)]
 
     def to_dict(self) -> dict[str, Any]:
         readmes = {"readmes": _installed()} if self.name == "prose" else {}
         return {"source": "text", **asdict(self), **readmes}
 
+    def _rng(self, seed: int, number: int) -> np.random.Generator:
+        return np.random.default_rng([seed, KINDS.index(self.name), self.tokens, number])
+
     def _example(self, seed: int, number: int) -> Example:
-        rng = np.random.default_rng([seed, KINDS.index(self.name), self.tokens, number])
-        context, question, answer = _MAKERS[self.name](self.tokens, rng)
-        pieces = [{"type": "text", "text": text} for text in (context, question)]
+        context, question, answer = _MAKERS[self.name](self.tokens, self._rng(seed, number))
+        return Example(f"{self.name}/{self.tokens}/{seed}/{number}", _asking(context, question), question, answer)
+
+    def _about_one(self, seed: int, number: int) -> list[Example]:
+        """All questions about one text."""
+        context, asked = _many(self.tokens, self._rng(seed, number))
         name = f"{self.name}/{self.tokens}/{seed}/{number}"
-        return Example(name, [{"role": "user", "content": pieces}], question, answer)
+        return [
+            Example(f"{name}/{n}", _asking(context, question), question, answer, context=name)
+            for n, (question, answer) in enumerate(asked)
+        ]
 
 
-def text_tasks(names: Sequence[str] = KINDS, count: int = 100, tokens: int = 600) -> tuple[TextTask, ...]:
+def text_tasks(names: Sequence[str] = ASKED, count: int = 100, tokens: int = 600) -> tuple[TextTask, ...]:
     """Tasks by name.
 
     Raises:
@@ -94,6 +121,10 @@ def text_tasks(names: Sequence[str] = KINDS, count: int = 100, tokens: int = 600
         if name not in KINDS:
             raise ValueError(f"tasks={name!r} is unknown: allowed is one of {', '.join(KINDS)}")
     return tuple(TextTask(name, count, tokens) for name in dict.fromkeys(names))
+
+
+def _asking(context: str, question: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "text", "text": text} for text in (context, question)]}]
 
 
 _Made = tuple[str, str, str]  # context, question, answer
@@ -139,6 +170,14 @@ def _prose(tokens: int, rng: np.random.Generator) -> _Made:
     first = int(rng.integers(max(1, len(words) - length - 100)))
     context = " ".join(words[first : first + length])
     return context, "Continue this text.", " ".join(words[first + length : first + length + 40])
+
+
+def _many(tokens: int, rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
+    """The text; its questions with their answers."""
+    of = [fact.format(_pick(whose, rng)) for fact, whose in _FACTS]
+    numbers = _numbers(len(of), 4, rng)
+    context = _strewn([f"The {what} is {number}." for what, number in zip(of, numbers, strict=True)], tokens, rng)
+    return context, [(f"What is the {what}?", number) for what, number in zip(of, numbers, strict=True)]
 
 
 _MAKERS: dict[str, Callable[[int, np.random.Generator], _Made]] = {

@@ -9,7 +9,7 @@ only by `kvweave lab fetch smol`::
     model, processor = models.load("smol")
 """
 
-from kvweave.lab.smol.albums import FAMILIES, MAX_IMAGES, Question, Sample, check, samples
+from kvweave.lab.smol.albums import FAMILIES, MAX_IMAGES, Question, Sample, check, samples, talks
 from kvweave.lab.smol.files import SmolError
 from kvweave.lab.smol.language import language_folder
 from kvweave.lab.smol.model import model_folder
@@ -26,4 +26,5 @@ __all__ = [
     "model_folder",
     "pictures",
     "samples",
+    "talks",
 ]

@@ -36,6 +36,7 @@ laboratory warehouse chapel palace
 CITIES = tuple(_CITIES.split())
 KEEPERS = tuple(_KEEPERS.split())  # of codes; none of them is a noun that pictures show
 TRAIN, HOLDOUT = 0, 1
+FEWEST_OF_TALKS, QUESTIONS_OF_TALKS = 4, 10  # images of an album that is asked about many times; how many times
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,31 @@ def samples(family: str, count: int, images: int, seed: int = 0) -> list[Sample]
     return [
         Sample(f"{family}/{images}/{seed}/{n}", made.captions(), scenes.images(made.scenes(rng), rng), question)
         for n, (made, question, rng) in enumerate(holdout_albums(family, count, images, seed))
+    ]
+
+
+def talks(count: int, images: int, seed: int = 0) -> list[list[Sample]]:
+    """So many hold-out albums with ten questions each, all families among them; the same for the same seed.
+
+    Raises:
+        ValueError: a number of images whose albums hold too little for ten questions, or that no album has.
+    """
+    if not FEWEST_OF_TALKS <= images <= MAX_IMAGES:
+        raise ValueError(f"images={images} is not allowed for many: allowed is {FEWEST_OF_TALKS} to {MAX_IMAGES}")
+    return [_talk(n, images, seed) for n in range(count)]
+
+
+def _talk(number: int, images: int, seed: int) -> list[Sample]:
+    rng = generator(HOLDOUT, seed, len(FAMILIES), images, number)
+    asked: list[Question] = []
+    while len(asked) < QUESTIONS_OF_TALKS or {question.family for question in asked} != set(FAMILIES):
+        made = album(rng, images, holdout=True)
+        tried = [made.question(family, rng) for family in (*FAMILIES, *FAMILIES)]
+        unlike = {question.text: question for question in tried if question is not None}
+        asked = list(unlike.values())[:QUESTIONS_OF_TALKS]
+    captions, pictures = made.captions(), scenes.images(made.scenes(rng), rng)
+    return [
+        Sample(f"many/{images}/{seed}/{number}/{n}", captions, pictures, question) for n, question in enumerate(asked)
     ]
 
 

@@ -1,0 +1,303 @@
+"""The endpoints, put together."""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from kvweave import __version__
+from kvweave.report.grids import Grid
+from kvweave.seam import names
+from kvweave.serve.body import read_json, unless_gone
+from kvweave.serve.chat import Answer, Inbox, Stream
+from kvweave.serve.engine.job import Job, PromptSource, Source
+from kvweave.serve.engine.loop import Engine
+from kvweave.serve.engine.reply import Reply
+from kvweave.serve.engine.sampling import Sampler
+from kvweave.serve.errors import Refusal, place_of
+from kvweave.serve.fetch import Fetcher
+from kvweave.serve.images import Album
+from kvweave.serve.keys import Keys
+from kvweave.serve.limits import Limits, Offers
+from kvweave.serve.metrics import Metrics
+from kvweave.serve.prompts import Prompts
+from kvweave.serve.schema import ChatRequest, parsed
+
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+_log = logging.getLogger("kvweave.serve")
+
+
+@dataclass
+class Gate:
+    """How many requests are inside, from their first byte to their last."""
+
+    most: int
+    inside: int = 0
+
+    def enter(self) -> None:
+        """Raises:
+        Refusal: it is full.
+        """
+        if self.inside >= self.most:
+            raise Refusal(429, "too many requests wait: try again later", code="queue_full", retry_after=self.pause)
+        self.inside += 1
+
+    def leave(self) -> None:
+        self.inside -= 1
+
+    @property
+    def pause(self) -> int:
+        """Seconds to wait, not the same for all, so that they do not come back at once."""
+        return random.randint(1, 3)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A chat request, ready for the engine."""
+
+    source: Source
+    method: str
+    most: int
+    words: list[str] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    context: int = 0
+
+
+class Server:
+    """One model, served.
+
+    Args:
+        name: by which requests call the model.
+        model, processor: as `kvweave.models.load` returns them.
+        limits, offers: what requests may ask for.
+        keys: who may ask.
+        image_hosts: where images may be fetched from; none: nowhere.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        processor: Any,
+        *,
+        limits: Limits | None = None,
+        offers: Offers | None = None,
+        keys: Keys | None = None,
+        image_hosts: Sequence[str] = (),
+    ) -> None:
+        self.name, self.limits = name, limits or Limits()
+        self.offers, self.keys = offers or Offers(), keys or Keys()
+        self.metrics = Metrics()
+        self.prompts = Prompts(model, processor, self.limits.prompt_tokens)
+        self.fetcher = Fetcher(image_hosts) if image_hosts else None
+        self.gate = Gate(self.limits.rows + self.limits.queue)
+        self.metrics.open.set_function(lambda: self.gate.inside)
+        self._ends = names.listed(getattr(model.generation_config, "eos_token_id", None))
+        self._desk = ThreadPoolExecutor(1, "kvweave-prompts")
+        self.engine = Engine(
+            model,
+            self.prompts.tokenizer,
+            rows=self.limits.rows,
+            memory=self.limits.memory,
+            metrics=self.metrics,
+        )
+
+    # ---------------------------------------------------------------- chat
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        self.keys.owner(request)
+        self.gate.enter()
+        answer: Answer | None = None
+        streamed: Stream | None = None
+        try:
+            asked = parsed(ChatRequest, await read_json(request, self.limits))
+            self._check(asked)
+            ready = await self._beside(lambda: self._prepare(asked))
+            answer = self._answer(asked, ready)
+            self.engine.submit(answer.job)
+            await unless_gone(request, answer.begin())
+            if asked.stream:
+                usage = asked.stream_options is not None and asked.stream_options.include_usage
+                streamed = Stream(self.engine, answer, usage, self.gate.leave)
+                return streamed
+            return JSONResponse(await unless_gone(request, answer.body()))
+        finally:
+            if streamed is None:
+                self.gate.leave()
+                if answer is not None:
+                    self.engine.leave(answer.job)
+
+    def _check(self, asked: ChatRequest) -> None:
+        """Refuse what no model is needed to refuse."""
+        self.check_model(asked.model)
+        if asked.n > self.limits.choices:
+            raise Refusal(400, f"n={asked.n} is not allowed: allowed is at most {self.limits.choices}", "n")
+        if asked.most is not None and asked.most > self.limits.new_tokens:
+            name = "max_completion_tokens" if asked.max_tokens is None else "max_tokens"
+            raise Refusal(
+                400, f"{name}={asked.most} is not allowed: allowed is at most {self.limits.new_tokens}", name
+            )
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise Refusal(
+                400, "top_logprobs is not allowed without logprobs: allowed is logprobs=true", "top_logprobs"
+            )
+        if asked.stream_options is not None and not asked.stream:
+            raise Refusal(
+                400, "stream_options is not allowed without stream: allowed is stream=true", "stream_options"
+            )
+
+    def check_model(self, name: str) -> None:
+        """Refuse a model that is not here."""
+        if name != self.name:
+            raise Refusal(404, f"model is not here: allowed is {self.name}", "model", code="model_not_found")
+
+    def _prepare(self, asked: ChatRequest) -> Asked:
+        """In a thread of its own: images are decoded, words become tokens."""
+        own = asked.kvweave
+        method = self.offers.pick(own.method, own.budget)
+        inputs = self.prompts.inputs(asked.messages, Album(self.limits, self.fetcher))
+        source = PromptSource(inputs, method)
+        self.offers.check(own.budget, source.tokens)
+        most = asked.most or min(self.limits.new_tokens, max(1, self.prompts.positions - source.tokens))
+        self.prompts.check_length(source.tokens, most)
+        drawn = self.prompts.drawn(inputs, asked.messages) if own.trace else ([], [])
+        return Asked(source, method.spelling(), most, *drawn)
+
+    def _answer(self, asked: ChatRequest, ready: Asked) -> Answer:
+        """What the engine is given.
+
+        Raises:
+            Refusal: it would not fit though nothing else were there.
+        """
+        top = (asked.top_logprobs or 0) if asked.logprobs else None
+        replies = [
+            Reply(
+                n,
+                Sampler(asked.temperature, asked.top_p, None if asked.seed is None else asked.seed + n, top),
+                ready.most,
+                self.prompts.decode,
+                self._ends,
+                asked.stops,
+            )
+            for n in range(asked.n)
+        ]
+        inbox = Inbox()
+        job = Job(ready.source, replies, ready.most, inbox.put, traced=asked.kvweave.trace)
+        self.check_memory(job)
+        word, first = self.prompts.word, self.metrics.first_seconds.observe
+        return Answer(self.name, ready.method, job, inbox, word, ready.words, ready.grids, ready.context, first)
+
+    def check_memory(self, job: Job) -> None:
+        """Refuse what would not fit though nothing else were there."""
+        needed = self.engine.needed(job)
+        if needed > self.limits.memory:
+            raise Refusal(
+                400,
+                f"messages: the prompt and its replies take {needed:,} bytes of keys and values: allowed are at most "
+                f"{self.limits.memory:,}; a smaller kvweave.budget, max_tokens or n takes less",
+                "messages",
+                code="context_length_exceeded",
+            )
+
+    async def _beside(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._desk, work)
+
+    # ---------------------------------------------------------------- what else is asked
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`."""
+        self.keys.owner(request)
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/NAME`."""
+        self.keys.owner(request)
+        self.check_model(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        offers = self.offers
+        told = {
+            "methods": list(offers.methods),
+            "default_method": offers.default,
+            "budget": offers.budget,
+            "budgets": [offers.least, offers.most],
+            "decoded": f"alone: {self.engine.proof.alone}" if self.engine.proof.alone else "together",
+        }
+        return {"id": self.name, "object": "model", "created": 0, "owned_by": "kvweave", "kvweave": told}
+
+    async def health(self, request: Request) -> Response:
+        """`GET /health`."""
+        return PlainTextResponse("", 200 if self.engine.alive else 503)
+
+    async def told(self, request: Request) -> Response:
+        """`GET /metrics`."""
+        self.keys.owner(request)
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # ---------------------------------------------------------------- the application
+
+    @asynccontextmanager
+    async def _life(self, app: FastAPI) -> AsyncIterator[None]:
+        self.engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, self.engine.stop)
+            self._desk.shutdown(cancel_futures=True)
+
+    def application(self) -> FastAPI:
+        """The ASGI application."""
+        app = FastAPI(title="kvweave", version=__version__, lifespan=self._life, openapi_url=None)
+        routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+            ("POST", "/v1/chat/completions", self.chat),
+            ("GET", "/v1/models", self.models),
+            ("GET", "/v1/models/{name:path}", self.model),
+            ("GET", "/health", self.health),
+            ("GET", "/metrics", self.told),
+        ]
+        for verb, path, answer in routes:
+            app.add_api_route(path, self._counted(path, answer), methods=[verb], response_model=None)
+        app.add_exception_handler(HTTPException, _not_here)
+        return app
+
+    def _counted(self, path: str, answer: Callable[[Request], Awaitable[Response]]) -> Any:
+        """The endpoint, counted, and what it refuses as a response."""
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                self._check_host(request)
+                response = await answer(request)
+            except Refusal as refusal:
+                response = refusal.response
+            except ClientDisconnect:
+                response = Response(status_code=499)
+            except Exception as error:
+                _log.error("%s: %s", path, place_of(error))
+                response = Refusal(500, "the server failed").response
+            self.metrics.requests.labels(path, str(response.status_code)).inc()
+            return response
+
+        return endpoint
+
+    def _check_host(self, request: Request) -> None:
+        """Without keys, a page of another site must not reach this machine by a name that was made to lead here."""
+        if not self.keys and request.url.hostname not in _LOCAL:
+            raise Refusal(403, f"Host is not allowed without API keys: allowed is one of {', '.join(_LOCAL)}")
+
+
+async def _not_here(request: Request, error: Exception) -> Response:
+    """Paths that there are none of, in OpenAI's form."""
+    status = getattr(error, "status_code", 500)
+    return Refusal(status, f"{request.method} {request.url.path} is not here").response

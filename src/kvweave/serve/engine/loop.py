@@ -1,0 +1,259 @@
+"""The engine: a thread that owns the model, reads prompts one after the other, and decodes all replies together.
+
+A turn of the loop reads at most one prompt and then gives every reply a token, so that nobody who is answered waits
+longer than for one prompt. Replies whose caches agree in their counts are rows of one pool and share a forward pass;
+others take one each. A reply whose cut is deferred joins the pool once it has been cut.
+"""
+
+import logging
+import threading
+from collections import deque
+from time import monotonic
+from typing import Any
+
+import torch
+
+from kvweave.seam.row_pool import RowPool, refusal
+from kvweave.seam.entry import attach
+from kvweave.serve.engine.job import Begun, Failed, Job, Kept, Live
+from kvweave.serve.engine.proof import prove
+from kvweave.serve.engine.reading import Reading, read_on
+from kvweave.serve.engine.reply import Piece
+from kvweave.serve.errors import place_of
+from kvweave.serve.metrics import Metrics
+
+_log = logging.getLogger("kvweave.serve")
+
+
+class Engine:
+    """The model and everything that is decoded.
+
+    Args:
+        model, tokenizer: as `kvweave.models.load` returns them; the processor's tokenizer.
+        rows: replies that are decoded at a time.
+        memory: bytes of keys and values that they may take, and a prompt that is read.
+        metrics: what is counted.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, rows: int, memory: int, metrics: Metrics) -> None:
+        self.model, self.rows, self.memory, self.metrics = model, rows, memory, metrics
+        self._session = attach(model)
+        try:
+            self.proof = prove(model, tokenizer)
+        except BaseException:
+            self._session.detach()
+            raise
+        self._pool = RowPool(self.proof.layers, rows)
+        self._together: list[Live] = []  # one for each row of the pool
+        self._alone: list[Live] = []
+        self._waiting: deque[Job] = deque()
+        self._awake = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="kvweave-engine", daemon=True)
+
+    # ---------------------------------------------------------------- from other threads
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let everybody who waits know, and end."""
+        with self._awake:
+            self._stopped = True
+            self._awake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._session.detach()
+
+    def submit(self, job: Job) -> None:
+        """Put a job at the end of the queue."""
+        with self._awake:
+            if self._stopped:
+                job.emit(Failed("Stopped"))
+                return
+            self._waiting.append(job)
+            self.metrics.waiting.set(len(self._waiting))
+            self._awake.notify()
+
+    def leave(self, job: Job) -> None:
+        """Nobody waits for it any more: what it holds is given back before the next token."""
+        with self._awake:
+            job.left = True
+            self._awake.notify()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._stopped
+
+    def needed(self, job: Job) -> int:
+        """Bytes that a job takes when nothing else is there."""
+        return self._bytes_with(job, self._empty)
+
+    # ---------------------------------------------------------------- the loop
+
+    def _run(self) -> None:
+        while self._wait():
+            self._forget()
+            job = self._next()
+            if job is not None:
+                self._begin(job)
+            if self._together:
+                self._step_pool()
+            for live in list(self._alone):
+                self._step_alone(live)
+            self._count()
+        for job in {*self._waiting, *(live.job for live in (*self._together, *self._alone))}:
+            job.emit(Failed("Stopped"))
+        self._waiting.clear()
+        self._together.clear()
+        self._alone.clear()
+        self._pool.clear()
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False: the engine is stopped."""
+        with self._awake:
+            while not (self._stopped or self._waiting or self._together or self._alone):
+                self._awake.wait()
+            return not self._stopped
+
+    def _forget(self) -> None:
+        """Drop what nobody waits for."""
+        with self._awake:
+            if any(job.left for job in self._waiting):
+                self._waiting = deque(job for job in self._waiting if not job.left)
+        for row in reversed(range(len(self._together))):
+            if self._together[row].job.left:
+                self._drop(row)
+        self._alone = [live for live in self._alone if not live.job.left]
+
+    def _next(self) -> Job | None:
+        """The first job of the queue, if there is room for it now; nobody overtakes it."""
+        with self._awake:
+            if not self._waiting:
+                return None
+            job = self._waiting[0]
+            live = len(self._together) + len(self._alone)
+            if live + len(job.replies) > self.rows or (
+                live and self._bytes_with(job, self._pool) + self._alone_bytes() > self.memory
+            ):
+                return None
+            return self._waiting.popleft()
+
+    def _begin(self, job: Job) -> None:
+        """Read its prompt and take the first token of each reply."""
+        started = monotonic()
+        self.metrics.queue_seconds.observe(started - job.born)
+        try:
+            reading = job.source.read(self.model)
+            whole = job.source.tokens * self.proof.token_bytes
+            self.metrics.prompt(job.source.tokens, whole, monotonic() - started)
+            job.emit(Begun(whole, None if job.replies else reading))
+            self._tell(job, reading)
+            for reply in job.replies:
+                if not self._emit(job, reply.take(reading.logits)):
+                    own = reading if reply is job.replies[-1] else reading.fork()
+                    self._join(Live(job, reply, own))
+        except Exception as error:
+            self._fail([job], error)
+
+    def _tell(self, job: Job, reading: Reading) -> None:
+        """Say what is kept of the prompt, once it has been cut."""
+        if job.told or reading.cache.waits:
+            return
+        job.told = True
+        shares = reading.shares(job.source.tokens) if job.traced else None
+        self.metrics.kept.inc(reading.nbytes)
+        job.emit(Kept(reading.nbytes, self._alone_because(reading), shares))
+
+    def _alone_because(self, reading: Reading) -> str:
+        """Why a reply decodes by itself; empty: as a row of the pool."""
+        return self.proof.alone or refusal(self.model, reading.cache)
+
+    def _join(self, live: Live) -> None:
+        """Let a reply decode on: in the pool if it can."""
+        reading = live.reading
+        assert reading is not None
+        if self._alone_because(reading):
+            self._alone.append(live)
+            return
+        assert reading.position is not None  # or the proof had said so
+        self._pool.admit(reading.cache, live.left, reading.position)
+        live.reading = None
+        self._together.append(live)
+
+    def _step_pool(self) -> None:
+        """A token for each row."""
+        try:
+            logits = self._pool.decode(self.model, [live.reply.last for live in self._together])
+            likeliest = logits.argmax(-1).tolist()
+        except Exception as error:
+            self._fail([live.job for live in self._together], error)
+            return
+        for row in reversed(range(len(self._together))):  # a row that is dropped moves only rows behind it
+            live = self._together[row]
+            try:
+                if self._emit(live.job, live.reply.take(logits[row], likeliest[row])):
+                    self._drop(row)
+            except Exception as error:
+                self._fail([live.job], error)
+
+    def _step_alone(self, live: Live) -> None:
+        """A token for one reply, by a forward pass of its own."""
+        assert live.reading is not None
+        self._alone.remove(live)
+        try:
+            live.reading = read_on(self.model, live.reading.cache, [live.reply.last], live.reading.position)
+            self._tell(live.job, live.reading)
+            if not self._emit(live.job, live.reply.take(live.reading.logits)):
+                self._join(live)
+        except Exception as error:
+            self._fail([live.job], error)
+
+    def _drop(self, row: int) -> None:
+        self._pool.drop(row)
+        self._together[row] = self._together[-1]
+        self._together.pop()
+
+    def _emit(self, job: Job, piece: Piece) -> bool:
+        """Hand out what a token adds; whether the reply has ended."""
+        self.metrics.tokens.inc()
+        job.emit(piece)
+        return bool(piece.finish)
+
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        """Let go of these jobs before the next token; the others go on. What was raised may quote a prompt, so only
+        its class and its place are told."""
+        _log.error("%d requests failed: %s", len(set(jobs)), place_of(error))
+        for job in set(jobs):
+            job.left = True
+            job.emit(Failed(type(error).__name__))
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+
+    # ---------------------------------------------------------------- bytes
+
+    def _bytes_with(self, job: Job, pool: RowPool) -> int:
+        """Bytes of the pool once a job's replies are there, and of its prompt while it is read."""
+        token_bytes = self.proof.token_bytes
+        slots = [job.source.slots(token_bytes) + job.most] * len(job.replies)
+        fits = pool.rows + len(slots) <= pool.most
+        held = pool.slots_with(slots) if fits else sum(slots)
+        return (held + job.source.peak) * token_bytes
+
+    @property
+    def _empty(self) -> RowPool:
+        return RowPool(0, self.rows)
+
+    def _alone_bytes(self) -> int:
+        """Bytes that replies take at most which decode alone."""
+        return sum(_nbytes(live) + live.left * self.proof.token_bytes for live in self._alone)
+
+    def _count(self) -> None:
+        self.metrics.waiting.set(len(self._waiting))
+        self.metrics.together.set(len(self._together))
+        self.metrics.alone.set(len(self._alone))
+        self.metrics.kv_bytes.set(self._pool.nbytes + sum(map(_nbytes, self._alone)))
+
+
+def _nbytes(live: Live) -> int:
+    return 0 if live.reading is None else live.reading.nbytes

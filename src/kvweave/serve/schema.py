@@ -1,0 +1,163 @@
+"""What a request may hold, field by field. What is not named here is refused, never ignored."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvweave.serve.errors import Refusal
+
+Kind = TypeVar("Kind", bound=BaseModel)
+_WORDS = {"extra_forbidden": "is not known here", "missing": "is missing"}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class TextPart(_Part):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Part):
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(_Part):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(_Part):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart]
+    name: str | None = None
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The content, piece by piece."""
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else list(self.content)
+
+
+class Compression(_Part):
+    """kvweave's own part of a request: `extra_body={"kvweave": {...}}` of the openai client.
+
+    Attributes:
+        method: one of those that are offered.
+        budget: what stays of the prompt: a share in (0, 1], or tokens.
+        context: the id of a context that the messages are a question about.
+        trace: tell which tokens of the prompt are kept.
+    """
+
+    method: str | None = None
+    budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Annotated[int, Field(ge=1)] | None = None
+    context: Annotated[str, Field(max_length=64)] | None = None
+    trace: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Compression":
+        if self.context is not None and (self.method is not None or self.budget is not None):
+            raise ValueError("method and budget are not allowed beside context, which was compressed before")
+        return self
+
+
+class StreamOptions(_Part):
+    include_usage: bool = False
+
+
+class Plain(_Part):
+    type: Literal["text"]
+
+
+class ChatRequest(_Part):
+    """`POST /v1/chat/completions`. Fields below `user` are taken at the value that changes nothing."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    kvweave: Compression = Compression()
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: Literal[False] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0.0
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    response_format: Plain | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """OpenAI's clients may send null for what is not set."""
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end a reply; empty ones would end it before it begins."""
+        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [stop for stop in found if stop]
+
+    @property
+    def most(self) -> int | None:
+        """Tokens of a reply at most."""
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+
+class ContextRequest(_Part):
+    """`POST /v1/contexts`: what is read once, to be asked about."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1)]
+    kvweave: Compression = Compression()
+
+    @model_validator(mode="after")
+    def _is_no_question(self) -> "ContextRequest":
+        if self.kvweave.context is not None:
+            raise ValueError("kvweave.context is not allowed: a context does not go on from another")
+        return self
+
+
+def parsed(kind: type[Kind], data: dict[str, Any]) -> Kind:
+    """The request that JSON holds.
+
+    Raises:
+        Refusal: it names the first field that is at fault.
+    """
+    for outside in ("kv_transfer_params", "cache_salt"):  # an engine's own business
+        if outside in data:
+            raise Refusal(400, f"{outside} is not taken from outside", outside)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+        worst = max(errors, key=lambda one: len(one["loc"]))  # of the kinds that a field may have, the one it is
+        field = _path(data, worst["loc"])
+        said = _WORDS.get(worst["type"], worst["msg"].removeprefix("Value error, "))
+        raise Refusal(400, f"{field or 'the request'}: {said}", field or None) from None
+
+
+def _path(data: Any, places: tuple[int | str, ...]) -> str:
+    """Where an error is, as a user would write it: pydantic names the kinds that it tried as well."""
+    found, here = [], data
+    for number, place in enumerate(places):
+        known = place in here if isinstance(here, dict) else isinstance(here, list) and isinstance(place, int)
+        if known or (isinstance(here, dict) and number == len(places) - 1):
+            found.append(str(place))
+            here = here[place] if known else None
+    return ".".join(found)

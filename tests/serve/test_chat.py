@@ -1,0 +1,198 @@
+"""Chat completions over a socket, by the official client: greedy answers are those of `kvweave.compress` alone."""
+
+import asyncio
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+from serving import METHODS, Running, generated, metrics, openai_messages, samples, settled
+
+import kvweave
+from kvweave import models
+
+#: What leaves the model in doubt, so that draws differ.
+UNSURE = {"extra_body": {"kvweave": {"budget": 0.03}}}
+
+
+@pytest.fixture
+def client(running: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="nobody asks", max_retries=0, timeout=60)
+
+
+def ask(client: openai.OpenAI, sample: Any, **more: Any) -> Any:
+    asked = {"model": "lab", "messages": openai_messages(sample), "temperature": 0, "max_tokens": 24}
+    return client.chat.completions.create(**asked | more)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_greedy_answers_are_those_of_compress_alone(
+    running: Running, lab_model: tuple[Any, Any], method: str
+) -> None:
+    """Eight at once, half of them streamed, of albums of different lengths."""
+    client = openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0, timeout=60)
+    asked = [s for images in (2, 5) for s in samples(4, images)]
+
+    async def one(number: int, sample: Any) -> tuple[str, int]:
+        request: dict[str, Any] = {
+            "model": "lab",
+            "messages": openai_messages(sample),
+            "temperature": 0,
+            "max_tokens": 6 + number,
+            "extra_body": {"kvweave": {"method": method, "budget": 0.3}},
+        }
+        if number % 2:
+            told = await client.chat.completions.create(**request)
+            return told.choices[0].message.content or "", told.usage.completion_tokens
+        text, tokens = "", 0
+        options = {"include_usage": True}
+        async for chunk in await client.chat.completions.create(**request, stream=True, stream_options=options):
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+        return text, tokens
+
+    async def all_of_them() -> list[tuple[str, int]]:
+        async with client:
+            return await asyncio.gather(*(one(n, sample) for n, sample in enumerate(asked)))
+
+    answers = asyncio.run(all_of_them())
+    at = f"{method}{',' if ':' in method else ':'}budget=0.3"
+    assert answers == [generated(lab_model, s, at, 6 + n) for n, s in enumerate(asked)]
+
+
+def test_a_streamed_answer_is_the_whole_one(client: openai.OpenAI) -> None:
+    (sample,) = samples(1)
+    asked = {"temperature": 2, "seed": 7, "n": 4, "logprobs": True, "top_logprobs": 2, "max_tokens": 16, **UNSURE}
+    whole = ask(client, sample, **asked)
+    texts, finishes, tokens = [""] * 4, [None] * 4, [[], [], [], []]
+    for chunk in ask(client, sample, stream=True, **asked):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        finishes[choice.index] = choice.finish_reason or finishes[choice.index]
+        tokens[choice.index] += choice.logprobs.content if choice.logprobs else []
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert finishes == [choice.finish_reason for choice in whole.choices]
+    assert [[t.token for t in of] for of in tokens] == [[t.token for t in c.logprobs.content] for c in whole.choices]
+    assert len(set(texts)) > 1  # each choice is drawn by itself
+
+
+def test_seeds_repeat_and_differ(client: openai.OpenAI) -> None:
+    (sample,) = samples(1)
+
+    def drawn(seed: int | None) -> str:
+        return ask(client, sample, temperature=2, seed=seed, max_tokens=12, **UNSURE).choices[0].message.content
+
+    assert drawn(3) == drawn(3)
+    assert len({drawn(seed) for seed in range(4)}) > 1
+    assert len({drawn(None) for _ in range(4)}) > 1
+
+
+def test_a_tiny_top_p_is_greedy(client: openai.OpenAI) -> None:
+    (sample,) = samples(1)
+    greedy = ask(client, sample).choices[0].message.content
+    assert ask(client, sample, temperature=2, top_p=1e-6).choices[0].message.content == greedy
+
+
+def test_stop_ends_a_reply_and_is_no_part_of_it(client: openai.OpenAI) -> None:
+    (sample,) = samples(1, task="text_needle")
+    whole = ask(client, sample).choices[0].message.content
+    first, second = whole.split()[:2]
+    for streamed in (False, True):
+        stop = [f"{first} {second}"[2:], "never said"]
+        told = ask(client, sample, stop=stop, stream=streamed)
+        if streamed:
+            parts = [chunk.choices[0] for chunk in told]
+            text, finish = "".join(part.delta.content or "" for part in parts), parts[-1].finish_reason
+        else:
+            text, finish = told.choices[0].message.content, told.choices[0].finish_reason
+        assert (text, finish) == (whole[: whole.index(stop[0])], "stop")
+
+
+def test_logprobs_are_those_of_the_model(client: openai.OpenAI, lab_model: tuple[Any, Any]) -> None:
+    (sample,) = samples(1)
+    method = "snapkv:budget=0.3"
+    told = ask(
+        client, sample, logprobs=True, top_logprobs=3, extra_body={"kvweave": {"method": "snapkv", "budget": 0.3}}
+    )
+    model, processor = lab_model
+    inputs = models.encode(processor, sample.messages())
+    with torch.inference_mode(), kvweave.compress(model, kvweave.parse_method(method)):
+        out = model.generate(
+            **inputs, max_new_tokens=24, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+    for logits, entry in zip(out.logits, told.choices[0].logprobs.content, strict=False):
+        values = logits[0].log_softmax(-1)
+        top = values.topk(3)
+        assert entry.logprob == pytest.approx(float(top.values[0]), abs=1e-3)
+        assert [one.token for one in entry.top_logprobs] == [processor.tokenizer.decode([i]) for i in top.indices]
+    said = [entry.token for entry in told.choices[0].logprobs.content]
+    assert [token for token in said if token not in processor.tokenizer.all_special_tokens] == (
+        told.choices[0].message.content.split()
+    )
+
+
+def test_usage_counts_tokens_and_not_slots(client: openai.OpenAI, lab_model: tuple[Any, Any]) -> None:
+    (sample,) = samples(1, images=6)
+    length = models.encode(lab_model[1], sample.messages())["input_ids"].shape[1]
+    told = ask(client, sample, max_tokens=3)
+    assert told.usage.prompt_tokens == length
+    assert told.usage.completion_tokens == 3
+    assert told.usage.total_tokens == length + 3
+    assert told.kvweave["prompt_bytes"] == length * 2048
+    assert told.kvweave["kept_bytes"] == int(0.2 * length) * 2048
+    assert told.kvweave["decoded"] == "together"
+    assert told.choices[0].finish_reason == "length"
+
+
+def test_methods_say_why_they_decode_alone(client: openai.OpenAI) -> None:
+    (sample,) = samples(1)
+    for method, why in {
+        "weave": "entries have a bias",
+        "adakv": "heads keep different counts",
+        "pyramidkv": "layers keep different counts",
+        "quantized:method=snapkv": "entries are packed in few bits",
+    }.items():
+        told = ask(client, sample, extra_body={"kvweave": {"method": method}})
+        assert told.kvweave["decoded"] == f"alone: {why}"
+
+
+def test_what_is_kept_can_be_traced(client: openai.OpenAI) -> None:
+    (sample,) = samples(1, images=3)
+    for method, budget in (("snapkv", 0.25), ("h2o:defer=3", 0.25), ("full", None)):
+        own = {"method": method, "trace": True} | ({} if budget is None else {"budget": budget})
+        told = ask(client, sample, max_tokens=8, extra_body={"kvweave": own})
+        tokens, images = told.kvweave["tokens"], told.kvweave["images"]
+        assert len(tokens) == told.usage.prompt_tokens
+        kept = sum(token["kept"] for token in tokens)
+        assert kept == pytest.approx(len(tokens) if budget is None else int(budget * len(tokens)), abs=0.1)
+        assert [(image["rows"], image["columns"]) for image in images] == [(5, 5)] * 3
+        assert all(tokens[place]["text"] == "" for image in images for place in image["tokens"])
+
+
+def test_models_health_and_metrics(client: openai.OpenAI, running: Running) -> None:
+    (told,) = client.models.list().data
+    assert told.id == "lab"
+    assert told.kvweave["methods"] == list(METHODS)
+    assert client.models.retrieve("lab").id == "lab"
+    assert httpx2.get(f"{running.url}/health").status_code == 200
+    (sample,) = samples(1)
+    before = metrics(running)
+    ask(client, sample)
+    after = metrics(running)
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grown('kvweave_requests_total{path="/v1/chat/completions",status="200"}') == 1
+    assert grown("kvweave_prompt_tokens_total") > 50
+    assert grown("kvweave_kept_bytes_total") / grown("kvweave_prompt_bytes_total") == pytest.approx(0.2, abs=0.01)
+    assert grown("kvweave_tokens_total") >= 2
+    assert grown("kvweave_prefill_seconds_count") == grown("kvweave_first_token_seconds_count") == 1
+    assert after["kvweave_queue"] == 0
+
+
+def test_memory_comes_back(client: openai.OpenAI, running: Running) -> None:
+    for sample in samples(4):
+        ask(client, sample)
+    assert settled(running, kvweave_kv_bytes=0, kvweave_requests_open=0, kvweave_rows_together=0)
