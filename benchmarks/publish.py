@@ -3,66 +3,118 @@
 docs/results holds each figure once: a file for each model (`kvweave.evals.paper.figures`), and a small one for each
 sheet, which says what of the model's figures it shows.
 
-python -m benchmarks.publish out/results out/results-large
+python -m benchmarks.publish out/results out/results-large out/results-smol
 """
 
 import argparse
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kvweave.evals.paper import RECIPES
 from kvweave.evals.paper.figures import packed, rounded, shown
 from kvweave.evals.run import store
+from kvweave.evals.tables.tables import interval
 
 ROOT = Path(__file__).parents[1]
 IN_README = ("flowmm-fig4", "flowmm-table1")  # the budget curve, and the methods by task
+RANKED = "flowmm-table1"  # the methods of both models side by side
+_NAMED = 8  # pairs of methods
 IN_LARGE = ("flowmm-fig4",)  # what is shown of the large world, too
 _PACKED = ("scores", "means", "tests")  # in the model's file
 _MARK = "<!-- {}: results, written by `make results` -->"
 _HEAD = """# Results
 
-The papers' tables and figures on the lab model, written by `make results`: nothing here is typed by hand. Each is one
-command, and the same command runs on a real model with the real data, such as
+The papers' tables and figures, written by `make results`: nothing here is typed by hand. First on `smol`, a real
+language model of 135 million parameters with eyes ([its card](../src/kvweave/lab/smol/weights/README.md)); then on
+`lab`, a toy of 0.9 million that looks things up at the token after the question. n stands under each table. Where the
+two disagree, believe the first; a large model may rank methods differently again. Each is one command, and the same
+command runs on such a model with the real data:
 
 ```
 kvweave paper flowmm:table1 --model Qwen/Qwen2.5-VL-7B-Instruct --data path/to/MileBench --out out/qwen
 ```
 
-Read with care: the lab model is small, and looks things up at the token after the question; a large model may rank
-methods differently. n stands under each table. More digits and intervals of all cells: [results](results).
+More digits and intervals of all cells: [results](results).
 """
 
 
-_LARGE = """# The large world
+_REAL = """# On a real language model
+"""
+
+
+_TOY = """# On the toy
+"""
+
+
+_LARGE = """# The toy's large world
 
 Pictures of ten by ten cells of which one in twenty shows anything: more like real ones than those above. They have a
 model of their own (`--model lab-large`).
 """
 
 
-def publish(source: Path, large: Path, root: Path = ROOT) -> None:
+def publish(source: Path, large: Path, real: Path, root: Path = ROOT) -> None:
     """Write docs/RESULTS.md and its files, and put the README's tables between its marks.
 
     Args:
-        source: folder of all tables; large: of those of the large world.
+        source: folder of all tables; large: of those of the large world; real: of those that were made of `smol`, of
+            which the text names what is missing.
 
     Raises:
-        FileNotFoundError: a folder lacks a table.
+        FileNotFoundError: a folder lacks a table, or that of `smol` has none.
         ValueError: the README has no marks.
     """
     stems = [name.replace(":", "-") for name in RECIPES]
+    there = [stem for stem in stems if (real / f"{stem}.json").is_file()]
+    if not there:
+        raise FileNotFoundError(f"{real} holds no table: `make results-smol` writes them")
     for folder, needed in ((source, stems), (large, IN_LARGE)):
         for stem in needed:
             if not (folder / f"{stem}.json").is_file():
                 raise FileNotFoundError(f"{folder} holds no {stem}.json: `make results` writes it")
     docs = root / "docs"
-    parts = [_HEAD, *(_copied(source / stem, docs, stem) for stem in stems)]
+    parts = [_HEAD, _REAL, *(_copied(real / stem, docs, f"smol-{stem}") for stem in there)]
+    if missing := [name for name in RECIPES if name.replace(":", "-") not in there]:
+        parts.append(f"Not measured on `smol`: {', '.join(missing)}.\n")
+    if RANKED in there:
+        parts.append(disagreements(*(store.read_json(folder / f"{RANKED}.json") for folder in (real, source))))
+    parts += [_TOY, *(_copied(source / stem, docs, stem) for stem in stems)]
     parts += [_LARGE, *(_copied(large / stem, docs, f"large-{stem}") for stem in IN_LARGE)]
-    _figures({stem: source / stem for stem in stems}, docs / "results", "lab")
-    _figures({f"large-{stem}": large / stem for stem in IN_LARGE}, docs / "results", "lab-large")
+    for model, made in {
+        "smol": {f"smol-{stem}": real / stem for stem in there},
+        "lab": {stem: source / stem for stem in stems},
+        "lab-large": {f"large-{stem}": large / stem for stem in IN_LARGE},
+    }.items():
+        _figures(made, docs / "results", model)
     store.write_text(docs / "RESULTS.md", "\n".join(parts))
     _into_readme(root / "README.md", "\n".join(_for_readme(source, stem) for stem in IN_README))
+
+
+def disagreements(real: Mapping[str, Any], toy: Mapping[str, Any]) -> str:
+    """Which methods the toy ranks otherwise, the question seen, by means over each model's own tasks.
+
+    Args:
+        real, toy: sheets of methods by task, at one budget.
+    """
+    means = [
+        {row["method"]: row for row in sheet["means"] if row["protocol"] == "seen" and row["score"] is not None}
+        for sheet in (real, toy)
+    ]
+    both = sorted((m for m in means[0] if m in means[1]), key=lambda m: -means[0][m]["score"])
+    pairs = [(a, b) for a in both for b in both if means[0][a]["low"] > means[0][b]["high"]]
+    against = [(a, b) for a, b in pairs if means[1][a]["high"] < means[1][b]["low"]]
+    lines = [["method", "smol", "toy"], ["---", "--:", "--:"]]
+    lines += [[method, *(interval(of[method]) for of in means)] for method in both]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    told = (
+        f"Of {len(pairs)} pairs of methods whose intervals on `smol` lie apart, the toy has {len(against)} the other "
+        "way round, their intervals apart too"
+    )
+    named = f": {', '.join(f'{a} above {b}' for a, b in against[:_NAMED])}" if against else ""
+    more = f", and {len(against) - _NAMED} more" if len(against) > _NAMED else ""
+    return f"## Where the toy says otherwise\n\n{told}{named}{more}.\n\n{table}\n"
 
 
 def _copied(made: Path, docs: Path, stem: str) -> str:
@@ -109,5 +161,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder that kvweave paper --all wrote")
     parser.add_argument("large", type=Path, help="folder of the large world's")
+    parser.add_argument("real", type=Path, help="folder of smol's")
     folders = parser.parse_args()
-    publish(folders.source, folders.large)
+    publish(folders.source, folders.large, folders.real)

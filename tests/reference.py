@@ -914,8 +914,8 @@ def scaled_like(ext: Vector, x: Vector) -> Vector:
     return [v * mean(ext) / (mean(mm) + 1e-8) for v in mm]
 
 
-def cam(layer: Layer, B: int, *, window: int, mode: str = "expected") -> LayerResult:
-    """10.8, the deterministic mode."""
+def cam(layer: Layer, B: int, *, window: int, mode: str = "expected", against: str = "mean") -> LayerResult:
+    """10.8, the deterministic mode; against the largest: as in released code."""
     assert mode == "expected"
     L = layer.length
 
@@ -928,7 +928,9 @@ def cam(layer: Layer, B: int, *, window: int, mode: str = "expected") -> LayerRe
             slots = [s for s, c in enumerate(head.positions) if c > t][:window]
             if not slots:
                 continue
-            z = min(max(C[t] / mean([C[head.positions[s]] for s in slots]), 0.0), 1.0)
+            mine = [C[head.positions[s]] for s in slots]
+            base = mean(mine) if against == "mean" else max(C[p] for p in head.positions)
+            z = min(max(C[t] / base, 0.0), 1.0)
             for s in slots:
                 head.values[s] = weighted_sum([1.0, z / len(slots)], [head.values[s], V[t]])
         return head

@@ -270,7 +270,11 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "madakv": [{}, {"proxies": 4}, {"proxies": 1}],
     "peak": [*({**shared, "recent": 4} for shared in (NEIGHBOURS, LAYER, GLOBAL)), {}, {"recent": 4}],
-    "cam": [{"mode": "expected", "window": 3}, {"mode": "expected", "window": 1}],
+    "cam": [
+        {"mode": "expected", "window": 3},
+        {"mode": "expected", "window": 1},
+        {"mode": "expected", "window": 2, "against": "largest"},
+    ],
     "flowmm": [
         {},
         NARROW,

@@ -32,6 +32,7 @@ LENT = "weave:merge=false,rows_by=max,heads_by=max,ahead=8,recent=8"
 TOKENS = {"needle": 24, "reversed": 24, "records": 24, "several": 48, "copy": 48}  # of an answer, at most
 TASKS = tuple(TOKENS)
 BUDGETS = (0.2, 0.1, 0.05)
+KNOWN = 0.7  # score of the full cache where a task counts
 #: weave as it comes, without a profile, with equal counts, four decoded tokens, none, and as it came before.
 FORMS = (
     "weave",
@@ -145,9 +146,14 @@ def scores_of(rows: Sequence[dict[str, Any]], protocol: str) -> dict[tuple[str, 
 
 
 def table(question: Question, rows: Sequence[dict[str, Any]]) -> str:
-    """By method and budget: the mean over tasks and what it is above snapkv's, with 95 % intervals; each task's."""
+    """By method and budget: the mean over tasks and what it is above snapkv's, with 95 % intervals; the share of the
+    full cache's score that is kept, at most 1 a task, over tasks where that has `KNOWN`; each task's."""
     found = scores_of(rows, question.protocol)
-    lines = [["method", "budget", "n", "mean", "minus snapkv", *TASKS], ["---", *["--:"] * (4 + len(TASKS))]]
+    lines = [
+        ["method", "budget", "n", "mean", "minus snapkv", "of full", *TASKS],
+        ["---", *["--:"] * (5 + len(TASKS))],
+    ]
+    full = {task: sum(found["full", 1.0][task].values()) / len(found["full", 1.0][task]) for task in TASKS}
     asked = [("full", 1.0), *((text, budget) for budget in question.budgets for text in question.methods)]
     for text, budget in (pair for pair in asked if pair in found):
         by_task = {task: list(found[text, budget][task].values()) for task in TASKS if found[text, budget][task]}
@@ -162,6 +168,7 @@ def table(question: Question, rows: Sequence[dict[str, Any]]) -> str:
                 str(sum(map(len, by_task.values()))),
                 f"{whole.mean:.2f} [{whole.low:.2f}, {whole.high:.2f}]",
                 _signed(against),
+                f"{_kept(by_task, full):.2f}",
                 *(f"{sum(by_task[task]) / len(by_task[task]):.2f}" if task in by_task else "-" for task in TASKS),
             ]
         )
@@ -195,6 +202,14 @@ def _mean(methods: Sequence[Scores]) -> Scores:
         }
         for task, first in methods[0].items()
     }
+
+
+def _kept(by_task: dict[str, list[float]], full: dict[str, float]) -> float:
+    """The share of the full cache's score, the mean over tasks that it can do."""
+    shares = [
+        min(1.0, sum(by_task[task]) / len(by_task[task]) / full[task]) for task in by_task if full[task] >= KNOWN
+    ]
+    return sum(shares) / len(shares)
 
 
 def _signed(found: Comparison | None) -> str:

@@ -35,7 +35,8 @@ def compress_tensors(
     """Compress the layers of one prompt, or of a batch of prompts, given as tensors.
 
     Args:
-        method: what decides, such as `FlowMM(budget=0.2)`.
+        method: what decides, such as `FlowMM(budget=0.2)`. What a method leaves to the model it works on, as `weave`
+            does with nothing but a budget, is as its options say.
         queries: one a layer, [batch, heads, length, dim], after norm and rotary.
         keys, values: one a layer, [batch, kv_heads, length, dim], keys after norm and rotary; heads is a multiple
             of kv_heads, query head h reads KV head h // (heads / kv_heads).

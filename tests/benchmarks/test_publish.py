@@ -1,11 +1,12 @@
 """What `make results` brings into the documents."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from benchmarks.publish import _HEAD, ROOT, publish
+from benchmarks.publish import _HEAD, ROOT, disagreements, publish
 from kvweave.evals.paper import RECIPES
 from kvweave.evals.paper.figures import packed, rounded, rows, shown
 
@@ -38,9 +39,9 @@ FIGURES = {
 }
 
 
-def made(folder: Path) -> Path:
+def made(folder: Path, names: Iterable[str] = RECIPES) -> Path:
     folder.mkdir()
-    for name in RECIPES:
+    for name in names:
         stem = name.replace(":", "-")
         table = {"title": "At 20 %", "head": ["method", "mean"], "rows": [["snapkv", "0.30"]]}
         told = {"title": f"Title of {name}", "notes": ["n = 3"], "tables": [table], **FIGURES}
@@ -52,8 +53,8 @@ def made(folder: Path) -> Path:
 
 def test_results_go_where_readers_look(tmp_path: Path):
     (tmp_path / "README.md").write_text(f"before\n{MARKS}\nafter\n")
-    source, large = made(tmp_path / "out"), made(tmp_path / "large")
-    publish(source, large, tmp_path)
+    folders = made(tmp_path / "out"), made(tmp_path / "large"), made(tmp_path / "smol", ["flowmm:table1"])
+    publish(*folders, tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
@@ -68,16 +69,38 @@ def test_results_go_where_readers_look(tmp_path: Path):
         assert (tmp_path / "docs" / "results" / f"{stem}.json").exists()
     assert "](images/large-flowmm-fig4.png)" in results
     assert (tmp_path / "docs" / "images" / "large-flowmm-fig4.png").exists()
-    publish(source, large, tmp_path)
+    assert results.index("](images/smol-flowmm-table1.png)") < results.index("](images/flowmm-table1.png)")
+    assert (tmp_path / "docs" / "images" / "smol-flowmm-table1.png").exists()
+    assert "Not measured on `smol`: flowmm:table2, flowmm:table3," in results
+    publish(*folders, tmp_path)
     assert (tmp_path / "README.md").read_text() == readme
+
+
+def sheet(**means: tuple[float, float, float]) -> dict:
+    names = ("score", "low", "high")
+    rows = [{**WHERE, "method": method, **dict(zip(names, of, strict=True))} for method, of in means.items()]
+    return {
+        "means": [*rows, {**WHERE, "method": "kvzip", "protocol": "unseen", "score": 1.0, "low": 1.0, "high": 1.0}]
+    }
+
+
+def test_where_the_toy_says_otherwise_is_counted_from_intervals():
+    real = sheet(weave=(0.9, 0.8, 1.0), snapkv=(0.5, 0.4, 0.6), random=(0.1, 0.0, 0.2), cam=(0.0, 0.0, 0.1))
+    toy = sheet(weave=(0.5, 0.4, 0.6), snapkv=(0.9, 0.8, 1.0), random=(0.2, 0.1, 0.45), lookm=(0.5, 0.4, 0.6))
+    told = disagreements(real, toy)
+    assert "Of 3 pairs of methods whose intervals on `smol` lie apart, the toy has 1 the other way round" in told
+    assert "apart too: weave above snapkv." in told
+    assert [line.split(" | ")[0] for line in told.splitlines()[6:]] == ["| weave", "| snapkv", "| random"]
 
 
 def test_half_of_the_results_are_refused(tmp_path: Path):
     (tmp_path / "README.md").write_text(MARKS)
-    source, large = made(tmp_path / "out"), made(tmp_path / "large")
+    source, large, real = (made(tmp_path / name) for name in ("out", "large", "smol"))
+    with pytest.raises(FileNotFoundError, match=r"empty holds no table: `make results-smol`"):
+        publish(source, large, made(tmp_path / "empty", []), tmp_path)
     (source / "lookm-merges.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no lookm-merges\.json"):
-        publish(source, large, tmp_path)
+        publish(source, large, real, tmp_path)
     assert not (tmp_path / "docs").exists()
 
 
@@ -103,11 +126,11 @@ def test_sheets_that_disagree_are_refused():
 
 def test_published_files_hold_each_figure_once(tmp_path: Path):
     (tmp_path / "README.md").write_text(MARKS)
-    publish(made(tmp_path / "out"), made(tmp_path / "large"), tmp_path)
+    publish(*(made(tmp_path / name) for name in ("out", "large", "smol")), tmp_path)
     results = tmp_path / "docs" / "results"
     for path in results.iterdir():
         told = json.loads(path.read_text())
-        assert ("scores" in told) == (path.name in ("lab.json", "lab-large.json"))
+        assert ("scores" in told) == (path.name in ("lab.json", "lab-large.json", "smol.json"))
         assert "\n" not in path.read_text().rstrip()
         if "figures" in told:
             figures = json.loads((results / told["figures"]["file"]).read_text())
@@ -117,7 +140,7 @@ def test_published_files_hold_each_figure_once(tmp_path: Path):
 def test_what_is_published_is_small_and_says_what_its_tables_say():
     """docs/results as they are in the repository."""
     folder = ROOT / "docs" / "results"
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 500_000
     assert (ROOT / "docs" / "RESULTS.md").read_text().startswith(_HEAD)
     found = 0
     for stem in ("flowmm-table1", "flowmm-fig4", "flashcache-budget", "large-flowmm-fig4"):

@@ -61,6 +61,27 @@ def test_the_auto_classes_load_what_was_converted(tmp_path, kvweave, kind):
     assert type(processor) is type(first)
 
 
+def test_a_decoder_is_written_alone(tmp_path, kvweave):
+    write(tmp_path / "model", "qwen2")
+    ended = kvweave("convert", "model", "out", "--decoder", "--json")
+    assert ended.code == 0, ended.err
+    said = json.loads(ended.out)
+    assert said["model"] == "Qwen2ForCausalLM"
+    assert said["tokenizer"]
+    before, after = models.load(str(tmp_path / "model")), models.load(str(tmp_path / "out"))
+    ids = before[1].tokenizer("What is  this?", return_tensors="pt")
+    assert after[1]("What is  this?", return_tensors="pt")["input_ids"].tolist() == ids["input_ids"].tolist()
+    with torch.no_grad():
+        assert torch.allclose(after[0](**ids).logits, before[0](**ids).logits, atol=1e-5)
+    ended = kvweave("convert", "lab", "lab-decoder", "--decoder")
+    assert ended.code == 2
+    assert "SOURCE: its TokenizersBackend is read back as a Qwen2Tokenizer" in ended.err
+    ended = kvweave("convert", "lab", "lab-decoder", "--decoder", "--no-tokenizer")
+    assert ended.code == 0, ended.err
+    assert "lab-decoder, a Qwen2ForCausalLM" in ended.out
+    assert not (tmp_path / "lab-decoder" / "tokenizer.json").exists()
+
+
 def test_transformers_alone_reads_a_converted_internvl(tmp_path, kvweave):
     """In a process that never imports kvweave: model and processor, to the same answer."""
     write(tmp_path / "model", "internlm2")
@@ -135,6 +156,8 @@ def test_what_cannot_be_converted_is_refused_in_one_line(tmp_path, kvweave):
         (("convert", "lab", "out"), "model_type='qwen2_5_vl' in no known layout"),
         (("convert", "model", "full/mine.txt"), "is a file"),
         (("convert", "model", "out", "--dtype", "int8"), "dtype='int8'"),
+        (("convert", "model", "out", "--no-tokenizer"), "--no-tokenizer is not allowed without --decoder"),
+        (("convert", "model", "full", "--decoder"), "DESTINATION 'full' is not empty"),
     ]
     for arguments, words in cases:
         ended = kvweave(*arguments)

@@ -17,6 +17,7 @@ from kvweave.evals.paper import RECIPES, Subject, find, make
 from kvweave.evals.paper.make import evaluations
 from kvweave.evals.paper.printed import printed, read, remark
 from kvweave.evals.paper.study import Study
+from kvweave.methods import parse_method
 
 ASKED = {"flowmm:table1", "flowmm:table2", "flowmm:table3", "flowmm:table4", "flowmm:fig3", "flowmm:fig4"}
 ASKED |= {"flashcache:latency", "flashcache:budget", "flashcache:outliers", "lookm:merges", "lookm:budget"}
@@ -105,6 +106,14 @@ def test_every_recipe_runs_and_is_written(name: str, tmp_path: Path, monkeypatch
         again = replace(small, measure=lambda *given: pytest.fail("measured again"))
         (same,) = make([again], given)
         assert same.tables == sheet.tables
+
+
+def test_tables_of_all_methods_take_those_that_are_named():
+    named = find("flowmm:fig4").narrowed("snapkv,flowmm:theta=0.3")
+    assert list(named.parsed().values()) == [parse_method("snapkv"), parse_method("flowmm:theta=0.3")]
+    assert find("flowmm:table3").narrowed("snapkv") is find("flowmm:table3")
+    with pytest.raises(ValueError, match="snapkw"):
+        named.narrowed("snapkw")
 
 
 def test_the_paper_stands_beside_its_own_model_and_data_only():

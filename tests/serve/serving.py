@@ -14,13 +14,15 @@ import uvicorn
 import kvweave
 from kvweave import lab, models
 from kvweave.serve.app import Server
+from kvweave.serve.limits import DEFAULT_METHOD
 
 #: What a request may name here: rows of the pool, and each kind that decodes by itself.
 METHODS = (
-    "weave:merge=false,mass_bias=false,defer=0",
-    "full",
     "snapkv",
+    "full",
+    DEFAULT_METHOD,
     "flowmm",
+    "flowmm:mass_bias=true",
     "weave",
     "adakv",
     "pyramidkv",
@@ -89,12 +91,19 @@ def openai_messages(sample: Any) -> list[dict[str, Any]]:
     ]
 
 
-def generated(lab_model: tuple[Any, Any], sample: Any, method: str, tokens: int) -> tuple[str, int]:
-    """What `kvweave.compress` and `generate` answer to it: text, and tokens with the one that ends it."""
+def generated(
+    lab_model: tuple[Any, Any], sample: Any, method: str, tokens: int, *, endless: bool = False
+) -> tuple[str, int]:
+    """What `kvweave.compress` and `generate` answer to it: text, and tokens with the one that ends it.
+
+    Args:
+        endless: no token ends it.
+    """
     model, processor = lab_model
     inputs = models.encode(processor, sample.messages())
     with torch.inference_mode(), kvweave.compress(model, kvweave.parse_method(method)):
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        ends = {"eos_token_id": None} if endless else {}
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **ends)
     ids = out[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(ids, skip_special_tokens=True), len(ids)
 

@@ -28,9 +28,10 @@ def ask(client: openai.OpenAI, sample: Any, **more: Any) -> Any:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_greedy_answers_are_those_of_compress_alone(
-    running: Running, lab_model: tuple[Any, Any], method: str
+    running: Running, lab_model: tuple[Any, Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight at once, half of them streamed, of albums of different lengths."""
+    """Eight at once, half of them streamed, of albums of different lengths, past every cut that is deferred."""
+    monkeypatch.setattr(running.server, "_ends", [])
     client = openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0, timeout=60)
     asked = [s for images in (2, 5) for s in samples(4, images)]
 
@@ -39,7 +40,7 @@ def test_greedy_answers_are_those_of_compress_alone(
             "model": "lab",
             "messages": openai_messages(sample),
             "temperature": 0,
-            "max_tokens": 6 + number,
+            "max_tokens": 10 + number,
             "extra_body": {"kvweave": {"method": method, "budget": 0.3}},
         }
         if number % 2:
@@ -58,7 +59,16 @@ def test_greedy_answers_are_those_of_compress_alone(
 
     answers = asyncio.run(all_of_them())
     at = f"{method}{',' if ':' in method else ':'}budget=0.3"
-    assert answers == [generated(lab_model, s, at, 6 + n) for n, s in enumerate(asked)]
+    assert answers == [generated(lab_model, s, at, 10 + n, endless=True) for n, s in enumerate(asked)]
+
+
+@pytest.mark.parametrize("task", ["text_needle", "image_needle", "lookup", "change"])
+def test_a_reply_ends_where_generate_ends_it(client: openai.OpenAI, lab_model: tuple[Any, Any], task: str) -> None:
+    (sample,) = samples(1, task=task)
+    told = ask(client, sample, extra_body={"kvweave": {"method": "snapkv"}})
+    own = generated(lab_model, sample, "snapkv:budget=0.2", 24)
+    assert (told.choices[0].message.content, told.usage.completion_tokens) == own
+    assert told.choices[0].finish_reason == "stop"
 
 
 def test_a_streamed_answer_is_the_whole_one(client: openai.OpenAI) -> None:
@@ -148,7 +158,7 @@ def test_usage_counts_tokens_and_not_slots(client: openai.OpenAI, lab_model: tup
 def test_methods_say_why_they_decode_alone(client: openai.OpenAI) -> None:
     (sample,) = samples(1)
     for method, why in {
-        "weave": "entries have a bias",
+        "flowmm:mass_bias=true": "entries have a bias",
         "adakv": "heads keep different counts",
         "pyramidkv": "layers keep different counts",
         "quantized:method=snapkv": "entries are packed in few bits",

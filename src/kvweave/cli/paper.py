@@ -34,6 +34,13 @@ def paper(
     tasks: Annotated[
         str | None, typer.Option(help="Separated by commas.", show_default="the lab's, or the paper's of a folder")
     ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="In tables of all methods, only these; such as snapkv,flowmm:theta=0.3.",
+            show_default="all registered",
+        ),
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(**options.COUNT, help="Samples a task.", show_default="100 of the lab's, all of a folder's"),
@@ -72,6 +79,8 @@ def paper(
     quiet_libraries()
     with bad_input(), options.model_errors():
         recipes = list(RECIPES.values()) if everything else [find(name) for name in names or ()]
+        if methods is not None:
+            recipes = [recipe.narrowed(methods) for recipe in recipes]
         check_out(out)
         chosen = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         asked, by_length = (

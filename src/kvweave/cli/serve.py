@@ -22,7 +22,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="NAME or NAME:option=value,...; repeatable: what requests may name. The first is the default.",
-            show_default="weave without merging, bias or a deferred cut",
+            show_default="weave:form=even",
         ),
     ] = None,
     budget: Annotated[str, typer.Option(help="What stays where a request does not say: a share, or tokens.")] = "0.2",

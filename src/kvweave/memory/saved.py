@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = "kvweave cache 1"
-_NO_DIGEST = "0" * 64
+#: Stands for a digest where it is not known yet.
+NO_DIGEST = "0" * 64
 _CHUNK = 1 << 24
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -35,14 +36,25 @@ def save(path: str | os.PathLike[str], state: Any, kinds: Mapping[str, type]) ->
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_written(state, {kind: name for name, kind in kinds.items()}, tensors))
+    write(path, tensors, {"format": FORMAT, "state": text, "digest": NO_DIGEST})
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write tensors and texts to a file that is there whole or not at all.
+
+    Args:
+        metadata: it holds `NO_DIGEST` once, where the file's digest goes.
+    Returns:
+        the digest: SHA-256 of the file as it is with `NO_DIGEST`.
+    """
     goal = Path(path)
     name = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}")
     try:
-        save_file(tensors, name, {"format": FORMAT, "state": text, "digest": _NO_DIGEST})
+        save_file(dict(tensors), name, dict(metadata))
         with open(name, "r+b") as file:
             header = _header(file.read(8), file)
             digest = _digest(name, header)
-            file.seek(8 + header.index(_NO_DIGEST.encode()))
+            file.seek(8 + header.index(NO_DIGEST.encode()))
             file.write(digest.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -50,6 +62,7 @@ def save(path: str | os.PathLike[str], state: Any, kinds: Mapping[str, type]) ->
     except BaseException:
         name.unlink(missing_ok=True)
         raise
+    return digest
 
 
 def load(path: str | os.PathLike[str], kinds: Mapping[str, type]) -> Any:
@@ -66,7 +79,7 @@ def load(path: str | os.PathLike[str], kinds: Mapping[str, type]) -> Any:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}")
             digest = metadata["digest"]
-            if _digest(path, header.replace(digest.encode(), _NO_DIGEST.encode())) != digest:
+            if _digest(path, header.replace(digest.encode(), NO_DIGEST.encode())) != digest:
                 raise ValueError("it was altered after it was written")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return _read(json.loads(metadata["state"]), kinds, tensors)

@@ -20,7 +20,7 @@ class Room(NamedTuple):
     Attributes:
         keys, values: [batch, kv_heads, capacity, dim].
         bias: [batch, kv_heads, capacity] in the keys' dtype, added to the slots' logits: least where a slot is
-            empty, 0 for tokens to come; None where nothing is added.
+            empty, 0 for tokens to come, which nobody writes again; None where nothing is added.
     """
 
     keys: Tensor
@@ -41,8 +41,6 @@ class Room(NamedTuple):
         end = start + keys.shape[2]
         self.keys[:, :, start:end] = keys
         self.values[:, :, start:end] = values
-        if self.bias is not None:
-            self.bias[:, :, start:end] = 0
 
 
 @dataclass
@@ -234,8 +232,9 @@ class Slots:
     # ---------------------------------------------------------------- parts
 
     def first(self, count: int) -> "Slots":
-        """The first `count` slots; what lay behind them is room."""
-        return self._span(slice(None, count), self.room)
+        """The first `count` slots; what lay behind them is room, if it may hold any token."""
+        plain = self.room is not None and self.room.bias is None
+        return self._span(slice(None, count), self.room if plain else None)
 
     def parted(self, count: int) -> "tuple[Slots, Slots]":
         """The first `count` slots, and those behind them."""

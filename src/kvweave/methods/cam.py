@@ -30,6 +30,9 @@ class CaM(Method):
 
     window: int = integer(32, minimum=1, help="kept tokens that an evicted value is spread over")
     mode: str = choice("sample", "sample", "expected", help="add with probability p, or p times")
+    against: str = choice(
+        "mean", "mean", "largest", help="p: its attention over its targets' mean, or over any kept token's largest"
+    )
     seed: int = integer(0, minimum=0, help="of the sampling")
 
     needs = Needs(ALL_ROWS, statistics=(LayerView.column_mass,))
@@ -41,10 +44,13 @@ class CaM(Method):
             keep.contiguous(), gone.contiguous()
         )  # the first kept token behind, [batch, kv_heads, evicted]
         stop = (first + self.window).clamp(max=budget)
-        sums = torch.nn.functional.pad(mass.gather(-1, keep).cumsum(-1), (1, 0))
-        heads = (stop - first).clamp(min=1)
-        mean = (sums.gather(-1, stop) - sums.gather(-1, first)) / heads
-        share = (mass.gather(-1, gone) / mean.clamp(min=1e-30)).clamp(0, 1)
+        kept, heads = mass.gather(-1, keep), (stop - first).clamp(min=1)
+        if self.against == "largest":
+            base = kept.amax(-1, keepdim=True)
+        else:
+            sums = torch.nn.functional.pad(kept.cumsum(-1), (1, 0))
+            base = (sums.gather(-1, stop) - sums.gather(-1, first)) / heads
+        share = (mass.gather(-1, gone) / base.clamp(min=1e-30)).clamp(0, 1)
         if self.mode == "sample":
             share = (uniform(self.seed, view.layer, share, view.first_head) < share).to(share.dtype)
         share = torch.where(stop > first, share / heads, 0)

@@ -27,6 +27,7 @@ from kvweave.ops.select import complement, last, lowest, lowest_of, top
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
+_PROFILED = 0.15  # share of a prompt from which on a profile's half is worth it (docs/RESEARCH.md)
 _FREE = {"budget", "redecode", "form"}  # options that leave the form open
 #: Other defaults, by the name of a form.
 FORMS: dict[str, dict[str, Any]] = {
@@ -52,8 +53,8 @@ class Weave(MergingMethod, ScoredMethod):
 
     On a model, `weave` with nothing but a budget is `form=lent`: the prompt stays whole while eight tokens are
     decoded. The largest attention that any of them pays, from any head, is lent to the eight tokens behind what it
-    looks at: a name is looked up, and its value follows. Entries go to the heads that want them: half by the model's
-    profile where one is shipped, else by this prompt alone, the heads of all layers competing. Nothing is merged.
+    looks at: a name is looked up, and its value follows. Entries go to the heads that want them, the heads of all
+    layers competing; at budgets from 15 % on half by the model's profile, where one is shipped. Nothing is merged.
     The report says what it came to (`works_as`). `form=even` is the same with equally many entries in each head, for
     engines that hold equal counts and add no biases; `form=lent,recent=16` changes what is spelled.
 
@@ -131,8 +132,8 @@ class Weave(MergingMethod, ScoredMethod):
     def on_model(self, profile: Callable[[], str | None]) -> "Weave":
         if self.form != "auto":
             return self
-        known = profile()
         lent = Weave(self.budget, form="lent", redecode=self.redecode)
+        known = profile() if isinstance(self.budget, float) and self.budget >= _PROFILED else None
         return lent if known is None else replace(lent, allocation="profile", profile=known)
 
     def spelling(self) -> str:

@@ -4,6 +4,7 @@ Importing it lets transformers' auto classes load what `kvweave convert` writes 
 """
 
 from kvweave.models.chat import PromptError, encode, reads_images
+from kvweave.models.decoder import export_decoder
 from kvweave.models.loading import load, load_tokenizer, pick_device
 from kvweave.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from kvweave.models.mobilevlm_processor import MobileVLMProcessor
@@ -24,6 +25,7 @@ __all__ = [
     "check",
     "checkpoint_mark",
     "encode",
+    "export_decoder",
     "from_published",
     "load",
     "load_tokenizer",

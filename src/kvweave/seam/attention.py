@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvweave.memory.block import Block
-from kvweave.memory.heads import for_flash
+from kvweave.memory.heads import RaggedHeads, for_flash, ragged
 from kvweave.memory.masks import by_head
 from kvweave.memory.slots import Slots
 from kvweave.ops.statistics import AttentionRule
@@ -49,7 +49,7 @@ class Attention:
         """Nothing that transformers' SDPA takes beside a mask."""
         return self.function is sdpa_attention_forward and self.options.get("position_bias") is None
 
-    def of_heads(self, heads: slice) -> "Attention":
+    def of_heads(self, heads: slice | Tensor) -> "Attention":
         """The same for some query heads."""
         sinks = self.options.get("s_aux")
         options = self.options if sinks is None else self.options | {"s_aux": sinks[heads]}
@@ -99,26 +99,25 @@ def _by_flash(
     return attention(query, *(tensors or slots.tensors), mask), None
 
 
-def _by_head(
-    attention: Attention, query: Tensor, mask: Tensor | None, parts: list[Any], to: Callable[..., Read]
+def _by_part(
+    attention: Attention, query: Tensor, mask: Tensor | None, block: RaggedHeads, to: Callable[..., Read]
 ) -> Read:
-    """A call of `to` for each KV head where heads hold counts of their own: only what is kept is read."""
-    group = query.shape[1] // len(parts)
+    """A call of `to` for each part where heads hold counts of their own: only what is kept is read."""
     outs, masks = [], []
-    for head, part in enumerate(parts):
-        heads = slice(head * group, (head + 1) * group)
+    for part, heads in zip(block.parts, block.query_heads(query), strict=True):
         own = mask[:, heads] if mask is not None and mask.dim() == 4 and mask.shape[1] > 1 else mask
-        out, used = to(attention.of_heads(heads), query[:, heads], part.tensors, own, part)
+        queries = query[:, heads]
+        out, used = to(attention.of_heads(heads), queries, part.tensors, own, part)
         outs.append(out)
-        masks.append(used)
-    weights = [o[1] for o in outs if o[1] is not None]  # [batch, group, new, slots], where they were asked for
-    together = _together(weights, 0) if weights else None
-    out = torch.cat([o[0] for o in outs], 2)
-    if query.shape[2] == 1 or any(m is None for m in masks):
+        masks.append(None if used is None else by_head(used, queries.shape[1]))
+    weights = [o[1] for o in outs if o[1] is not None]  # [batch, heads, new, slots], where they were asked for
+    together = block.in_order(_together(weights, 0), 1) if weights else None
+    out = block.in_order(torch.cat([o[0] for o in outs], 2), 2)
+    shown = [m for m in masks if m is not None]
+    if query.shape[2] == 1 or len(shown) < len(masks):
         return (out, together), None
-    shown = [by_head(m, group) for m in masks if m is not None]
     hidden = False if shown[0].dtype == torch.bool else torch.finfo(shown[0].dtype).min
-    return (out, together), _together(shown, hidden)
+    return (out, together), block.in_order(_together(shown, hidden), 1)
 
 
 def _together(parts: list[Tensor], empty: float) -> Tensor:
@@ -134,15 +133,16 @@ def _read(
     if "flash" in attention.base:
         slots = for_flash(block, mask)
         if len(slots) > 1:
-            return _by_head(attention, query, mask, slots, _by_flash)
+            return _by_part(attention, query, mask, RaggedHeads(tuple(slots)), _by_flash)
         return _by_flash(attention, query, tensors, mask, slots[0])
-    if not apart or len(block.parts) == 1:
+    heads = ragged(block)
+    if heads is None:
         return _to_block(attention, query, tensors, mask, block)
     if query.shape[2] == 1 and attention.is_sdpa:
         out = block.attend(query, mask, attention.scaling, attention.options.get("dropout", 0.0))
         if out is not None:
             return (out, None), None
-    return _by_head(attention, query, mask, list(block.parts), _to_block)
+    return _by_part(attention, query, mask, heads, _to_block)
 
 
 def _weighs_slots(mask: Tensor | None) -> bool:

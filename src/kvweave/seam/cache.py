@@ -15,6 +15,7 @@ from kvweave.cut.stream_cut import StreamCut
 from kvweave.cut.terms import Pending
 from kvweave.methods.base import Method
 from kvweave.prompt import Prompt
+from kvweave.seam.export import export
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.probes import CHUNK, read_probes
 from kvweave.seam.profiles import working
@@ -87,11 +88,7 @@ class CompressedCache(Cache):
             ValueError: no model, or a forward pass is filling the cache.
             TypeError: the method keeps what cannot be saved.
         """
-        session = None if self.session is None else self.session()
-        owner = model if model is not None else getattr(session, "model", None)
-        if owner is None:
-            raise ValueError("save: no model is attached to this cache: allowed is cache.save(path, model)")
-        write(self, path, unwrapped(owner))
+        write(self, path, self._owner("save", model))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any) -> "CompressedCache":
@@ -105,6 +102,43 @@ class CompressedCache(Cache):
     def work_on(self, model: Any) -> None:
         """Let the method be what it is on this model; `method` stays as it was given."""
         self.shared.go_by(working(self.method, model))
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        model: Any = None,
+        *,
+        row: int | None = None,
+        first_token: int | None = None,
+    ) -> dict[str, Any]:
+        """Write what the cache holds for a stock engine with paged attention, such as vLLM; the cache stays as it is.
+
+        Of each layer i, keys `k{i}` and values `v{i}` [kv_heads, slots, dim] in safetensors, in the cache's dtype.
+        Keys are turned by slots - next_position positions, in float32, so that a request of `slots` tokens with these
+        keys and values, followed by the next token, is at the positions that the engine counts. Layers without rotary
+        stay as they are. The same cache gives the same file.
+
+        Args:
+            model: that filled the cache; None: the one that kvweave is attached to.
+            row: of a batch; its padding is left out.
+            first_token: what the model answered to the prompt, for whoever decodes on; None: a question comes first.
+        Returns:
+            What the file says of itself: `slots`, `next_position`, `first_token`, `tokens` (real ones seen, of which
+            `slots` entries are left), `layers`, `method`, `model`, `format`, `digest`.
+        Raises:
+            ValueError: counts that differ by layer or head, entries with a bias, a cut that waits, layers that are no
+                full attention, positions that are no pure rotation (learned ones, ALiBi, dynamic NTK, attention
+                scaled by position), a batch without `row`, a tensor parallel model, or no model.
+        """
+        return export(self, path, self._owner("export", model), row=row, first_token=first_token)
+
+    def _owner(self, act: str, model: Any) -> Any:
+        """The model that the cache belongs to, as the caller says, or else the one that is attached."""
+        session = None if self.session is None else self.session()
+        owner = model if model is not None else getattr(session, "model", None)
+        if owner is None:
+            raise ValueError(f"{act}: no model is attached to this cache: allowed is cache.{act}(path, model)")
+        return unwrapped(owner)
 
     def stand_in_for(self, other: Cache) -> None:
         """Take the place of an empty cache: layers that are not compressed stay its own, with all they were told.

@@ -121,6 +121,7 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
     if turn.state is State.WAITING:
         cache.cut_if_due()  # candidates of assisted decoding have been taken back by now
     seen, new = cache.get_seq_length(), call.new
+    running.before = seen
     end = prompt_end(session, cache, seen, new)
     prompted = end is not None and seen < end
     if shared.stream is not None:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from kvweave.seam.cache import CompressedCache
@@ -22,6 +23,8 @@ class Frame(threading.local):
         cache: what the outermost fills.
         new: columns of that pass; fixed: it writes to fixed buffers, and changes tensors alone.
         prompted: it is inside of a `generate` that knows how long its prompt is.
+        before: tokens that the cache held before that pass.
+        positions: position ids that the innermost stack was given, [..., batch or 1, new], or None.
         aside: the model is drafting, or answering a probe.
     """
 
@@ -34,6 +37,8 @@ class Frame(threading.local):
         self.cache: CompressedCache | None = None
         self.new, self.fixed = 0, False
         self.prompted = False
+        self.before = 0
+        self.positions: Tensor | None = None
         self.aside = False
 
     @contextmanager
@@ -51,8 +56,14 @@ class Frame(threading.local):
     @contextmanager
     def going_aside(self) -> Iterator[None]:
         """Inside, forward passes belong to no prompt and to no reply."""
-        forwards, self.forwards, self.aside = self.forwards, [], True
+        outer = self.forwards, self.positions
+        self.forwards, self.aside = [], True
         try:
             yield
         finally:
-            self.forwards, self.aside = forwards, False
+            (self.forwards, self.positions), self.aside = outer, False
+
+    def note_positions(self, positions: Tensor | None) -> None:
+        """An inner stack was given these; None: none. Compiled steps note nothing."""
+        if positions is not None and not torch.compiler.is_compiling():
+            self.positions = positions

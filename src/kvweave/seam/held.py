@@ -15,7 +15,7 @@ from kvweave.cut.record import Record
 from kvweave.cut.stream_cut import StreamCut
 from kvweave.memory.block import Block
 from kvweave.memory.fixed import FixedSlots
-from kvweave.memory.heads import block_of, in_fixed_buffers
+from kvweave.memory.heads import in_fixed_buffers, out_of_fixed_buffers
 from kvweave.seam.shared import Shared
 
 
@@ -129,15 +129,15 @@ class HeldLayer(DynamicLayer):
         """Lay what memory holds in fixed buffers, with room for `tokens` more."""
         assert self.block is not None
         assert self._valid is not None
-        self.fixed = in_fixed_buffers(self.block, tokens, self._seen, self._valid)
-        self.block = block_of(self.fixed)
+        self.block = in_fixed_buffers(self.block, tokens, self._seen, self._valid)
+        self.fixed = tuple(part for part in self.block.parts if isinstance(part, FixedSlots))
 
     def settle(self) -> None:
         """Leave the fixed buffers."""
         if self.fixed:
+            assert self.block is not None
             self._seen = self.seen
-            self.block = block_of([block.out_of_room() for block in self.fixed])
-            self.fixed = ()
+            self.block, self.fixed = out_of_fixed_buffers(self.block), ()
 
     # ---------------------------------------------------------------- what transformers asks
 

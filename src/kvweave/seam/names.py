@@ -16,6 +16,8 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 #: What this version calls a forward pass's cache, and all names that it has gone by.
 CACHE: str = ALL_CACHE_NAMES[0]
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+#: What attention modules are given rotary tables as.
+ROTARY = "position_embeddings"
 #: Whether a model in training computes activations anew, and keeps no cache.
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")
 
@@ -95,13 +97,19 @@ class Call:
 
     def last_position(self) -> Tensor | None:
         """Position ids [..., batch, 1] of the last column; of several axes, before the next text."""
-        positions = self.kwargs.get("position_ids")
-        if not isinstance(positions, Tensor):
+        positions = position_ids(self.kwargs)
+        if positions is None:
             return None
         last = positions.amax(-1, keepdim=True)
         if last.dim() == 3:  # height, width and time of an image may end elsewhere
             last = torch.cat([last[:-3], last[-3:].amax(0, keepdim=True).expand_as(last[-3:])])
         return last
+
+
+def position_ids(kwargs: dict[str, Any]) -> Tensor | None:
+    """Position ids [..., batch or 1, new] among the arguments of a forward pass, or None."""
+    positions = kwargs.get("position_ids")
+    return positions if isinstance(positions, Tensor) else None
 
 
 def without_cache(kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvweave.methods.base import Method
 from kvweave.methods.needs import Needs
-from kvweave.seam import guard, latents, lookup, reader
+from kvweave.seam import guard, latents, lookup, names, reader
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.filling import begin, check_bias, note_rotary
 from kvweave.seam.frame import Frame
@@ -189,8 +189,10 @@ class Session:
             del forwards[forwards.index(part) :]
         forwards.append(part)
         if len(forwards) > 1:
-            return None  # the outer model's hook knows more: ids, token types
+            self.running.note_positions(names.position_ids(kwargs))
+            return None  # the outer model's hook knows more: ids, token types, but for this
         call = Call(signature, args, kwargs)
+        self.running.positions = names.position_ids(call.kwargs)
         cache = begin(self, part, call)
         if cache is None:
             return ((), call.arguments(call.cache)) if call.misnamed else None
@@ -210,6 +212,8 @@ class Session:
         if out is None or running.fixed:
             return  # the forward pass raised, or changed tensors alone
         guard.check(self, cache, kwargs, out)
+        if running.new > 1 or not running.before:
+            cache.shared.turn.note_positions(running.positions, running.before, running.new)
         if cache.finish_pass(running.new) and not running.aside:
             answer_if_due(self, cache)
 

@@ -48,6 +48,8 @@ class Turn:
         probes: what answering the probes before the last cut took; empty: there were none.
         rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
         interleaved: how rotary pairs channels.
+        positions: int64 [batch, columns], position ids of the columns seen up to the last prompt's end, the farthest
+            of their axes; tokens decoded behind them go on by one each. None: not known.
         cut: bool [batch, columns], tokens that the last cut took for real: no slot of a layer that was cut stands
             for another column before its end; None: nothing was cut.
         shown: the mask shows every column that a slot stands for; None: nobody has looked since it may have changed.
@@ -68,6 +70,7 @@ class Turn:
     probes: dict[str, Any] = field(default_factory=dict)
     rotary: tuple[Tensor, Tensor] | None = None
     interleaved: bool = False
+    positions: Tensor | None = None
     cut: Tensor | None = None
     shown: bool | None = None
     sees_all: bool = False
@@ -155,6 +158,32 @@ class Turn:
     def recall_rotary(self, tables: tuple[Tensor, Tensor] | None, *, interleaved: bool) -> None:
         """The tables of everything seen, as another cache noted them."""
         self.rotary, self.interleaved = tables, interleaved
+
+    def note_positions(self, given: Tensor | None, seen: int, new: int) -> None:
+        """Note a pass's position ids, [..., batch or 1, new], behind `seen` columns; None: those of the columns."""
+        assert self.prompt is not None
+        device = self.prompt.valid.device
+        if given is None:
+            given = torch.arange(seen, seen + new, device=device)[None]
+        elif given.dim() > 2:
+            given = given[-3:].amax(0)  # time, height and width; a fourth axis, in front, counts columns
+        given = given.to(device).expand(len(self.prompt.valid), -1)
+        before = self.positions_of(seen)
+        if seen:
+            self.positions = None if before is None else torch.cat([before, given], 1)
+        else:
+            self.positions = given
+
+    def positions_of(self, columns: int) -> Tensor | None:
+        """The positions of the first `columns`, [batch, columns], those of decoded tokens written out."""
+        known = self.positions
+        if known is None:
+            return None
+        behind = columns - known.shape[1]
+        if behind <= 0:
+            return known[:, :columns]
+        further = torch.arange(1, behind + 1, device=known.device)
+        return torch.cat([known, known.amax(1, keepdim=True) + further], 1)
 
     def look(self, *, decoding: bool, masked: bool) -> None:
         """Find out whether a decoded token may go without the model's mask: read from the device once a prompt.
@@ -246,6 +275,8 @@ class Turn:
                 self.state = State.CUT if self.state is State.WAITING else self.state
         if self.cut is not None:
             self.cut = self.cut[:, :length]
+        if self.positions is not None:
+            self.positions = self.positions[:, :length]
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order."""
@@ -257,6 +288,7 @@ class Turn:
         self.counted = None if self.counted is None else of(self.counted)
         self.cut = None if self.cut is None else of(self.cut)
         self.ids = None if self.ids is None else of(self.ids)
+        self.positions = None if self.positions is None else of(self.positions)
         if self.last_position is not None:
             self.last_position = self.last_position[..., rows.to(self.last_position.device), :]
         self.rotary = None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1]))

@@ -9,8 +9,8 @@ from kvweave.methods.registry import method_from_dict, parse_method
 from kvweave.ops.budget import check_budget, floor
 from kvweave.serve.errors import Refusal
 
-#: What `kvweave serve` compresses by: equal counts and no bias, so that replies decode together, and no deferred cut.
-DEFAULT_METHOD = "weave:merge=false,mass_bias=false,defer=0"
+#: What `kvweave serve` compresses by: the best on a real model of those with equal counts and no bias.
+DEFAULT_METHOD = "weave:form=even"
 
 
 @dataclass(frozen=True)

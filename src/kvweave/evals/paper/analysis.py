@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvweave import models
 from kvweave.evals.answer.answering import Batch, prefill, prepare
 from kvweave.evals.answer.prefill import Prefill, RecordedLayer
 from kvweave.evals.paper import scores
@@ -25,12 +26,18 @@ from kvweave.view import LayerView
 
 _PROMPTS = 8  # of each task
 _KEPT = 0.2  # share that the picture of outliers marks
+_DRAWN = 6  # layers in it, at most
 _RATIOS = {"flow": "literal", "flow_balanced": "balanced", "flow_nosink": "without sinks"}
 
 
 def flow(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) -> dict[str, Any]:
     """FlowMM's three flow ratios of each layer, means over prompts."""
     model, processor = subject.load()
+    if not models.reads_images(processor):
+        raise ValueError(
+            f"model={subject.model!r} reads text only, and flow crosses between words and images: allowed for "
+            "flowmm:fig3 is a model that reads images"
+        )
     examples = [example for task in tasks for example in task.examples(0)[:_PROMPTS]]
     sums: dict[int, dict[str, float]] = {}
     for example in examples:
@@ -109,25 +116,29 @@ def outliers(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) ->
     example = tasks[-1].examples(0)[0]
     batch = prepare(processor, [example], "seen")
     shared = prefill(model, batch, 1)
-    visual = visual_mask(model.config, batch.inputs["input_ids"], batch.inputs)
-    assert visual is not None
+    ids = batch.inputs["input_ids"]
+    visual = visual_mask(model.config, ids, batch.inputs)
+    visual = torch.zeros_like(ids, dtype=torch.bool) if visual is None else visual
     views = [_view(layer, visual.to(model.device)) for layer in shared.recorded_layers]
     method = FlashCache(budget=_KEPT)
     found = [method.outliers(view) for view in views]
     length = shared.start
     weights = [float(weight) for _, weight in found]
     kept = method.allocate(weights, int(_KEPT * length), length)
+    drawn = set(torch.linspace(0, len(views) - 1, min(_DRAWN, len(views))).round().int().tolist())
     layers = []
     for n, ((deviation, weight), view, count) in enumerate(zip(found, views, kept, strict=True)):
-        plan = method.plan(_with_mean(view, int(_KEPT * length)), count)
-        layers.append(
-            {
-                "layer": n,
-                "weight": float(weight),
-                "deviation": [round(x, 6) for x in deviation[0, 0].tolist()],
-                "kept": plan.keep[0, 0].tolist(),
-            }
-        )
+        keep, each = method.plan(_with_mean(view, int(_KEPT * length)), count).keep[0, 0], deviation[0, 0]
+        layer: dict[str, Any] = {
+            "layer": n,
+            "weight": float(weight),
+            "largest": float(each.max() / each.median()),
+            "count": len(keep),
+            "visual": float(visual[0, keep.cpu()].float().mean()),
+        }
+        if n in drawn:
+            layer |= {"deviation": [round(x, 6) for x in each.tolist()], "kept": keep.tolist()}
+        layers.append(layer)
     return {"layers": layers, "visual": visual[0].tolist(), "length": length, "question": example.question}
 
 
@@ -150,19 +161,16 @@ def _with_mean(view: LayerView, budget: int) -> LayerView:
 def outlier_sheet(recipe: Recipe, subject: Subject, measured: dict[str, Any]) -> Sheet:
     """How large outliers are, how many are visual, and what each layer keeps."""
     visual = measured["visual"]
-    rows = []
-    for layer in measured["layers"]:
-        kept = layer["kept"]
-        middle = sorted(layer["deviation"])[len(visual) // 2]
-        rows.append(
-            [
-                str(layer["layer"]),
-                f"{max(layer['deviation']) / middle:.0f}x",
-                f"{layer['weight']:.2f}",
-                str(len(kept)),
-                f"{sum(visual[n] for n in kept) / len(kept):.0%}",
-            ]
-        )
+    rows = [
+        [
+            str(layer["layer"]),
+            f"{layer['largest']:.0f}x",
+            f"{layer['weight']:.2f}",
+            str(layer["count"]),
+            f"{layer['visual']:.0%}",
+        ]
+        for layer in measured["layers"]
+    ]
     share = sum(visual) / len(visual)
     table = Table(
         f"One prompt of {measured['length']} tokens, {share:.0%} visual; {100 * _KEPT:g} % kept over all layers",
@@ -173,6 +181,6 @@ def outlier_sheet(recipe: Recipe, subject: Subject, measured: dict[str, Any]) ->
         f"Deviation: mean square of keys and values minus their low-pass (gamma {FlashCache().gamma:g}). "
         f"The prompt ends: {measured['question']!r}."
     ]
-    draw = partial(charts.outliers, measured["layers"], visual)
+    draw = partial(charts.outliers, [layer for layer in measured["layers"] if "kept" in layer], visual)
     about = [f"Command: `{subject.command}`", f"Model `{subject.model}`."]
     return Sheet(recipe.name, recipe.title, recipe.shows, [table], notes, measured, draw, about)

@@ -1,12 +1,12 @@
 """What a table or figure needs: methods, budgets and tasks, and how it is laid out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvweave.evals.paper.sheet import Sheet
 from kvweave.evals.paper.subject import Subject
-from kvweave.evals.run.plan import label
+from kvweave.evals.run.plan import label, parse_methods
 from kvweave.evals.tasks.tasks import Task
 from kvweave.methods import Method, list_methods, method_from_dict, parse_method
 
@@ -52,6 +52,15 @@ class Recipe:
     tasks: tuple[str, ...] = MILEBENCH
     marked: tuple[str, ...] = ()
     printed: str = ""
+
+    def narrowed(self, methods: str) -> "Recipe":
+        """With these methods, in the command line's spelling, in place of all that are registered.
+
+        Raises:
+            ValueError: an unknown method or option, or one named twice.
+        """
+        named = {label(method): label(method) for method in parse_methods([methods])}
+        return self if self.methods else replace(self, methods=named)
 
     def parsed(self, protocol: str = "seen") -> dict[str, Method]:
         """The methods by the names that a reader sees; with the question unseen nothing can wait for its answer."""

@@ -39,7 +39,7 @@ _READINGS = (
     | _variants("d2o", "", "var_norm=none", "recent_frac=0.5", "merge_rule=weighted")
     | _variants("kvmerger", "", "variant=threshold", "recent=0", "value_scale=true", "mass_bias=true")
     | _variants("chelsea", "", "mass_bias=true")
-    | _variants("cam", "", "mode=expected")
+    | _variants("cam", "", "mode=expected", "against=largest")
     | _variants("snapkv", "", "window=8", "kernel=1")
     | {"quantized:method=snapkv,bits=4": "snapkv, stored in 4 bits"}
 )  # fmt: skip

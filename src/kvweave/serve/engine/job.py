@@ -29,6 +29,10 @@ class Source(Protocol):
     def peak(self) -> int:
         """Entries that each head holds at most while it is read."""
 
+    @property
+    def defers(self) -> bool:
+        """It stays whole while the first tokens of a reply are decoded."""
+
     def read(self, model: Any) -> Reading:
         """Let the model read it."""
 
@@ -49,12 +53,16 @@ class PromptSource:
         return int(self.inputs["input_ids"].shape[1])
 
     def slots(self, token_bytes: int) -> int:
-        whole = self.method.defer or self.method.name == "full"  # a short reply may end before a cut that is deferred
-        return self.tokens if whole else entries(self.method.budget, self.tokens, token_bytes)
+        full = self.method.name == "full"
+        return self.tokens if full else entries(self.method.budget, self.tokens, token_bytes)
 
     @property
     def peak(self) -> int:
         return self.tokens
+
+    @property
+    def defers(self) -> bool:
+        return self.method.defer > 0
 
     def read(self, model: Any) -> Reading:
         return read_prompt(model, self.inputs, self.method)
@@ -84,6 +92,10 @@ class QuestionSource:
     @property
     def peak(self) -> int:
         return self.held + len(self.question)
+
+    @property
+    def defers(self) -> bool:
+        return False
 
     def read(self, model: Any) -> Reading:
         own = self.context.fork()

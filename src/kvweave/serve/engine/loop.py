@@ -8,13 +8,14 @@ others take one each. A reply whose cut is deferred joins the pool once it has b
 import logging
 import threading
 from collections import deque
+from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
 import torch
 
-from kvweave.seam.row_pool import RowPool, refusal
 from kvweave.seam.entry import attach
+from kvweave.seam.row_pool import RowPool, refusal
 from kvweave.serve.engine.job import Begun, Failed, Job, Kept, Live
 from kvweave.serve.engine.proof import prove
 from kvweave.serve.engine.reading import Reading, read_on
@@ -87,7 +88,7 @@ class Engine:
 
     def needed(self, job: Job) -> int:
         """Bytes that a job takes when nothing else is there."""
-        return self._bytes_with(job, self._empty)
+        return self._bytes_with(job, RowPool(0, self.rows), [])
 
     # ---------------------------------------------------------------- the loop
 
@@ -133,9 +134,9 @@ class Engine:
                 return None
             job = self._waiting[0]
             live = len(self._together) + len(self._alone)
-            if live + len(job.replies) > self.rows or (
-                live and self._bytes_with(job, self._pool) + self._alone_bytes() > self.memory
-            ):
+            if live + len(job.replies) > self.rows:
+                return None
+            if live and self._bytes_with(job, self._pool, self._alone) > self.memory:
                 return None
             return self._waiting.popleft()
 
@@ -232,21 +233,14 @@ class Engine:
 
     # ---------------------------------------------------------------- bytes
 
-    def _bytes_with(self, job: Job, pool: RowPool) -> int:
-        """Bytes of the pool once a job's replies are there, and of its prompt while it is read."""
-        token_bytes = self.proof.token_bytes
-        slots = [job.source.slots(token_bytes) + job.most] * len(job.replies)
-        fits = pool.rows + len(slots) <= pool.most
-        held = pool.slots_with(slots) if fits else sum(slots)
-        return (held + job.source.peak) * token_bytes
-
-    @property
-    def _empty(self) -> RowPool:
-        return RowPool(0, self.rows)
-
-    def _alone_bytes(self) -> int:
-        """Bytes that replies take at most which decode alone."""
-        return sum(_nbytes(live) + live.left * self.proof.token_bytes for live in self._alone)
+    def _bytes_with(self, job: Job, pool: RowPool, alone: Sequence[Live]) -> int:
+        """Bytes that a job's replies and those that are there take at most, and its prompt while it is read."""
+        source, tokens = job.source, self.proof.token_bytes
+        waiting = [live.job for live in alone if live.reading is not None and live.reading.cache.waits]
+        rows = [row.source.slots(tokens) + row.most for row in (*waiting, *[job] * len(job.replies))]
+        by_themselves = sum(_nbytes(live) + live.left * tokens for live in alone)
+        whole = source.peak * (max(1, len(job.replies)) if source.defers else 1)
+        return (pool.slots_with(rows) + whole) * tokens + by_themselves
 
     def _count(self) -> None:
         self.metrics.waiting.set(len(self._waiting))

@@ -1,0 +1,113 @@
+"""Heads that keep different counts: those of like counts lie together, and nobody can tell."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvweave.memory.heads import RaggedHeads, block_of, in_buckets, ragged
+from kvweave.memory.slots import Slots
+
+BATCH, DIM, GROUP = 2, 8, 3
+
+
+def heads_of(counts, seed=0, biased=False, empty=0):
+    """Slots of one KV head each; of the first, `empty` in front hold nothing in the second row of the batch."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for head, count in enumerate(counts):
+        keys, values = (torch.randn(BATCH, 1, count, DIM, generator=generator) for _ in range(2))
+        positions = (torch.arange(count) * (head + 2)).expand(BATCH, 1, -1).clone()
+        none = 0 if head else min(empty, count - 1)
+        positions[1, :, :none] = -1
+        mass = (positions >= 0).float()
+        bias = torch.rand(BATCH, 1, count, generator=generator) * mass if biased else None
+        parts.append(Slots(keys, values, positions, mass, bias, bool(none)))
+    return parts
+
+
+def attention(parts, query):
+    """Each head by itself, written out."""
+    outs = []
+    for head, slots in enumerate(part.as_slots() for part in parts):
+        bias = torch.zeros_like(slots.positions, dtype=query.dtype) if slots.bias is None else slots.bias
+        bias = bias.masked_fill(slots.positions < 0, -torch.inf)[:, :, None]
+        queries = query[:, head * GROUP : (head + 1) * GROUP]
+        logits = queries @ slots.keys.mT / DIM**0.5 + bias
+        outs.append(torch.softmax(logits, -1) @ slots.values)
+    return torch.cat(outs, 1).transpose(1, 2)
+
+
+def assert_holds(block, parts):
+    """`block` holds what the heads of `parts` hold, in their order."""
+    slots = block.as_slots()
+    for head, part in enumerate(part.as_slots() for part in parts):
+        there = slots.positions[:, head] >= 0
+        assert torch.equal(there.sum(-1), (part.positions[:, 0] >= 0).sum(-1))
+        for row in range(len(there)):
+            held, own = there[row], part.positions[row, 0] >= 0
+            assert torch.equal(slots.positions[row, head, held], part.positions[row, 0, own])
+            assert torch.equal(slots.keys[row, head, held], part.keys[row, 0, own])
+            assert torch.equal(slots.values[row, head, held], part.values[row, 0, own])
+            assert torch.equal(slots.mass[row, head, held], part.mass[row, 0, own])
+    assert torch.equal(block.outline().positions, slots.positions)
+
+
+COUNTS = [(16, 5, 17, 5), (40, 3, 38, 3), (9, 9), (30, 8, 31, 29, 8), (20, 3, 11), (9, 8, 9)]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("empty", [0, 2])
+def test_a_token_and_what_comes_and_goes(counts, biased, empty):
+    parts = heads_of(counts, biased=biased, empty=empty)
+    block = in_buckets(parts)
+    assert_holds(block, parts)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(40):  # until room has been made anew
+        keys, values = (torch.randn(BATCH, len(counts), 1, DIM, generator=generator) for _ in range(2))
+        query = torch.randn(BATCH, len(counts) * GROUP, 1, DIM, generator=generator)
+        block = block.append(keys, values, 200 + step)
+        new = zip(parts, keys.split(1, 1), values.split(1, 1), strict=True)
+        parts = [part.append(key, value, 200 + step) for part, key, value in new]
+        out = block.attend(query, block.mask(None, query), None, 0.0)
+        torch.testing.assert_close(out, attention(parts, query))
+    assert_holds(block, parts)
+    crossed = torch.tensor([1, 0, 1])
+    assert_holds(block.rows(crossed), [part.rows(crossed) for part in parts])
+    for column in (220, 12):
+        assert_holds(block.before(column, 240), [part.before(column, 240) for part in parts])
+
+
+@given(st.lists(st.integers(1, 80), min_size=2, max_size=12))
+def test_empty_slots_are_an_eighth_at_most(counts):
+    parts = heads_of(counts)
+    block = in_buckets(parts)
+    assert block.nbytes <= sum(part.nbytes for part in parts) * 9 / 8
+    kinds = ragged(block)
+    if kinds is not None and kinds.heads:
+        assert sorted(n for own in kinds.heads for n in own) == list(range(len(counts)))
+        assert len(kinds.heads) < len(counts)
+
+
+@pytest.mark.parametrize("counts", COUNTS[:2], ids=str)
+def test_query_heads_and_what_is_computed_by_part_find_their_order(counts):
+    block = in_buckets(heads_of(counts))
+    assert isinstance(block, RaggedHeads)
+    query = torch.randn(BATCH, len(counts) * GROUP, 4, DIM)
+    parts = [query[:, own] for own in block.query_heads(query)]
+    assert torch.equal(block.in_order(torch.cat(parts, 1), 1), query)
+    assert [x.shape[1] for x in parts] == [GROUP * len(own) for own in block.heads]
+
+
+def test_heads_one_by_one_are_what_they_were():
+    parts = heads_of((16, 5, 17, 5))
+    block = in_buckets(parts)
+    for one, part in zip(block.one_by_one(block.parts), parts, strict=True):
+        assert torch.equal(F.pad(part.positions, (one.count - part.count, 0), value=-1), one.positions)
+
+
+def test_unlike_counts_stay_apart():
+    parts = heads_of((40, 3, 20))
+    assert in_buckets(parts).parts == block_of(parts).parts
