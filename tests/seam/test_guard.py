@@ -239,3 +239,17 @@ def test_a_wrapped_model_is_compressed_inside():
     assert session.report["totals"]["kept"] == 12
     assert "Adapted" in repr(session)
     assert "generate" not in vars(model)
+
+
+def test_continuous_batching_is_refused_and_comes_back():
+    """Its requests would fail one by one, in a thread of its own, and the answers be empty."""
+    model = text_model()
+    before = model.init_continuous_batching
+    with kvweave.compress(model, "snapkv:budget=0.3"):
+        for begin in (lambda: model.generate_batch([[11, 12]]), model.init_continuous_batching):
+            with pytest.raises(ValueError, match="continuous batching keeps keys and values in pages"):
+                begin()
+        for kind in ("paged", "quantized"):
+            with pytest.raises(ValueError, match=f"cache_implementation='{kind}' cannot be compressed"):
+                model.generate(words(1, 20), max_new_tokens=2, cache_implementation=kind)
+    assert model.init_continuous_batching == before

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from kvweave.seam.export import export
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.probes import CHUNK, read_probes
 from kvweave.seam.profiles import working
+from kvweave.seam.question import asked
 from kvweave.seam.reader import unwrapped
 from kvweave.seam.report import described, layer_kinds
 from kvweave.seam.saved import read, write
@@ -223,12 +225,30 @@ class CompressedCache(Cache):
         self.shared.turn.declare(length)
 
     def freeze(self) -> None:
-        """Compress no more: further prompts are appended whole, as one context serves many questions.
-
-        Ask one, then `crop` the cache back to the length it had, and ask the next.
-        """
+        """Compress no more: further prompts are appended whole. `question` asks one and takes it back."""
         self.cut_waiting()
         self.shared.turn.freeze()
+
+    def question(self, ids: Tensor | None = None) -> AbstractContextManager[dict[str, Any]]:
+        """Ask something about what is cached, and forget it again, as one context serves many questions.
+
+            with cache.question(ids) as inputs:  # the question's own tokens, without the context's
+                out = model.generate(**inputs, max_new_tokens=32)
+            with cache.question():  # the same, given the whole conversation
+                out = model.generate(**processor(...), past_key_values=cache, max_new_tokens=32)
+
+        Inside, nothing is cut: what is asked and answered is appended whole, to all layers, sliding ones too. On
+        leaving, by an exception too, the cache is what it was. Questions nest. Pictures that the cache has read need
+        not be given again, and are ignored if they are.
+
+        Args:
+            ids: int64 [batch, tokens], from the first token behind the context.
+        Yields:
+            With `ids` the inputs for `generate`, this cache among them; else an empty dict.
+        Raises:
+            ValueError: there is no context or half of one, it waits for `compress`, or its tokens are not known.
+        """
+        return asked(self, ids)
 
     @property
     def waits(self) -> bool:

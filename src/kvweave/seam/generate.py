@@ -17,6 +17,7 @@ from kvweave.prompt import visual_mask
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.filling import cache_for, tokens_before_the_cut
 from kvweave.seam.names import Request
+from kvweave.seam.resume import resume
 from kvweave.seam.stream import check_request
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ def wrap(session: "Session", part: Any) -> list[Callable[[], None]]:
         undo.append(_replace(part, "get_compiled_call", _compiling_from_the_cut(session, part)))
     if hasattr(part, "_get_candidate_generator"):
         undo.append(_replace(part, "_get_candidate_generator", _drafting_from_the_cut(session, part)))
+    if hasattr(part, "init_continuous_batching"):
+        undo.append(
+            _replace(part, "init_continuous_batching", _refusing_pages(session, part.init_continuous_batching))
+        )
     return undo
 
 
@@ -45,6 +50,9 @@ def _telling(session: "Session", generate: Callable[..., Any]) -> Callable[..., 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         request, running = Request(session.base, args, kwargs), session.running
         check_request(request, _stream(session, request))
+        if running.request is None:
+            _check_kind(session, request)
+            resume(session, request)
         planned = _with_room(session, request) if running.request is None else None
         if planned is not None:
             request.cache = planned
@@ -65,6 +73,31 @@ def _stream(session: "Session", request: Request) -> Stream | None:
     if isinstance(request.cache, CompressedCache):
         return request.cache.shared.stream
     return None if session.method is None else stream_of(session.method, **session.bounds)[1]
+
+
+def _check_kind(session: "Session", request: Request) -> None:
+    """Caches that transformers would ask a package or a scheduler for, before it does; others are refused later."""
+    kind = request.setting("cache_implementation")
+    if session.method is not None and kind in ("quantized", "paged"):
+        raise ValueError(
+            f"cache_implementation={kind!r} cannot be compressed: allowed is none or 'dynamic'"
+            + (", and kvweave.Quantized(method), which packs what stays" if kind == "quantized" else "")
+        )
+
+
+def _refusing_pages(session: "Session", init: Callable[..., Any]) -> Callable[..., Any]:
+    """Continuous batching, which `generate_batch` and a server begin alike."""
+
+    @functools.wraps(init)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if session.method is not None:
+            raise ValueError(
+                "continuous batching keeps keys and values in pages, which kvweave does not read: allowed is "
+                "generate, with a padded batch"
+            )
+        return init(*args, **kwargs)
+
+    return wrapped
 
 
 def _with_room(session: "Session", request: Request) -> CompressedCache | None:

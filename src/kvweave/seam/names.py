@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.generation.utils import ALL_CACHE_NAMES, MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 #: What this version calls a forward pass's cache, and all names that it has gone by.
 CACHE: str = ALL_CACHE_NAMES[0]
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 #: What attention modules are given rotary tables as.
 ROTARY = "position_embeddings"
+#: Inputs that `generate` hands to a prompt's own forward pass and to no later one.
+READ_ONCE = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 #: Whether a model in training computes activations anew, and keeps no cache.
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")
 
@@ -130,6 +132,22 @@ def tokens_in(cache: Any) -> int:
     return max((layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0)
 
 
+def keepers_of_offsets(model: nn.Module) -> list[Any]:
+    """Parts of a model that keep, from one forward pass to the next, how far positions run ahead of columns."""
+    return [part for part in model.modules() if "rope_deltas" in vars(part)]
+
+
+def offsets(keepers: Sequence[Any]) -> Tensor | None:
+    """That, [batch, 1]; None: positions are columns, or nothing was read."""
+    return next((part.rope_deltas for part in keepers if part.rope_deltas is not None), None)
+
+
+def set_offsets(keepers: Sequence[Any], value: Tensor | None) -> None:
+    """Let the model count positions from there; None: anew, from the next inputs."""
+    for part in keepers:
+        part.rope_deltas = value
+
+
 def cache_of(output: Any) -> Any:
     """The cache that a forward pass returned, or None."""
     return getattr(output, CACHE, None)
@@ -161,6 +179,33 @@ class Request:
         self.length: int | None = max(lengths, default=None)
         self.stops = self._stops(model)
 
+    def give_pictures_behind(self, model: Any, start: int, visual: Tensor) -> None:
+        """Leave out pictures whose tokens lie before column `start`; positions are still those of the whole.
+
+        Args:
+            visual: bool [batch, length]; a run of them is a picture.
+        Raises:
+            ValueError: nothing tells which are which.
+        """
+        pixels, grids = self.kwargs.get("pixel_values"), self.kwargs.get("image_grid_thw")
+        old, new = _runs(visual[:, :start]), _runs(visual[:, start:])  # pictures, by row of the batch
+        pictures = len(pixels if grids is None else grids) if isinstance(pixels, Tensor) else 0
+        if pictures == sum(new):
+            return
+        if pictures != sum(old) + sum(new) or self.kwargs.get("pixel_values_videos") is not None:
+            raise ValueError(
+                f"{pictures} pictures are given, and of {sum(old) + sum(new)} in the conversation the cache has read "
+                f"{sum(old)}: allowed is all, or the new ones"
+            )
+        wanted = torch.cat([torch.arange(a + b) >= a for a, b in zip(old, new, strict=True)])
+        of_pixels = wanted
+        if isinstance(grids, Tensor):
+            if keepers_of_offsets(model):
+                self.kwargs["position_ids"] = model._prepare_position_ids_for_generation(self.ids, self.arguments())
+            self.kwargs["image_grid_thw"] = grids[wanted.to(grids.device)]
+            of_pixels = wanted.repeat_interleave(grids.prod(-1).cpu())
+        self.kwargs["pixel_values"] = pixels[of_pixels.to(pixels.device)]  # type: ignore[index, union-attr]
+
     def setting(self, name: str) -> Any:
         """A setting of generation, as the call or else the configuration says."""
         value = self.kwargs.get(name)
@@ -180,6 +225,13 @@ class Request:
         if stops is None:
             stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         return listed(stops)
+
+
+def _runs(mask: Tensor) -> list[int]:
+    """Runs of True in each row of bool [batch, columns]."""
+    begins = mask.clone()
+    begins[:, 1:] &= ~mask[:, :-1]
+    return begins.sum(1).tolist()
 
 
 def listed(stops: Any) -> list[int]:

@@ -61,6 +61,7 @@ class Session:
         self.probes, self.processor = probes, processor
         self.bounds = bounds or {}  # of caches over endless input: every, total, stream_sinks
         self.cache: CompressedCache | None = None
+        self.keepers = names.keepers_of_offsets(self.base) if isinstance(self.base, nn.Module) else []
         self.implementation = ""  # the name of the model's attention
         self.tensor_parallel = (getattr(self.base, "_tp_size", None) or 1) > 1
         self.expansions: dict[int, latents.Expansion] = {}
@@ -212,6 +213,8 @@ class Session:
         if out is None or running.fixed:
             return  # the forward pass raised, or changed tensors alone
         guard.check(self, cache, kwargs, out)
+        if running.new != 1:
+            cache.shared.turn.note_offsets(names.offsets(self.keepers))
         if running.new > 1 or not running.before:
             cache.shared.turn.note_positions(running.positions, running.before, running.new)
         if cache.finish_pass(running.new) and not running.aside:

@@ -43,7 +43,9 @@ class Turn:
             not ended; None: no cut is waiting.
         deferred: tokens decoded before the last prompt's cut, where it waited; else None.
         probe: tokens of the probe that is being answered, and of the answer at most; zeros: none is.
-        ids: int64 [batch, columns], tokens of a conversation that is held, as far as they were given.
+        ids: int64 [batch, columns], the prompt's tokens, as far as they were given without a gap; of a conversation
+            that is held all.
+        offsets: how far positions have run ahead of columns, where the model keeps that itself (`names.offsets`).
         last_position: position ids of the prompt's last tokens, [..., batch, 1], where the model was given them.
         probes: what answering the probes before the last cut took; empty: there were none.
         rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
@@ -66,6 +68,7 @@ class Turn:
     deferred: int | None = None
     probe: tuple[int, int] = (0, 0)
     ids: Tensor | None = None
+    offsets: Tensor | None = None
     last_position: Tensor | None = None
     probes: dict[str, Any] = field(default_factory=dict)
     rotary: tuple[Tensor, Tensor] | None = None
@@ -145,6 +148,12 @@ class Turn:
             self.ids = None
         else:
             self.ids = ids if not seen or before is None else torch.cat([before.to(ids.device), ids], 1)
+
+    def note_offsets(self, offsets: Tensor | None) -> None:
+        """How far positions have run ahead of columns, [rows, 1], of the rows that `generate` was given."""
+        if offsets is not None and self.prompt is not None:
+            offsets = offsets.repeat_interleave(len(self.prompt.valid) // len(offsets), 0)
+        self.offsets = offsets
 
     def append_rotary(self, cos: Tensor, sin: Tensor, seen: int, *, interleaved: bool) -> None:
         """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `seen` columns."""
@@ -289,6 +298,7 @@ class Turn:
         self.cut = None if self.cut is None else of(self.cut)
         self.ids = None if self.ids is None else of(self.ids)
         self.positions = None if self.positions is None else of(self.positions)
+        self.offsets = None if self.offsets is None else of(self.offsets)
         if self.last_position is not None:
             self.last_position = self.last_position[..., rows.to(self.last_position.device), :]
         self.rotary = None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1]))
