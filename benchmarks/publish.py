@@ -18,7 +18,7 @@ from kvweave.evals.run import store
 from kvweave.evals.tables.tables import interval
 
 ROOT = Path(__file__).parents[1]
-IN_README = ("flowmm-fig4", "flowmm-table1")  # the budget curve, and the methods by task
+IN_README = "flowmm-fig4"  # the budget curve
 RANKED = "flowmm-table1"  # the methods of both models side by side
 _NAMED = 8  # pairs of methods
 IN_LARGE = ("flowmm-fig4",)  # what is shown of the large world, too
@@ -36,11 +36,16 @@ command runs on such a model with the real data:
 kvweave paper flowmm:table1 --model Qwen/Qwen2.5-VL-7B-Instruct --data path/to/MileBench --out out/qwen
 ```
 
-More digits and intervals of all cells: [results](results).
+More digits and intervals of all cells: [results](../docs/results).
 """
 
 
 _REAL = """# On a real language model
+"""
+
+
+_MISSING = """Not measured on it yet: {}; `make results-smol` does (hours). What methods keep on it of albums and of
+texts: [Research](RESEARCH.md#on-a-real-language-model).
 """
 
 
@@ -56,7 +61,7 @@ model of their own (`--model lab-large`).
 
 
 def publish(source: Path, large: Path, real: Path, root: Path = ROOT) -> None:
-    """Write docs/RESULTS.md and its files, and put the README's tables between its marks.
+    """Write docs/RESULTS.md and its files, and put the README's picture between its marks.
 
     Args:
         source: folder of all tables; large: of those of the large world; real: of those that were made of `smol`, of
@@ -77,7 +82,7 @@ def publish(source: Path, large: Path, real: Path, root: Path = ROOT) -> None:
     docs = root / "docs"
     parts = [_HEAD, _REAL, *(_copied(real / stem, docs, f"smol-{stem}") for stem in there)]
     if missing := [name for name in RECIPES if name.replace(":", "-") not in there]:
-        parts.append(f"Not measured on `smol`: {', '.join(missing)}.\n")
+        parts.append(_MISSING.format(", ".join(missing)))
     if RANKED in there:
         parts.append(disagreements(*(store.read_json(folder / f"{RANKED}.json") for folder in (real, source))))
     parts += [_TOY, *(_copied(source / stem, docs, stem) for stem in stems)]
@@ -89,7 +94,8 @@ def publish(source: Path, large: Path, real: Path, root: Path = ROOT) -> None:
     }.items():
         _figures(made, docs / "results", model)
     store.write_text(docs / "RESULTS.md", "\n".join(parts))
-    _into_readme(root / "README.md", "\n".join(_for_readme(source, stem) for stem in IN_README))
+    title = store.read_json(source / f"{IN_README}.json")["title"]
+    _into_readme(root / "README.md", f"![{title}](docs/images/{IN_README}.png)\n")
 
 
 def disagreements(real: Mapping[str, Any], toy: Mapping[str, Any]) -> str:
@@ -134,18 +140,6 @@ def _figures(made: Mapping[str, Path], folder: Path, model: str) -> None:
         if "means" in sheet:
             own["figures"] = {"file": f"{model}.json", **shown(sheet)}
         store.write_json(folder / f"{stem}.json", rounded(own), indent=None)
-
-
-def _for_readme(source: Path, stem: str) -> str:
-    """A picture, and the first table with what made it."""
-    sheet = store.read_json(source / f"{stem}.json")
-    parts = [f"![{sheet['title']}](docs/images/{stem}.png)"]
-    if stem == IN_README[-1]:
-        table = sheet["tables"][0]
-        lines = [table["head"], ["---", *["--:"] * (len(table["head"]) - 1)], *table["rows"]]
-        parts += [f"**{table['title']}**", "\n".join(f"| {' | '.join(cells)} |" for cells in lines)]
-        parts += ["\n".join(f"- {note}" for note in sheet["notes"])]
-    return "\n\n".join(parts) + "\n"
 
 
 def _into_readme(readme: Path, written: str) -> None:

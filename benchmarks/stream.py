@@ -5,7 +5,7 @@
 A decoder of two layers with random weights reads random tokens in passes of `--every` tokens, bounded by `every`; at
 ten lengths it also decodes some tokens one at a time. Beside it, as far as `--unbounded`, the same passes folded into
 a cache that keeps everything (KV-Fold, 2605.12471). Seconds are the process' own work. "All" is everything that the
-bounded cache holds, as `pickle` writes it: entries, and two masks of a byte a token each, which are all that grows.
+bounded cache holds, as `pickle` writes it: entries, and masks of three bytes a token, which are all that grows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Every file in examples/ runs as it stands, and says what it should."""
 
+import json
 import runpy
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 import kvweave
@@ -33,6 +35,20 @@ def test_an_example_runs_and_says_what_it_should(name, capsys):
     for part in SAID[name]:
         before, found, said = said.partition(part)
         assert found, f"{part!r} is not in {before!r}"
+
+
+def test_the_notebook_says_what_it_says(capsys):
+    """Its cells, one after the other in one namespace; figures are drawn, and what was printed is printed again."""
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    namespace = {}
+    with matplotlib.rc_context({"backend": "agg"}):
+        for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+            capsys.readouterr()
+            exec("".join(cell["source"]), namespace)
+            printed = "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
+            assert capsys.readouterr().out == printed
+    kinds = {kind for cell in cells for out in cell.get("outputs", ()) for kind in out.get("data", ())}
+    assert "image/png" in kinds
 
 
 def test_each_example_is_listed_and_run():

@@ -32,10 +32,8 @@ METHODS = {
     "weave, equal counts": "weave:form=even",
     "weave, the former defaults": "weave:form=spelled",
     "snapkv": "snapkv",
-    "flowmm": "flowmm",
-    "h2o": "h2o",
 }
-_PARTS = ((CompressedLayer, "after_attention"), (CompressedCache, "finish_prompt"), (CompressedCache, "cut_waiting"))
+_PARTS = ((CompressedLayer, "after_attention"), (CompressedCache, "finish_pass"))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from kvweave.cut.terms import Terms
 from kvweave.cut.waiting import tell_rows
 from kvweave.memory.slots import Slots
 from kvweave.methods.base import Method
-from kvweave.ops.budget import entries
+from kvweave.ops.budget import entries, kl_target
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted
 
@@ -53,6 +53,8 @@ def compress_tensors(
     Raises:
         ValueError: shapes or types that do not fit, a row without a token, NaN in a token's tensors.
     """
+    if kl_target(method.budget) is not None:
+        raise ValueError(f"budget={method.budget!r} is found by decoding: allowed without a model is a number")
     prompt = checked(method, queries, keys, values, visual, valid, rotary, decoded, probed=probed)
     batch, _, length, dim = keys[0].shape
     lengths = [length] * batch if valid is None else prompt.lengths

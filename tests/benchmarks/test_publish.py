@@ -59,7 +59,6 @@ def test_results_go_where_readers_look(tmp_path: Path):
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
     assert "old" not in readme
-    assert "| snapkv | 0.30 |" in readme
     assert "(docs/images/flowmm-fig4.png)" in readme
     results = (tmp_path / "docs" / "RESULTS.md").read_text()
     for name in RECIPES:

@@ -84,7 +84,9 @@ def test_a_token_and_what_comes_and_goes(counts, biased, empty):
 def test_empty_slots_are_an_eighth_at_most(counts):
     parts = heads_of(counts)
     block = in_buckets(parts)
-    assert block.nbytes <= sum(part.nbytes for part in parts) * 9 / 8
+    assert block.nbytes == sum(part.nbytes for part in parts)
+    lying = sum(part.keys.numel() for part in block.parts)
+    assert lying * 8 <= sum(part.keys.numel() for part in parts) * 9
     kinds = ragged(block)
     if kinds is not None and kinds.heads:
         assert sorted(n for own in kinds.heads for n in own) == list(range(len(counts)))
@@ -111,3 +113,21 @@ def test_heads_one_by_one_are_what_they_were():
 def test_unlike_counts_stay_apart():
     parts = heads_of((40, 3, 20))
     assert in_buckets(parts).parts == block_of(parts).parts
+
+
+def test_heads_lie_apart_until_room_is_made_for_decoded_tokens():
+    parts = heads_of((16, 5, 17, 5))
+    block = block_of(parts)
+    assert [part.count for part in block.parts] == [16, 5, 17, 5]
+    token = torch.ones(BATCH, 4, 1, DIM)
+    once = block.append(token, token, 200)
+    assert [part.keys.shape[1:3] for part in once.parts] == [(2, 18), (2, 6)]
+    again = once.append(token, token, 201)
+    assert [part.keys.data_ptr() for part in again.parts] == [part.keys.data_ptr() for part in once.parts]
+    assert block_of(heads_of((9, 8, 9))).append(token[:, :3], token[:, :3], 200).parts[0].count == 10
+
+
+def test_a_block_that_is_no_token_is_appended_to_each_head():
+    block = block_of(heads_of((16, 5, 17, 5)))
+    many = torch.ones(BATCH, 4, 20, DIM)
+    assert [part.count for part in block.append(many, many, 200).parts] == [36, 25, 37, 25]

@@ -43,6 +43,38 @@ def test_cross_entropy(causal, block, monkeypatch):
     assert torch.allclose(mine, torch.stack(expected))
 
 
+@pytest.mark.parametrize("heads", [1, 4], ids=["one mask", "a mask a head"])
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_spread_under_a_mask_of_the_models_own(kind, heads, monkeypatch):
+    """Heads that hold different tokens, some rows that see nothing, and a soft cap."""
+    queries, keys, row_visual = tensors()
+    monkeypatch.setattr(spread, "_LOGITS", 5 * 2 * 30)
+    generator = torch.Generator().manual_seed(5)
+    visual = torch.rand(2, 2, 30, generator=generator) > 0.4
+    hidden = torch.rand(2, heads, 30, 30, generator=generator) > 0.6
+    hidden[:, :, 3] = True
+    mask = (
+        ~hidden
+        if kind == "boolean"
+        else torch.zeros(hidden.shape).double().masked_fill(hidden, torch.finfo(torch.float64).min)
+    )
+    rule = AttentionRule(0.3, mask=lambda start, stop: mask[:, :, start:stop], softcap=2.0)
+    logits = 2 * torch.tanh(logits_of(queries, keys, 0.3) / 2)
+    closed = hidden | (row_visual[:, None, :, None] == visual.repeat_interleave(2, 1)[:, :, None])
+    entropy = torch.special.entr(logits.masked_fill(closed, -torch.inf).softmax(-1).nan_to_num()).sum(-1)
+    expected = [
+        sum(entropy[n][:, rows].sum(-1) / rows.sum() for rows in (row_visual[n], ~row_visual[n])).mean()
+        for n in range(2)
+    ]
+    mine = spread.cross_entropy(queries, keys, rule, visual, row_visual, causal=True)
+    assert torch.allclose(mine, torch.stack(expected))
+    hidden = hidden.expand(2, 4, 30, 30)
+    weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
+    dense = (weights >= 0.5 * weights.amax(-1, keepdim=True)) & ~hidden
+    mine = spread.row_density(queries, keys, rule, 0.5)
+    assert torch.allclose(mine, dense.sum((1, 2, 3)).double() / (~hidden).sum((1, 2, 3)))
+
+
 def test_cross_entropy_of_one_modality_is_nothing():
     queries, keys, visual = tensors()
     none = torch.zeros_like(visual)

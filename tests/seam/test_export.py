@@ -242,6 +242,16 @@ def test_the_same_cache_gives_the_same_file_and_stays_as_it_was(tmp_path):
     assert elsewhere["model"] != said[0]["model"] == other["model"]
 
 
+def test_in_a_folder_a_file_is_named_by_its_digest(tmp_path):
+    model = text_model("llama")
+    cache, _ = prefilled(model, SNAPKV)
+    said = cache.export(tmp_path, model)
+    assert [file.name for file in tmp_path.iterdir()] == [f"{said['digest']}.safetensors"]
+    assert said_by(tmp_path / f"{said['digest']}.safetensors") == said
+    assert cache.export(tmp_path, model) == said
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_keys_are_turned_in_full_precision_and_rounded_once(tmp_path):
     model = text_model("llama", dtype=torch.bfloat16)
     cache, _ = prefilled(model, SNAPKV)
@@ -283,19 +293,35 @@ def test_turns_add_up(kind):
 
 
 REFUSED = {
-    "layers differ": ("pyramidkv:budget=0.5,window=2", {}, "layers keep .* entries; allowed is a method that keeps"),
-    "heads differ": ("adakv:budget=0.4,window=4", {}, r"KV heads of layer \d keep .* entries; allowed is a method"),
-    "biases": ("flowmm:budget=0.4,proxies=4,mass_bias=true", {}, "entries of layer 0 add a bias to their logits"),
+    "layers": (
+        "layers keep .* entries; allowed is a method that keeps as many",
+        "d2o flashcache meda pyramidkv tgv vlcache",
+    ),
+    "heads": (r"KV heads of layer \d keep .* entries; allowed is a method that keeps as many", "adakv kvzip"),
+    "biases": ("entries of layer 0 add a bias to their logits", "match weave weave2"),
 }
+WHY = {name: message for message, names in REFUSED.values() for name in names.split()}
 
 
-@pytest.mark.parametrize(("spelling", "special", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_an_engine_cannot_hold_is_refused(spelling, special, message, tmp_path):
-    model = text_model("llava", **special)
-    cache, _ = prefilled(model, kvweave.parse_method(spelling))
-    with pytest.raises(ValueError, match=f"export: {message}"):
-        cache.export(tmp_path / "context", model)
+@pytest.mark.parametrize("name", kvweave.list_methods())
+def test_an_engine_takes_the_methods_that_docs_serving_names(name, tmp_path):
+    model = text_model("llava", text_config={"num_hidden_layers": 3})
+    method = kvweave.parse_method(name, **({} if name == "full" else {"budget": 0.2}))
+    cache, _ = prefilled(model, method, text_inputs((120,), images=((4, 40), (50, 80))))
+    cache.cut_waiting()
+    if name not in WHY:
+        assert cache.export(tmp_path, model)["slots"] == (120 if name == "full" else 24)
+        return
+    with pytest.raises(ValueError, match=f"export: {WHY[name]}"):
+        cache.export(tmp_path, model)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_takes_weave_without_its_bias(tmp_path):
+    model = text_model("llava")
+    cache, token = prefilled(model, kvweave.Weave(budget=0.4, mass_bias=False))
+    cache.cut_waiting()
+    assert_goes_on(model, cache, token, tmp_path / "context")
 
 
 POSITIONS = {

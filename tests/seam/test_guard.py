@@ -47,6 +47,40 @@ def test_a_model_that_does_not_read_the_cache_raises(kind):
     model(**INPUTS, use_cache=True)  # and is left as it was found
 
 
+def loop(model, ids, cache):
+    """The decoder's layers one after the other, by hand."""
+    inner = model.model
+    hidden, place = inner.embed_tokens(ids), torch.arange(ids.shape[1])[None]
+    tables = inner.rotary_emb(hidden, place)
+    for layer in inner.layers:
+        hidden = layer(hidden, position_embeddings=tables, position_ids=place, **{names.CACHE: cache})
+    return hidden
+
+
+def test_a_loop_over_the_layers_is_not_compressed_and_says_so_once():
+    model, ids = text_model(), INPUTS["input_ids"]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), kvweave.compress(model, SNAP) as session:
+        with pytest.warns(UserWarning, match="outside of its forward pass, as by a loop over its layers"):
+            loop(model, ids, cache)
+        loop(model, ids, DynamicCache(config=model.config))  # an error if it were said again
+        with pytest.raises(RuntimeError, match="a model that kvweave is not attached to"):
+            loop(model, ids, kvweave.CompressedCache(model.config, SNAP))
+        model(input_ids=ids)
+    assert session.report["totals"]["kept"] == 12
+    assert cache.get_seq_length() == 24
+    loop(model, ids, DynamicCache(config=model.config))  # nobody listens any more
+
+
+def test_another_model_of_the_same_configuration_may_loop():
+    model = text_model()
+    other = type(model)(model.config).eval()
+    with torch.no_grad(), kvweave.compress(model, SNAP), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop(other, INPUTS["input_ids"], DynamicCache(config=model.config))
+        model(**INPUTS)
+
+
 @pytest.mark.parametrize("of", ["model", "language_model"])
 def test_a_model_inside_the_model_is_compressed_too(of):
     """`model.model(context, past_key_values=cache)`, as kvpress has it."""

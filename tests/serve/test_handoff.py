@@ -20,6 +20,7 @@ from kvweave.serve.engines.handoff import (
     described,
     heads_here,
     mark_of,
+    request_of,
 )
 
 
@@ -28,9 +29,7 @@ def stored(tmp_path_factory):
     """A folder of contexts, and what the one in it says of itself."""
     folder, model = tmp_path_factory.mktemp("contexts"), text_model("llama")
     cache, token = prefilled(model, SNAPKV)
-    said = cache.export(folder / "new", model, first_token=token)
-    (folder / "new").rename(folder / f"{said['digest']}.safetensors")
-    return folder, said
+    return folder, cache.export(folder, model, first_token=token)
 
 
 def asked(stored, **other):
@@ -51,6 +50,17 @@ def test_a_request_that_is_in_order_gets_its_context(stored):
     assert context_of(**asked(stored)) == expected
     assert described(expected.path) == said
     check_whole(expected.path)
+
+
+def test_a_request_that_was_made_for_a_context_is_in_order(stored):
+    _, said = stored
+    request = request_of(said, [said["first_token"]])
+    made = {"parameters": request["kv_transfer_params"], "salt": request["cache_salt"], "prompt": request["prompt"]}
+    found = context_of(**asked(stored, **made))
+    assert found is not None
+    assert request["prompt"][found.slots :] == [said["first_token"]]
+    with pytest.raises(ValueError, match="allowed is at least one"):
+        request_of(said, [])
 
 
 @pytest.mark.parametrize("parameters", [None, {}, {"do_remote_prefill": True}])

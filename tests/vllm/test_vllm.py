@@ -13,6 +13,7 @@ import torch
 import kvweave
 import kvweave.lab
 from kvweave import models
+from kvweave.serve.engines.handoff import request_of
 from vllm import LLM, SamplingParams
 
 STEPS = 20
@@ -31,12 +32,16 @@ class Asked:
     logprobs: list[float]
 
     @property
+    def request(self):
+        return request_of({"digest": self.digest, "slots": self.slots}, self.tokens)
+
+    @property
     def prompt(self):
-        return {"prompt_token_ids": [0] * self.slots + self.tokens, "cache_salt": self.digest}
+        return {"prompt_token_ids": self.request["prompt"], "cache_salt": self.request["cache_salt"]}
 
     def params(self, **other):
         chosen = {"max_tokens": STEPS, "temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 0}
-        named = {"kv_transfer_params": {"context": self.digest, "slots": self.slots} | other.pop("named", {})}
+        named = {"kv_transfer_params": self.request["kv_transfer_params"] | other.pop("named", {})}
         return SamplingParams(**chosen | other, extra_args=named)
 
 
@@ -52,13 +57,6 @@ class Served:
 
     def answers(self, prompts, params):
         return [out.outputs[0] for out in self.engine.generate(prompts, params, use_tqdm=False)]
-
-
-def stored(cache, model, folder, first=None):
-    """Export to where the engine looks for it."""
-    said = cache.export(folder / "new", model, first_token=first)
-    (folder / "new").rename(folder / f"{said['digest']}.safetensors")
-    return said
 
 
 def greedy(model, cache, tokens, steps=STEPS):
@@ -81,7 +79,7 @@ def contexts(model, processor, folder):
             method = kvweave.parse_method(spelling, **budget)
             inputs, cache = models.encode(processor, sample.messages()), kvweave.CompressedCache(model.config, method)
             first = int(model(**inputs, past_key_values=cache).logits[0, -1].argmax())
-            said = stored(cache, model, folder, first)
+            said = cache.export(folder, model, first_token=first)
             cache.freeze()
             replies.append(Asked(said["digest"], said["slots"], [first], *greedy(model, cache, [first])))
             cache.crop(-STEPS)
@@ -196,7 +194,7 @@ def test_contexts_of_another_model_are_refused(served):
         (sample,) = kvweave.lab.samples("lookup", 1, 8, 0)
         with kvweave.attach(other):
             other(**models.encode(processor, sample.messages()), past_key_values=cache)
-        said = stored(cache, other, served.folder / "contexts")
+        said = cache.export(served.folder / "contexts", other)
     assert json.loads((served.folder / "decoder" / "kvweave.json").read_text())["model"] != said["model"]
     asked = Asked(said["digest"], said["slots"], [20], [], [])
     (answer,) = served.answers([asked.prompt], [asked.params()])

@@ -74,7 +74,7 @@ def evaluate(
             "--batch-size",
             "--batch",
             help="Prompts answered together.",
-            show_default="50 for lab, 8 for smol, else 1",
+            show_default="50 for lab, 20 for smol, 8 for smol-text, else 1",
         ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,

@@ -51,7 +51,7 @@ def paper(
             "--batch",
             **options.COUNT,
             help="Prompts answered together.",
-            show_default="50 with lab, 8 with smol, else 1",
+            show_default="50 with lab, 20 with smol, 8 with smol-text, else 1",
         ),
     ] = None,
     workers: Annotated[int, typer.Option(**options.COUNT, help="Processes, of one thread each.")] = 1,

@@ -10,6 +10,7 @@ from kvweave.cli import console, options
 from kvweave.cli.console import BadInput, bad_input
 
 _KEYS = "KVWEAVE_API_KEYS"
+PROBES = ("none", "template", "replay", "default")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -53,6 +54,16 @@ def serve(
             help="HOST, HOST:PORT or HOST=ADDRESS that images may be fetched from; repeatable.", show_default="none"
         ),
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder where contexts survive a restart.", show_default="none: they do not")
+    ] = None,
+    context_probes: Annotated[
+        str,
+        typer.Option(help="What the model is asked about a context before its cut: none, template, replay, default."),
+    ] = "none",
+    contexts: Annotated[int, typer.Option(**options.NUMBER, help="Contexts of one key.")] = 64,
+    context_memory: Annotated[str, typer.Option(help="For keys and values of all contexts.")] = "1GiB",
+    context_seconds: Annotated[float, typer.Option(help="That a context lives after it was used last.")] = 3600.0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",
@@ -81,23 +92,41 @@ def serve(
             Host.parse(one)
     with bad_input(option="--memory"):
         room = parse_bytes(memory)
+    with bad_input(option="--context-memory"):
+        kept = parse_bytes(context_memory)
+    if context_probes not in PROBES:
+        raise BadInput(f"--context-probes {context_probes!r}: allowed is one of {', '.join(PROBES)}")
+    if data is not None:
+        console.check_out(data)
     with bad_input(option="--api-keys"):
         known = Keys(keys)
     (first, *_) = options.parse_methods(method or [DEFAULT_METHOD], budget)
     with bad_input(option="--method"):
         offers = Offers(method or [DEFAULT_METHOD], first.budget, least_budget, most_budget)
-    limits = Limits(
-        rows=rows,
-        queue=queue,
-        memory=room,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        images=images,
-        choices=min(rows, Limits.choices),
-    )
+    with bad_input():
+        limits = Limits(
+            rows=rows,
+            queue=queue,
+            memory=room,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            images=images,
+            choices=min(rows, Limits.choices),
+            contexts=contexts,
+            context_bytes=kept,
+            context_seconds=context_seconds,
+        )
     loaded, processor = options.load(model, dtype, device, attention, trust_remote_code)
     server = Server(
-        name or model, loaded, processor, limits=limits, offers=offers, keys=known, image_hosts=image_host or []
+        name or model,
+        loaded,
+        processor,
+        limits=limits,
+        offers=offers,
+        keys=known,
+        image_hosts=image_host or [],
+        data=data,
+        context_probes=None if context_probes == "none" else context_probes,
     )
     alone = server.engine.proof.alone
     console.err().print(

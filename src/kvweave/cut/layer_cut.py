@@ -101,7 +101,7 @@ class LayerCut:
         self.flow = outcome.compacted.flow
         self.fate = outcome.fate
         self.memory = self.memory if outcome.memory is None else outcome.memory
-        cut = block_from(outcome.compacted, pending.behind, buckets=terms.storage is None)
+        cut = block_from(outcome.compacted, pending.behind)
         cut = self.store(block, cut, pending.lengths, outcome.compacted, terms, outcome.rows, behind=behind)
         return cut, pending.valid
 

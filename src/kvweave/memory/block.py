@@ -3,7 +3,7 @@
     `Slots`        keys and values in full precision, and which tokens they stand for        slots.py
     `PackedSlots`  the older ones in few bits                                                packed.py
     `FixedSlots`   in buffers of fixed shape and address, for compiled steps                 fixed.py
-    `RaggedHeads`  one of these for each KV head                                             heads.py
+    `RaggedHeads`  several of these, each of KV heads that hold equally many                 heads.py
     `Expanded`     one head's for all heads, as attention reads them                         expanded.py
 
 All but `RaggedHeads` are of KV heads that hold equally many. Nothing outside of this folder asks which it has.
@@ -22,7 +22,7 @@ class Block(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values; room for more is not counted."""
 
     @property
     def has_positions(self) -> bool:

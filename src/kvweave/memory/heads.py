@@ -1,8 +1,7 @@
 """Heads that keep different counts: a block for each KV head, and a layer's heads parted and put side by side."""
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from kvweave.memory.block import Block
 from kvweave.memory.expanded import Expanded
 from kvweave.memory.fixed import FixedSlots
 from kvweave.memory.packed import packed
-from kvweave.memory.slots import Slots
+from kvweave.memory.slots import FEW, Slots
 from kvweave.ops.quantize import Quantization
 from kvweave.plan import Compacted
 
@@ -26,10 +25,13 @@ class RaggedHeads:
 
     Attributes:
         heads: for each part, which KV heads it holds, in its order; empty: one each, in order.
+        order: int64 [kv_heads], KV heads as the parts hold them; back: where each is then. None: in order.
     """
 
     parts: tuple[Block, ...]
     heads: tuple[tuple[int, ...], ...] = ()
+    order: Tensor | None = None
+    back: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -45,11 +47,16 @@ class RaggedHeads:
 
     def each(self, of: Callable[[Block], Block]) -> "RaggedHeads":
         """With `of` each part."""
-        return RaggedHeads(tuple(of(part) for part in self.parts), self.heads)
+        return replace(self, parts=tuple(of(part) for part in self.parts))
 
-    def append(self, keys: Tensor, values: Tensor, column: int) -> "RaggedHeads":
+    def append(self, keys: Tensor, values: Tensor, column: int) -> Block:
+        fresh = [part for part in self.parts if isinstance(part, Slots) and part.room is None and not part.tail]
+        if len(fresh) == len(self.parts) and not self.heads and keys.shape[2] <= FEW and not keys.is_cuda:
+            block = in_buckets(fresh)  # room is made now, in front too
+            if not isinstance(block, RaggedHeads) or block.heads:
+                return block.append(keys, values, column)
         new = zip(self.parts, self._split(keys), self._split(values), strict=True)
-        return RaggedHeads(tuple(part.append(key, value, column) for part, key, value in new), self.heads)
+        return replace(self, parts=tuple(part.append(key, value, column) for part, key, value in new))
 
     def rows(self, index: Tensor) -> "RaggedHeads":
         return self.each(lambda part: part.rows(index))
@@ -58,10 +65,10 @@ class RaggedHeads:
         return self.each(lambda part: part.before(column, seen))
 
     def as_slots(self, valid: Tensor | None = None, *, padded: bool | None = None) -> Slots:
-        return _together([part.as_slots() for part in self.parts], self.heads)
+        return _together([part.as_slots() for part in self.parts], self.back)
 
     def outline(self, valid: Tensor | None = None) -> Slots:
-        return _together([part.outline() for part in self.parts], self.heads)
+        return _together([part.outline() for part in self.parts], self.back)
 
     def mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
         """The model's: each part picks its own columns."""
@@ -87,9 +94,8 @@ class RaggedHeads:
         """`x` [batch, a multiple of kv_heads, ...] by part."""
         sizes = [len(own) for own in self.heads] or [1] * len(self.parts)
         group = x.shape[1] // sum(sizes)
-        order = _order(self.heads, x.device)
-        if order is not None:
-            x = (x if group == 1 else x.unflatten(1, (-1, group))).index_select(1, order)
+        if self.order is not None:
+            x = (x if group == 1 else x.unflatten(1, (-1, group))).index_select(1, self.order)
             x = x if group == 1 else x.flatten(1, 2)
         return list(x.split([size * group for size in sizes], 1))
 
@@ -113,22 +119,10 @@ class RaggedHeads:
 
     def in_order(self, x: Tensor, dim: int) -> Tensor:
         """What was computed part by part, a multiple of kv_heads along `dim`, by the order of heads."""
-        order = _order(self.heads, x.device, back=True)
-        if order is None:
+        if self.back is None:
             return x
-        group = x.shape[dim] // len(order)
-        return x.unflatten(dim, (-1, group)).index_select(dim, order).flatten(dim, dim + 1)
-
-
-@functools.lru_cache(maxsize=4096)
-@torch.inference_mode(False)
-def _order(heads: tuple[tuple[int, ...], ...], device: torch.device, back: bool = False) -> Tensor | None:
-    """KV heads as the parts hold them, or with `back` the place of each; None: in order."""
-    order = [head for own in heads for head in own]
-    if order == sorted(order):
-        return None
-    order = sorted(range(len(order)), key=order.__getitem__) if back else order
-    return torch.tensor(order, device=device)
+        group = x.shape[dim] // len(self.back)
+        return x.unflatten(dim, (-1, group)).index_select(dim, self.back).flatten(dim, dim + 1)
 
 
 def block_of(parts: Sequence[Block]) -> Block:
@@ -190,14 +184,9 @@ def out_of_fixed_buffers(block: Block) -> Block:
     return of_parts(block, lambda part: part.out_of_room() if isinstance(part, FixedSlots) else part)
 
 
-def block_from(done: Compacted, behind: Slots | None = None, *, buckets: bool = True) -> Block:
-    """`stored`, as a layer holds it.
-
-    Args:
-        buckets: heads of like counts lie together, as `in_buckets` has them, where torch attends to them.
-    """
-    parts = stored(done, behind)
-    return in_buckets(parts) if buckets and not done.keys.is_cuda else block_of(parts)
+def block_from(done: Compacted, behind: Slots | None = None) -> Block:
+    """`stored`, as a layer holds it."""
+    return block_of(stored(done, behind))
 
 
 def in_buckets(parts: Sequence[Slots]) -> Block:
@@ -216,9 +205,22 @@ def in_buckets(parts: Sequence[Slots]) -> Block:
             buckets.append([head])
     if len(buckets) == len(parts):
         return block_of(parts)
-    heads = sorted(tuple(sorted(bucket)) for bucket in buckets)
-    joined = [_together([parts[n] for n in own]) for own in heads]
-    return joined[0] if len(joined) == 1 else RaggedHeads(tuple(joined), tuple(heads))
+    heads = tuple(sorted(tuple(sorted(bucket)) for bucket in buckets))
+    joined = tuple(_bucket([parts[n] for n in own]) for own in heads)
+    if len(joined) == 1:
+        return joined[0]
+    order = [head for own in heads for head in own]
+    if order == sorted(order):
+        return RaggedHeads(joined, heads)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    with torch.inference_mode(False):
+        device = parts[0].keys.device
+        return RaggedHeads(joined, heads, torch.tensor(order, device=device), torch.tensor(back, device=device))
+
+
+def _bucket(parts: Sequence[Slots]) -> Slots:
+    joined = _together(parts)
+    return replace(joined, spare=sum(joined.count - part.count for part in parts))
 
 
 def stored(done: Compacted, behind: Slots | None = None) -> list[Slots]:
@@ -277,17 +279,16 @@ def _joined(block: Slots, behind: Slots, heads: slice) -> Slots:
     )
 
 
-def _together(parts: Sequence[Slots], heads: tuple[tuple[int, ...], ...] = ()) -> Slots:
+def _together(parts: Sequence[Slots], back: Tensor | None = None) -> Slots:
     """All heads side by side, those that hold less with empty slots in front.
 
     Args:
-        heads: which KV heads each part holds; empty: one each, in order.
+        back: int64 [kv_heads], where each head is in the parts; None: in order.
     """
-    order = _order(heads, parts[0].keys.device, back=True)
 
     def whole(tensors: Sequence[Tensor], empty: int) -> Tensor:
         x = side_by_side(tensors, 1, empty=empty)
-        return x if order is None else x.index_select(1, order)
+        return x if back is None else x.index_select(1, back)
 
     biases = [part.bias for part in parts if part.bias is not None]
     return Slots(

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvweave.memory.attend import attend
 from kvweave.memory.masks import slot_mask
 
-_FEW = 16  # new slots up to which decoding is assumed, and the least room that is made for more
+FEW = 16  # new slots up to which decoding is assumed, and the least room that is made for more
 
 
 class Room(NamedTuple):
@@ -59,6 +59,8 @@ class Slots:
         has_empty: some slot is empty.
         tail: slots at the end of which `positions`, `mass` and `bias` do not speak: columns from `column` on.
         room: buffers whose first slots these are, or None.
+        spare: slots in front, counted over heads, that hold nothing in any row: room, where heads of like counts lie
+            side by side.
     """
 
     keys: Tensor
@@ -70,6 +72,7 @@ class Slots:
     tail: int = 0
     column: int = 0
     room: Room | None = None
+    spare: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied, saved and sent: the slots, and not the room behind them."""
@@ -82,7 +85,9 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.keys, self.values))
+        batch, kv_heads, slots, _ = self.keys.shape  # room, in front and behind, is not counted
+        entries = batch * (kv_heads * slots - self.spare)
+        return entries * sum(x.shape[3] * x.element_size() for x in (self.keys, self.values))
 
     @property
     def has_positions(self) -> bool:
@@ -101,13 +106,13 @@ class Slots:
     def append(self, keys: Tensor, values: Tensor, column: int) -> "Slots":
         """These slots and new ones; a few are written behind the old ones where there is room for them."""
         new, total = keys.shape[2], self.count + keys.shape[2]
-        if new > _FEW or keys.requires_grad:
+        if new > FEW or keys.requires_grad:
             room = None
             grown = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         else:
             room = self.room
             if room is None or room.keys.shape[2] < total:
-                room = Room.of(self, total + max(_FEW, total // 4))
+                room = Room.of(self, total + max(FEW, total // 4))
             room.write(keys, values, self.count)
             grown = room.keys[:, :, :total], room.values[:, :, :total]
         if self.positions is None:
@@ -238,7 +243,7 @@ class Slots:
 
     def parted(self, count: int) -> "tuple[Slots, Slots]":
         """The first `count` slots, and those behind them."""
-        return self.first(count), self._span(slice(count, None), None)
+        return self.first(count), replace(self._span(slice(count, None), None), spare=0)
 
     def _span(self, span: slice, room: Room | None) -> "Slots":
         slots = self.as_slots()
@@ -247,7 +252,7 @@ class Slots:
     def head(self, number: int) -> "Slots":
         """The slots of one KV head."""
         part = slice(number, number + 1)
-        return self._each(lambda x: x[:, part])
+        return replace(self._each(lambda x: x[:, part]), spare=0)
 
     def _each(self, of: Callable[[Tensor], Tensor]) -> "Slots":
         """With `of` each tensor, and no room."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvweave.methods.needs import Needs
 from kvweave.methods.options import Option, flag, integer, real
-from kvweave.ops.budget import Budget, check_budget, entries, warn_of_one
+from kvweave.ops.budget import Budget, check_budget, entries, kl_target, warn_of_one
 from kvweave.ops.quantize import Quantization
 from kvweave.plan import Plan
 from kvweave.view import LayerView
@@ -30,7 +30,9 @@ class Method:
 
     Attributes:
         budget: entries that stay in each layer: a share of the prompt in (0, 1], tokens as an int, or bytes of
-            keys and values over all layers and the whole batch, such as "256MiB".
+            keys and values over all layers and the whole batch, such as "256MiB"; or what it may cost, such as
+            "auto:kl=0.05": on a model, the smallest whose estimated mean KL from the full cache's own next tokens, in
+            nats, stays under 0.05.
         defer: cut only when that many tokens have been decoded (SPEC 13.1). Methods that score by attention count
             theirs, others simply cut later. A reply that is shorter is never cut. The idea is that of Lookahead
             Q-Cache (2505.20334) and SpecKV (2506.08373).
@@ -78,6 +80,11 @@ class Method:
             value = getattr(self, field)
             if not option.check(value):
                 raise ValueError(option.refusal(field, value, self.name))
+        if kl_target(self.budget) is not None and (self.redecode or self.kl_factor is None):
+            why = "redecode=True" if self.redecode else f"method={self.name}, which has no estimate of what it costs"
+            raise ValueError(
+                f"budget={self.budget!r} is not allowed with {why}: allowed is a number, or weave as it comes"
+            )
         if self.redecode and not self.defer:
             raise ValueError("redecode=True is not allowed with defer=0: nothing is drafted; allowed is defer >= 1")
 
@@ -112,6 +119,20 @@ class Method:
             profile: gives the name of the profile that is shipped for this model, None if there is none.
         """
         return self
+
+    @property
+    def kl_factor(self) -> float | None:
+        """By how much the KL over the next tokens may exceed that over those which the cut waited for; None: unknown.
+
+        With it the budget may be found by what it costs (`kvweave.seam.foresight`).
+        """
+        return None
+
+    def searching(self) -> "Method":
+        """The method as it works while its budget is not found: it waits for tokens, and holds their attention."""
+        if kl_target(self.budget) is None:
+            return self
+        return dataclasses.replace(self, budget=0.5)
 
     def weight_of(self, rows: Tensor) -> Tensor:
         """Weight of the attention of that many decoded tokens against the prompt's own rows' (SPEC 13.1)."""

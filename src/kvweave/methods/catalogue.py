@@ -63,7 +63,7 @@ def markdown() -> str:
     scored = [name for name in list_methods() if issubclass(method_class(name), ScoredMethod)]
     shared = [option for option in ScoredMethod.options() if option[0] not in COMMON]
     lines += ["", _SCORED.format(", ".join(f"`{name}`" for name in scored)), "", *_table(ScoredMethod, shared)]
-    sharing = [name for name in list_methods() if not method_class(name)().needs_heads]
+    sharing = [name for name in list_methods() if not method_class(name)().on_model(lambda: None).needs_heads]
     lines += ["", _LATENTS.format(", ".join(f"`{name}`" for name in sharing))]
     for name in list_methods():
         lines += ["", f"## {name}", "", *_section(method_class(name))]

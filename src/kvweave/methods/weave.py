@@ -142,6 +142,15 @@ class Weave(MergingMethod, ScoredMethod):
         return text.replace(",form=spelled", "") if self._differs else text
 
     @property
+    def kl_factor(self) -> float | None:
+        """Ten, where nothing merges, as was measured on the lab model (docs/RESEARCH.md)."""
+        return 10.0 if self.form == "auto" or (self.defer and not self.merge) else None
+
+    @property
+    def needs_heads(self) -> str:
+        return super().needs_heads if self.merge else super(MergingMethod, self).needs_heads
+
+    @property
     def needs(self) -> Needs:
         return replace(
             super().needs,

@@ -105,7 +105,7 @@ def footprint(
         ValueError: a method that the model does not take.
     """
     built = skeleton(model, dtype)
-    latents.check(method, built)
+    latents.check(method.on_model(lambda: None), built)
     built.set_attn_implementation(_PLANNED)
     with torch.no_grad():
         vision = _vision(model, built, images * batch, image_size)

@@ -12,7 +12,7 @@ from kvweave.ops.brief import brief
 Budget = float | int | str
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_ALLOWED = "a share in (0, 1], tokens as an int >= 1, or bytes such as '256MiB'"
+_ALLOWED = "a share in (0, 1], tokens as an int >= 1, bytes such as '256MiB', or a fidelity such as 'auto:kl=0.05'"
 LEAST = 1e-9  # a share that comes to one entry, however long the prompt
 _MOST = 2**63 - 1  # no cache holds more tokens or bytes
 GUARD = 1e-9  # repairs binary rounding such as 0.29 * 100 = 28.999...96 before a floor
@@ -31,7 +31,8 @@ def check_budget(budget: Budget) -> Budget:
         ValueError: it is not a share in (0, 1], a positive int or a positive number of bytes.
     """
     if isinstance(budget, str):
-        parse_bytes(budget)
+        if kl_target(budget) is None:
+            parse_bytes(budget)
         return budget
     if isinstance(budget, bool) or not isinstance(budget, Real):
         raise TypeError(f"budget={brief(budget)} is not a budget: allowed is {_ALLOWED}")
@@ -50,6 +51,22 @@ def warn_of_one(budget: Budget) -> None:
             frame, level = frame.f_back, level + 1
         said = "budget=1 keeps one token of each prompt: the whole prompt is budget=1.0, a share"
         warnings.warn(said, UserWarning, stacklevel=level)
+
+
+def kl_target(budget: Budget) -> float | None:
+    """The divergence in nats that "auto:kl=0.05" asks for; None: it is another kind of budget.
+
+    Raises:
+        ValueError: it begins with "auto", and goes on otherwise.
+    """
+    if not isinstance(budget, str) or not budget.strip().lower().startswith("auto"):
+        return None
+    match = re.fullmatch(r"\s*auto:kl=([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]{1,3})?)\s*", budget, re.IGNORECASE)
+    if match is None or not 0 < float(match[1]) < math.inf:
+        raise ValueError(
+            f"budget={brief(budget)} is not a budget: allowed is 'auto:kl=' and a number of nats above 0"
+        )
+    return float(match[1])
 
 
 def parse_bytes(text: str) -> int:

@@ -40,6 +40,16 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """Any quantity by any other, both axes logarithmic."""
+
+    title: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+
+
+@dataclass(frozen=True)
 class Dots:
     """Means with intervals, by name."""
 
@@ -84,18 +94,26 @@ def curves(panels: Sequence[Panel], path: Path) -> None:
 
 
 def lengths(lines: Sequence[Curve], path: Path) -> None:
-    """Milliseconds by prompt length, both axes logarithmic."""
-    drawn, (axis,) = _figure(1, 1, (8, 5.2))
-    named = _lines(axis, lines)
-    ticks = sorted({x for line in lines for x in line.x})
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.set_xlim(ticks[0] * 0.95, ticks[-1] * 1.05)
-    axis.set_xlabel("tokens of the prompt")
-    axis.set_ylabel("milliseconds added")
-    _name_ends(axis, named)
+    """Milliseconds by prompt length."""
+    quantities([Lines("", "tokens of the prompt", "milliseconds added", lines)], path)
+
+
+def quantities(panels: Sequence[Lines], path: Path) -> None:
+    """Curves side by side, all axes logarithmic."""
+    drawn, axes = _figure(1, len(panels), (8 if len(panels) == 1 else 6.0 * len(panels), 5.2))
+    for axis, panel in zip(axes, panels, strict=True):
+        named = _lines(axis, panel.curves)
+        ticks = sorted({x for line in panel.curves for x in line.x})
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xlim(ticks[0] * 0.95, ticks[-1] * 1.05)
+        axis.set_title(panel.title, loc="left", fontsize=11)
+        axis.set_xlabel(panel.x)
+        axis.set_ylabel(panel.y)
+        _name_ends(axis, named)
     _save(drawn, path)
 
 
@@ -205,8 +223,8 @@ def _name_ends(axis: Any, drawn: Sequence[tuple[Curve, str]]) -> None:
     gap = 1.2 * _NAME_SIZE / (axis.get_window_extent().height / axis.figure.dpi * 72)
 
     def height(line: Curve) -> float:
-        end = max(zip(line.x, line.y, strict=True))
-        return float(to_axis.transform(end)[1])
+        x, y = max(zip(line.x, line.y, strict=True))
+        return float(to_axis.transform((float(x), float(y)))[1])
 
     ends = sorted((height(line), line.name, colour) for line, colour in drawn)
     places = _apart([place for place, _, _ in ends], gap)

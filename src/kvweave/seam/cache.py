@@ -15,6 +15,7 @@ from kvweave.cut.stream import SINKS, stream_of
 from kvweave.cut.stream_cut import StreamCut
 from kvweave.cut.terms import Pending
 from kvweave.methods.base import Method
+from kvweave.ops.budget import kl_target
 from kvweave.prompt import Prompt
 from kvweave.seam.export import export
 from kvweave.seam.layer import CompressedLayer
@@ -66,6 +67,10 @@ class CompressedCache(Cache):
         layers: list[Any] = list(DynamicCache(config=config).layers)
         places = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in crossed]
         self.shared = Shared(method, layers=len(places), trace=trace, hold=hold, stream=stream)
+        self.target = kl_target(method.budget)  # of the mean KL, where the budget is to be found by what it costs
+        if self.target is not None and (hold or stream is not None):
+            raise ValueError(f"budget={method.budget!r} is not allowed with hold=True or every: allowed is a number")
+        self.steps: list[Any] = []  # of the tokens that it is found by (`kvweave.seam.foresight`)
         self.session: Callable[[], Any] | None = None  # a weak reference to who attached the model that fills it
         for index, place in enumerate(places):
             layers[place] = CompressedLayer(index, self.shared)
@@ -76,7 +81,7 @@ class CompressedCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied, saved and sent: everything but the session that runs here."""
-        return vars(self) | {"session": None}
+        return vars(self) | {"session": None, "steps": []}
 
     def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
         """Write the cache to a file, safetensors without pickle, for `load` in this or another process.
@@ -121,6 +126,7 @@ class CompressedCache(Cache):
         stay as they are. The same cache gives the same file.
 
         Args:
+            path: a file, or a folder, in which the file is named DIGEST.safetensors.
             model: that filled the cache; None: the one that kvweave is attached to.
             row: of a batch; its padding is left out.
             first_token: what the model answered to the prompt, for whoever decodes on; None: a question comes first.
@@ -308,6 +314,11 @@ class CompressedCache(Cache):
         waiting = [layer.prompt_cut.waiting for layer in layers if layer.prompt_cut.waiting is not None]
         if not waiting:
             return
+        if self.target is not None and not self.shared.turn.choice:
+            raise ValueError(
+                f"budget={self.method.budget!r} is found from the first {self.shared.method.defer} tokens of a "
+                f"reply, and {self.decoded} have been decoded: allowed is after them, or a number as the budget"
+            )
         counted, first = self.shared.turn.counted, waiting[0]
         if self.shared.method.pools:  # what decides is known once all layers have been told
             self._cut_together(layers, [layer.due(None, counted) for layer in layers])
@@ -411,15 +422,18 @@ class CompressedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
+        self.steps = []
         self.shared.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self.steps = []
         if self.prompt is not None:
             self.shared.select(torch.arange(self.prompt.valid.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
+        self.steps = []
         self.shared.select(indices)
 
     @property
@@ -429,8 +443,9 @@ class CompressedCache(Cache):
         `layers`: for each layer its length, how many tokens were kept, merged and evicted (means over rows and KV
         heads, they add up to the length), tokens in the heaviest entry, bytes after the cut, flow ratio and scope;
         `rows`: the same for each row of a batch. `totals`: over the compressed layers; `peak_bytes`: most that they
-        held at once. `deferred`: tokens decoded before the cut, None: it has not come. `probes`: how many were asked,
-        their tokens and the seconds that they took.
+        held at once. `auto`: with a budget such as "auto:kl=0.05" its target, and for each row the entries that were
+        chosen, their share and the KL that was estimated. `deferred`: tokens decoded before the cut, None: it has not
+        come. `probes`: how many were asked, their tokens and the seconds that they took.
 
         With `every` all counts are of the whole input, at this moment; `cuts`, `seen` (tokens), `held` and
         `peak_entries` (entries of a KV head on average, now and the most ever), of each layer and of all on average.

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvweave.cut.stream import SINKS, stream_of
 from kvweave.methods.base import Method
 from kvweave.methods.registry import chosen_method
-from kvweave.ops.budget import Budget
+from kvweave.ops.budget import Budget, kl_target
 from kvweave.seam.probes import CHUNK, read_probes
 from kvweave.seam.session import Session, attached_to
 
@@ -66,6 +66,8 @@ def compress(
     chosen, stream = stream_of(chosen, **bounds, trace=trace)
     if stream is not None and probes is not None and not (isinstance(probes, str) and probes == "template"):
         raise ValueError(f"probes={probes!r} is not allowed with every={every}: allowed is 'template'")
+    if probes is not None and kl_target(chosen.budget) is not None:
+        raise ValueError(f"budget={chosen.budget!r} is not allowed with probes: allowed is a number")
     asked = None if probes is None else read_probes(probes, processor, probe_tokens, replay_chunk)
     return Session(model, chosen, visual=visual, trace=trace, probes=asked, processor=processor, bounds=bounds)
 

@@ -9,6 +9,8 @@ of a position: a request of so many tokens, whose keys and values are these, is 
 import hashlib
 import json
 import os
+import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,8 +64,13 @@ def export(
         "method": cache.method.spelling(),
         "model": mark(model),
     }
-    text = json.dumps(known | {"digest": saved.NO_DIGEST}, sort_keys=True)
-    return known | {"digest": saved.write(path, tensors, {HEADER: text})}
+    text, goal = json.dumps(known | {"digest": saved.NO_DIGEST}, sort_keys=True), Path(path)
+    named = goal.is_dir()
+    unnamed = goal / f".{uuid.uuid4().hex}" if named else goal
+    digest = saved.write(unnamed, tensors, {HEADER: text})
+    if named:
+        os.replace(unnamed, goal / f"{digest}.safetensors")
+    return known | {"digest": digest}
 
 
 def mark(model: PreTrainedModel) -> str:

@@ -105,7 +105,8 @@ def check(method: Method, model: Any) -> None:
         return
     kind = type(model).__name__
     if method.needs_heads:
-        allowed = ", ".join(name for name in list_methods() if not method_class(name)().needs_heads)
+        made = {name: method_class(name)().on_model(lambda: None) for name in list_methods()}
+        allowed = ", ".join(name for name, other in made.items() if not other.needs_heads)
         raise ValueError(
             f"{method.needs_heads}, which is not allowed with {kind}: its heads share one latent a token (MLA), "
             f"and whole tokens stay or go; allowed is one of {allowed}"

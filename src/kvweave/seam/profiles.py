@@ -28,7 +28,7 @@ def model_mark(model: PreTrainedModel) -> str:
 
 def working(method: Method, model: PreTrainedModel) -> Method:
     """The method as it works on this model, with the profile that is shipped for it if there is one."""
-    return method.on_model(lambda: shipped_for(model))
+    return method.on_model(lambda: shipped_for(model)).searching()
 
 
 def shipped_for(model: PreTrainedModel) -> str | None:

@@ -28,7 +28,7 @@ def asked(cache: "CompressedCache", ids: Tensor | None) -> Iterator[dict[str, An
     cache.settle()
     cache.cut_waiting()
     inputs = {} if ids is None else _behind(cache, ids)
-    put_back = _remember(cache)
+    put_back = remember(cache)
     cache.shared.turn.freeze()
     try:
         yield inputs
@@ -69,7 +69,7 @@ def _behind(cache: "CompressedCache", ids: Tensor) -> dict[str, Any]:
     return {"input_ids": torch.cat([before, ids], 1), "attention_mask": mask, CACHE: cache}
 
 
-def _remember(cache: "CompressedCache") -> Callable[[], None]:
+def remember(cache: "CompressedCache") -> Callable[[], None]:
     """Returns what makes the cache what it is now.
 
     Compressed layers replace their blocks, and write only behind the slots that a block speaks of: the blocks are

@@ -4,15 +4,25 @@ Keys that come from a compressed layer go to `kvweave.seam.attention`; all other
 function that stood there before. The name stays, because models ask for it: under another one some drop their masks.
 """
 
+import functools
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from kvweave.seam import lookup
 from kvweave.seam.attention import reader_of
+
+if TYPE_CHECKING:
+    from kvweave.seam.session import Session
+
+LOOP = (
+    "attention of {} was called outside of its forward pass, as by a loop over its layers: kvweave does not see such "
+    "a loop's cache, and compresses nothing of it; allowed is to call the model, or the model inside it"
+)
 
 
 def unwrapped(model: Any) -> Any:
@@ -52,7 +62,7 @@ class Reader:
     def __init__(self, base: str) -> None:
         self.base, self.found, self.users = base, lookup.registered(base), 0
         self._own: dict[type, Callable[..., Any]] = {}
-        self.function = reader_of(base, self.found, self.own, passed.note)
+        self.function = reader_of(base, self.found, self.own, _pass_on)
 
     def own(self, kind: type) -> Callable[..., Any]:
         """The function that modules of this class would have called."""
@@ -77,6 +87,25 @@ class _Passed(threading.local):
 
 
 passed = _Passed()
+#: Sessions that compress, by the attention modules of their decoders.
+_WATCHERS: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
+
+
+def _pass_on(module: nn.Module) -> None:
+    """Attention was called with keys that carry no link: of an uncompressed layer, or behind the session's back."""
+    passed.note(module)
+    session = _WATCHERS.get(id(module))
+    if session is not None and not session.running.forwards and not module.training:
+        session.warn("loop", LOOP.format(type(session.base).__name__))
+
+
+def watch(session: "Session") -> list[Callable[[], Any]]:
+    """Tell the session of attention that is called outside of its model's forward pass; returns what undoes it."""
+    modules = [m for m in session.base.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    _WATCHERS.update({id(module): session for module in modules})
+    return [functools.partial(_WATCHERS.pop, id(module), None) for module in modules]
+
+
 _LOCK = threading.Lock()
 _READERS: dict[str, Reader] = {}
 

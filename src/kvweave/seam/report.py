@@ -42,6 +42,8 @@ def described(cache: "CompressedCache") -> dict[str, Any]:
         report |= {name: max(layer[name] for layer in done) for name in ("cuts", "seen")}
         report["held"] = math.ceil(sum(layer["kept"] for layer in done) / len(done))
         report["peak_entries"] = math.ceil(cache.shared.stream.peak)
+    if turn.choice:
+        report["auto"] = turn.choice
     return report | ({"probes": turn.probes} if turn.probes else {})
 
 

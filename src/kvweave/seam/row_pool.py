@@ -216,8 +216,10 @@ def refusal(model: nn.Module, cache: CompressedCache) -> str:
         slots = layer.block.as_slots()
         if slots.bias is not None:
             return "entries have a bias"
-        if slots.has_empty or len(slots.keys) != 1:
-            return "the prompt is padded, or one of several"
+        if len(slots.keys) != 1:
+            return "the prompt is one of several"
+        if slots.has_empty:  # heads that hold less lie padded beside the others
+            return "heads keep different counts"
         counts.add(slots.count)
     return "layers keep different counts" if len(counts) > 1 else ""
 

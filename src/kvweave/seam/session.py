@@ -21,6 +21,7 @@ from kvweave.methods.needs import Needs
 from kvweave.seam import guard, latents, lookup, names, reader
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.filling import begin, check_bias, note_rotary
+from kvweave.seam.foresight import foresee
 from kvweave.seam.frame import Frame
 from kvweave.seam.generate import wrap
 from kvweave.seam.names import Call, Signature
@@ -105,6 +106,8 @@ class Session:
             self._undo += latents.attach(model)
             self.expansions = latents.expansions(model)
             self.implementation = base
+            if self.method is not None:
+                self._undo += reader.watch(self)
             for part in parts:
                 self._hook(part)
             for part in parts:
@@ -217,6 +220,8 @@ class Session:
             cache.shared.turn.note_offsets(names.offsets(self.keepers))
         if running.new > 1 or not running.before:
             cache.shared.turn.note_positions(running.positions, running.before, running.new)
+        if cache.target is not None and not running.aside:
+            foresee(self, part, cache, kwargs, getattr(out, "logits", None))
         if cache.finish_pass(running.new) and not running.aside:
             answer_if_due(self, cache)
 

@@ -48,6 +48,7 @@ class Turn:
         offsets: how far positions have run ahead of columns, where the model keeps that itself (`names.offsets`).
         last_position: position ids of the prompt's last tokens, [..., batch, 1], where the model was given them.
         probes: what answering the probes before the last cut took; empty: there were none.
+        choice: budgets that were found by what they cost (`kvweave.seam.foresight`); empty: none, or not yet.
         rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
         interleaved: how rotary pairs channels.
         positions: int64 [batch, columns], position ids of the columns seen up to the last prompt's end, the farthest
@@ -71,6 +72,7 @@ class Turn:
     offsets: Tensor | None = None
     last_position: Tensor | None = None
     probes: dict[str, Any] = field(default_factory=dict)
+    choice: dict[str, Any] = field(default_factory=dict)
     rotary: tuple[Tensor, Tensor] | None = None
     interleaved: bool = False
     positions: Tensor | None = None
@@ -225,7 +227,7 @@ class Turn:
 
     def observe(self) -> None:
         """A layer has read the whole prompt."""
-        self.deferred, self.probes = None, {}
+        self.deferred, self.probes, self.choice = None, {}, {}
         if self.state is State.FILLING:
             self.state = State.OBSERVED
 
@@ -272,6 +274,10 @@ class Turn:
     def note_probes(self, cost: dict[str, Any]) -> None:
         """The probes were answered; `cost` goes into the report."""
         self.probes = cost
+
+    def note_choice(self, choice: dict[str, Any]) -> None:
+        """A cut has found its budgets; `choice` goes into the report."""
+        self.choice = choice
 
     # ---------------------------------------------------------------- columns and rows go
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,7 +21,8 @@ from kvweave.report.grids import Grid
 from kvweave.seam import names
 from kvweave.serve.body import read_json, unless_gone
 from kvweave.serve.chat import Answer, Inbox, Stream
-from kvweave.serve.engine.job import Job, PromptSource, Source
+from kvweave.serve.contexts import Context, Contexts
+from kvweave.serve.engine.job import Begun, ContextSource, Job, PromptSource, QuestionSource, Source
 from kvweave.serve.engine.loop import Engine
 from kvweave.serve.engine.reply import Reply
 from kvweave.serve.engine.sampling import Sampler
@@ -30,8 +32,9 @@ from kvweave.serve.images import Album
 from kvweave.serve.keys import Keys
 from kvweave.serve.limits import Limits, Offers
 from kvweave.serve.metrics import Metrics
+from kvweave.serve.page import page
 from kvweave.serve.prompts import Prompts
-from kvweave.serve.schema import ChatRequest, parsed
+from kvweave.serve.schema import ChatRequest, ContextRequest, parsed
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _log = logging.getLogger("kvweave.serve")
@@ -82,6 +85,8 @@ class Server:
         limits, offers: what requests may ask for.
         keys: who may ask.
         image_hosts: where images may be fetched from; none: nowhere.
+        data: folder where contexts survive a restart; None: nowhere.
+        context_probes: what the model is asked about a context before it is cut, as `probes` of `kvweave.compress`.
     """
 
     def __init__(
@@ -94,6 +99,8 @@ class Server:
         offers: Offers | None = None,
         keys: Keys | None = None,
         image_hosts: Sequence[str] = (),
+        data: Path | None = None,
+        context_probes: str | None = None,
     ) -> None:
         self.name, self.limits = name, limits or Limits()
         self.offers, self.keys = offers or Offers(), keys or Keys()
@@ -102,6 +109,8 @@ class Server:
         self.fetcher = Fetcher(image_hosts) if image_hosts else None
         self.gate = Gate(self.limits.rows + self.limits.queue)
         self.metrics.open.set_function(lambda: self.gate.inside)
+        self.context_probes = context_probes
+        self.contexts = Contexts(self.limits, data, model, counted=self._count_contexts)
         self._ends = names.listed(getattr(model.generation_config, "eos_token_id", None))
         self._desk = ThreadPoolExecutor(1, "kvweave-prompts")
         self.engine = Engine(
@@ -112,18 +121,22 @@ class Server:
             metrics=self.metrics,
         )
 
+    def _count_contexts(self, number: int, kept: int) -> None:
+        self.metrics.contexts.set(number)
+        self.metrics.context_bytes.set(kept)
+
     # ---------------------------------------------------------------- chat
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        self.keys.owner(request)
+        owner = self.keys.owner(request)
         self.gate.enter()
         answer: Answer | None = None
         streamed: Stream | None = None
         try:
             asked = parsed(ChatRequest, await read_json(request, self.limits))
             self._check(asked)
-            ready = await self._beside(lambda: self._prepare(asked))
+            ready = await self._beside(lambda: self._prepare(asked, owner))
             answer = self._answer(asked, ready)
             self.engine.submit(answer.job)
             await unless_gone(request, answer.begin())
@@ -162,17 +175,31 @@ class Server:
         if name != self.name:
             raise Refusal(404, f"model is not here: allowed is {self.name}", "model", code="model_not_found")
 
-    def _prepare(self, asked: ChatRequest) -> Asked:
+    def _prepare(self, asked: ChatRequest, owner: str) -> Asked:
         """In a thread of its own: images are decoded, words become tokens."""
         own = asked.kvweave
+        if own.context is not None:
+            return self._question(asked, own.context, owner)
         method = self.offers.pick(own.method, own.budget)
         inputs = self.prompts.inputs(asked.messages, Album(self.limits, self.fetcher))
         source = PromptSource(inputs, method)
         self.offers.check(own.budget, source.tokens)
-        most = asked.most or min(self.limits.new_tokens, max(1, self.prompts.positions - source.tokens))
-        self.prompts.check_length(source.tokens, most)
+        most = self._most(asked, source)
         drawn = self.prompts.drawn(inputs, asked.messages) if own.trace else ([], [])
         return Asked(source, method.spelling(), most, *drawn)
+
+    def _question(self, asked: ChatRequest, id: str, owner: str) -> Asked:
+        """A question behind a context."""
+        context, reading = self.contexts.get(id, owner)
+        tokens = self.prompts.question(context.turns, context.text, asked.messages)
+        source = QuestionSource(reading, context.kept // self.engine.proof.token_bytes, tokens)
+        return Asked(source, context.method, self._most(asked, source), context=context.tokens)
+
+    def _most(self, asked: ChatRequest, source: Source) -> int:
+        """Tokens of a reply at most."""
+        most = asked.most or min(self.limits.new_tokens, max(1, self.prompts.positions - source.tokens))
+        self.prompts.check_length(source.tokens, most)
+        return most
 
     def _answer(self, asked: ChatRequest, ready: Asked) -> Answer:
         """What the engine is given.
@@ -187,7 +214,7 @@ class Server:
                 Sampler(asked.temperature, asked.top_p, None if asked.seed is None else asked.seed + n, top),
                 ready.most,
                 self.prompts.decode,
-                self._ends,
+                () if asked.kvweave.ignore_eos else self._ends,
                 asked.stops,
             )
             for n in range(asked.n)
@@ -213,6 +240,71 @@ class Server:
     async def _beside(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._desk, work)
 
+    # ---------------------------------------------------------------- contexts
+
+    async def read(self, request: Request) -> Response:
+        """`POST /v1/contexts`: read once, compress once."""
+        owner = self.keys.owner(request)
+        self.gate.enter()
+        job: Job | None = None
+        try:
+            asked = parsed(ContextRequest, await read_json(request, self.limits))
+            self.check_model(asked.model)
+            source, text, turns = await self._beside(lambda: self._to_read(asked))
+            inbox = Inbox()
+            job = Job(source, [], 0, inbox.put)
+            self.check_memory(job)
+            self.engine.submit(job)
+            begun = await unless_gone(request, inbox.get())
+            assert isinstance(begun, Begun)
+            reading = begun.reading
+            assert reading is not None
+            context = Context(
+                owner=owner,
+                method=source.method.spelling(),
+                tokens=reading.length,
+                whole=begun.whole,
+                kept=reading.nbytes,
+                text=text,
+                turns=turns,
+                position=None if reading.position is None else reading.position.tolist(),
+            )
+            await self._beside(lambda: self.contexts.add(context, reading))
+            return JSONResponse(self._told(context))
+        finally:
+            self.gate.leave()
+            if job is not None:
+                self.engine.leave(job)
+
+    def _to_read(self, asked: ContextRequest) -> tuple[ContextSource, str, list[dict[str, Any]]]:
+        """In a thread of its own, as `_prepare`."""
+        own = asked.kvweave
+        method = self.offers.pick(own.method, own.budget)
+        inputs, text, turns = self.prompts.context(asked.messages, Album(self.limits, self.fetcher))
+        source = ContextSource(inputs, method, self.context_probes, self.prompts.processor)
+        self.offers.check(own.budget, source.tokens)
+        return source, text, turns
+
+    def _told(self, context: Context) -> dict[str, Any]:
+        return context.told(self.name, self.limits.context_seconds)
+
+    async def list_contexts(self, request: Request) -> Response:
+        """`GET /v1/contexts`: one's own."""
+        owner = self.keys.owner(request)
+        found = await self._beside(lambda: self.contexts.all_of(owner))
+        return JSONResponse({"object": "list", "data": [self._told(context) for context in found]})
+
+    async def context(self, request: Request) -> Response:
+        """`GET /v1/contexts/ID`."""
+        owner, id = self.keys.owner(request), request.path_params["id"]
+        return JSONResponse(self._told(await self._beside(lambda: self.contexts.look(id, owner))))
+
+    async def delete_context(self, request: Request) -> Response:
+        """`DELETE /v1/contexts/ID`."""
+        owner, id = self.keys.owner(request), request.path_params["id"]
+        await self._beside(lambda: self.contexts.delete(id, owner))
+        return JSONResponse({"id": id, "object": "context.deleted", "deleted": True})
+
     # ---------------------------------------------------------------- what else is asked
 
     async def models(self, request: Request) -> Response:
@@ -236,6 +328,10 @@ class Server:
             "decoded": f"alone: {self.engine.proof.alone}" if self.engine.proof.alone else "together",
         }
         return {"id": self.name, "object": "model", "created": 0, "owned_by": "kvweave", "kvweave": told}
+
+    async def home(self, request: Request) -> Response:
+        """`GET /`."""
+        return page()
 
     async def health(self, request: Request) -> Response:
         """`GET /health`."""
@@ -261,7 +357,12 @@ class Server:
         """The ASGI application."""
         app = FastAPI(title="kvweave", version=__version__, lifespan=self._life, openapi_url=None)
         routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+            ("GET", "/", self.home),
             ("POST", "/v1/chat/completions", self.chat),
+            ("POST", "/v1/contexts", self.read),
+            ("GET", "/v1/contexts", self.list_contexts),
+            ("GET", "/v1/contexts/{id}", self.context),
+            ("DELETE", "/v1/contexts/{id}", self.delete_context),
             ("GET", "/v1/models", self.models),
             ("GET", "/v1/models/{name:path}", self.model),
             ("GET", "/health", self.health),

@@ -50,8 +50,9 @@ class Prompts:
         turns = self._turns(messages, album)
         return self.fitting(self._refused(lambda: encode(self.processor, turns)))
 
-    def context(self, messages: Sequence[Message], album: Album) -> tuple[Any, str]:
-        """Messages that a question will follow as the model reads them, and as the chat template writes them."""
+    def context(self, messages: Sequence[Message], album: Album) -> tuple[Any, str, list[dict[str, Any]]]:
+        """Messages that a question will follow: as the model reads them, as the chat template writes them, and as it
+        takes them, without what is on the images."""
         turns = self._turns(messages, album)
         text = self._before_question(turns)
         images = [part["image"] for turn in turns for part in turn["content"] if part["type"] == "image"]
@@ -59,13 +60,13 @@ class Prompts:
             inputs = self._refused(lambda: self.processor(images=[images], text=[text], return_tensors="pt"))
         else:
             inputs = self._tokens(text)
-        return self.fitting(inputs), text
+        return self.fitting(inputs), text, self._bare(messages)
 
-    def question(self, context: Sequence[Message], text: str, messages: Sequence[Message]) -> list[int]:
-        """Tokens of messages behind a context that the chat template wrote as `text`."""
+    def question(self, turns: list[dict[str, Any]], text: str, messages: Sequence[Message]) -> list[int]:
+        """Tokens of messages behind a context of these turns, that the chat template wrote as `text`."""
         if any(isinstance(part, ImagePart) for message in messages for part in message.parts):
             raise Refusal(400, "messages: images are not allowed behind a context: it holds them", "messages")
-        whole = self._written(_joined(self._bare(context), self._bare(messages)))
+        whole = self._written(_joined(turns, self._bare(messages)))
         if not whole.startswith(text):
             raise Refusal(400, "messages: the chat template does not write them behind the context", "messages")
         return self._tokens(whole[len(text) :])["input_ids"][0].tolist()

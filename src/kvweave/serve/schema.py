@@ -48,20 +48,24 @@ class Compression(_Part):
 
     Attributes:
         method: one of those that are offered.
-        budget: what stays of the prompt: a share in (0, 1], or tokens.
+        budget: what stays of the prompt: a share in (0, 1], or tokens from 2 on; JSON's 1 is the whole.
         context: the id of a context that the messages are a question about.
         trace: tell which tokens of the prompt are kept.
+        ignore_eos: the model's own end of a reply does not end it, to measure with.
     """
 
     method: str | None = None
-    budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Annotated[int, Field(ge=1)] | None = None
+    budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Annotated[int, Field(ge=2)] | None = None
     context: Annotated[str, Field(max_length=64)] | None = None
     trace: bool = False
+    ignore_eos: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> "Compression":
         if self.context is not None and (self.method is not None or self.budget is not None):
             raise ValueError("method and budget are not allowed beside context, which was compressed before")
+        if self.context is not None and self.trace:
+            raise ValueError("trace is not allowed beside context, which was compressed before")
         return self
 
 
@@ -130,6 +134,8 @@ class ContextRequest(_Part):
     def _is_no_question(self) -> "ContextRequest":
         if self.kvweave.context is not None:
             raise ValueError("kvweave.context is not allowed: a context does not go on from another")
+        if self.kvweave.trace:
+            raise ValueError("kvweave.trace is not allowed: ask with trace and without a context")
         return self
 
 

@@ -18,6 +18,10 @@ class Source(Protocol):
     def tokens(self) -> int:
         """Tokens of the whole, as users count them."""
 
+    @property
+    def fresh(self) -> int:
+        """Those of them that are read now."""
+
     def slots(self, token_bytes: int) -> int:
         """Entries that each head is expected to keep of it, in the mean.
 
@@ -52,6 +56,10 @@ class PromptSource:
     def tokens(self) -> int:
         return int(self.inputs["input_ids"].shape[1])
 
+    @property
+    def fresh(self) -> int:
+        return self.tokens
+
     def slots(self, token_bytes: int) -> int:
         full = self.method.name == "full"
         return self.tokens if full else entries(self.method.budget, self.tokens, token_bytes)
@@ -66,6 +74,30 @@ class PromptSource:
 
     def read(self, model: Any) -> Reading:
         return read_prompt(model, self.inputs, self.method)
+
+
+@dataclass(frozen=True)
+class ContextSource(PromptSource):
+    """A prompt whose question is not known, compressed to be asked about later.
+
+    Attributes:
+        probes: what the model is asked before the cut, as in `kvweave.compress`; None: nothing.
+        processor: for their texts.
+    """
+
+    probes: str | None = None
+    processor: Any = None
+
+    @property
+    def defers(self) -> bool:
+        return False
+
+    def read(self, model: Any) -> Reading:
+        reading = read_prompt(model, self.inputs, self.method, hold=self.probes is not None)
+        if self.probes is not None:
+            reading.cache.compress(self.probes, processor=self.processor)
+        reading.cache.freeze()
+        return reading
 
 
 @dataclass(frozen=True)
@@ -85,6 +117,10 @@ class QuestionSource:
     @property
     def tokens(self) -> int:
         return self.context.length + len(self.question)
+
+    @property
+    def fresh(self) -> int:
+        return len(self.question)
 
     def slots(self, token_bytes: int) -> int:
         return self.held + len(self.question)

@@ -147,7 +147,8 @@ class Engine:
         try:
             reading = job.source.read(self.model)
             whole = job.source.tokens * self.proof.token_bytes
-            self.metrics.prompt(job.source.tokens, whole, monotonic() - started)
+            fresh = job.source.fresh
+            self.metrics.prompt(fresh, fresh * self.proof.token_bytes, monotonic() - started)
             job.emit(Begun(whole, None if job.replies else reading))
             self._tell(job, reading)
             for reply in job.replies:
@@ -163,7 +164,10 @@ class Engine:
             return
         job.told = True
         shares = reading.shares(job.source.tokens) if job.traced else None
-        self.metrics.kept.inc(reading.nbytes)
+        if job.source.fresh == job.source.tokens:  # a question stays whole, and its context was counted before
+            self.metrics.kept.inc(reading.nbytes)
+        else:
+            self.metrics.kept.inc(job.source.fresh * self.proof.token_bytes)
         job.emit(Kept(reading.nbytes, self._alone_because(reading), shares))
 
     def _alone_because(self, reading: Reading) -> str:

@@ -49,14 +49,15 @@ class Reading:
 
 
 @torch.inference_mode()
-def read_prompt(model: Any, inputs: Any, method: Method) -> Reading:
+def read_prompt(model: Any, inputs: Any, method: Method, *, hold: bool = False) -> Reading:
     """Read a prompt by `generate`, which knows how to prepare it, as far as the first token's logits.
 
     Args:
         model: to which kvweave is attached.
         inputs: of one conversation, as `kvweave.models.encode` makes them.
+        hold: it stays whole until `CompressedCache.compress` is called.
     """
-    cache = CompressedCache(model.config, method)
+    cache = CompressedCache(model.config, method, hold=hold)
     seen: list[Tensor | None] = []
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 FORMAT = "kvweave context 1"
 HEADER = "kvweave"  # the header's one text
 MARK = "kvweave.json"  # beside a decoder's weights: which model's contexts it goes on from
+_STAND_IN = 0  # a token that is never embedded
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 24
@@ -70,6 +71,23 @@ def context_of(
     if len(set(prompt[:slots])) != 1:
         raise ContextError("the prompt's first tokens differ: allowed is one token for all of the context's slots")
     return Context(str(path), slots)
+
+
+def request_of(context: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+    """What a request says to go on from a context, as vLLM's completions name it: `prompt` and the rest.
+
+    Args:
+        context: what `cache.export` returned.
+        tokens: that follow it, at least one: a question, or the context's `first_token`.
+    """
+    digest, slots = context["digest"], context["slots"]
+    if not tokens:
+        raise ValueError("tokens=[] is not allowed: allowed is at least one")
+    return {
+        "prompt": [_STAND_IN] * slots + list(tokens),
+        "cache_salt": digest,
+        "kv_transfer_params": {"context": digest, "slots": slots},
+    }
 
 
 def described(path: str) -> dict[str, Any]:

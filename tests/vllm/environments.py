@@ -1,6 +1,6 @@
 """vLLM's tests, each version in a virtual environment of its own: `make test-vllm`.
 
-    python tests/vllm/venv.py [--versions 0.32.0 ...] [pytest's arguments]
+    python tests/vllm/environments.py [--versions 0.32.0 ...] [pytest's arguments]
 
 An environment shares torch and all else with the one that this runs in. vLLM's wheel for CPUs comes without what it
 names: then what it needs, less the readers of sound and film, and less what is shared. It is started as a module: its
