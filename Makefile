@@ -31,7 +31,7 @@ test: $(READY) lint test-kernels  ## style, types, import directions, tests
 test-kernels: $(KERNELS)  ## the Triton kernels, by Triton's interpreter where there is no GPU
 	OMP_NUM_THREADS=1 .venv-kernels/bin/python -m pytest tests/kernels
 
-test-all: $(READY)  ## every model type of transformers that can be built tiny: untouched to the bit (10 minutes)
+test-all: $(READY)  ## every model type of transformers that can be built tiny: untouched to the bit (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/all
 
 test-versions: $(READY)  ## the seam's tests on the oldest and the newest transformers (a venv each, sharing torch)
@@ -90,7 +90,7 @@ docs: $(READY)  ## docs/METHODS.md from the registry, then the site, its links c
 	$(BIN)/python -m kvweave.methods.catalogue > docs/METHODS.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-models: $(READY)  ## docs/MODELS.md: every model type of transformers, tiny (10 minutes)
+models: $(READY)  ## docs/MODELS.md: every model type of transformers, tiny (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models > docs/MODELS.md
 
 generation: $(BITS)  ## docs/GENERATION.md: every way to generate, against the masked full cache (a minute)

@@ -79,7 +79,6 @@ UNSET = (
     "num_experts",
     "top_k_experts",
     "moe_intermediate_size",
-    "sliding_window",
 )
 MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
 #: Fields of some types; a dictionary goes to the part of that name.
@@ -114,6 +113,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vision_config": {"hidden_size": 64},
     },
     "hunyuan_vl": _AXES,
+    "step3p7": {"text_config": {"sliding_window": 6}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1]}},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,

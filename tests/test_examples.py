@@ -23,6 +23,8 @@ SAID = {
     "manual_loop": ["blue (right: blue)", "431 tokens in 86 entries"],
     "own_method": ["longest_keys:budget=0.5,recent=8: ", "431 tokens in 215 entries", "snapkv:budget=0.5: blue"],
     "pipeline": ["image #10 ?  blue (right: blue)", "431 tokens in 86 entries"],
+    "stream": ["720 tokens read, never more than 192 entries held, 10 cuts"],
+    "serving_client": ["blue 8 (right: blue 8)", "122,880 of 307,200 bytes kept"],
     "saved_context": ["421 tokens in ", "blue (right: blue)"],
 }  # fmt: skip
 

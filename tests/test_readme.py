@@ -1,6 +1,8 @@
 """The Python in README runs, one block after the other, with the embedded model in the place of a large one."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,11 @@ def test_readme_runs_as_it_stands(names):
             exec(block, given)
             session = given.get("session")
             assert session is None or session.report["totals"]["kept"] > 0
+
+
+def test_one_import_is_enough_for_what_readme_uses():
+    said = (
+        "import kvweave; print(kvweave.models.load.__name__, kvweave.lab.example.__name__, kvweave.methods.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["load", "example", "kvweave.methods"]

@@ -55,6 +55,7 @@ def compress_tensors(
     """
     if kl_target(method.budget) is not None:
         raise ValueError(f"budget={method.budget!r} is found by decoding: allowed without a model is a number")
+    method = method.without_model
     prompt = checked(method, queries, keys, values, visual, valid, rotary, decoded, probed=probed)
     batch, _, length, dim = keys[0].shape
     lengths = [length] * batch if valid is None else prompt.lengths

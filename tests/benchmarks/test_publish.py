@@ -70,7 +70,7 @@ def test_results_go_where_readers_look(tmp_path: Path):
     assert (tmp_path / "docs" / "images" / "large-flowmm-fig4.png").exists()
     assert results.index("](images/smol-flowmm-table1.png)") < results.index("](images/flowmm-table1.png)")
     assert (tmp_path / "docs" / "images" / "smol-flowmm-table1.png").exists()
-    assert "Not measured on `smol`: flowmm:table2, flowmm:table3," in results
+    assert "Not measured on it yet: flowmm:table2, flowmm:table3," in results
     publish(*folders, tmp_path)
     assert (tmp_path / "README.md").read_text() == readme
 

@@ -202,9 +202,10 @@ def test_decoded_tokens_that_do_not_fit_are_refused():
 
 
 def test_the_wrapper_defers_as_what_it_wraps():
-    assert kvweave.Quantized(kvweave.Weave()).defer == 2
+    assert kvweave.Quantized(kvweave.Weave(form="spelled")).defer == 2
+    assert kvweave.Quantized(kvweave.Weave()).defer == kvweave.Weave().defer == 8
     assert kvweave.Quantized(kvweave.SnapKV(), defer=3).method.defer == 3
-    assert replace(kvweave.Quantized(kvweave.Weave()), defer=0).method.defer == 0
+    assert replace(kvweave.Quantized(kvweave.Weave()), defer=0).method == kvweave.Weave(defer=0)
     spelled = kvweave.parse_method("quantized:method=snapkv,defer=4,defer_weight=0.5,bits=8")
     assert (spelled.defer, spelled.defer_weight, spelled.bits) == (4, 0.5, 8)
     assert kvweave.method_from_dict(spelled.to_dict()) == spelled

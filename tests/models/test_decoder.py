@@ -101,7 +101,7 @@ def test_the_tokenizer_and_the_stops_are_written_too(tmp_path, kind):
 
 def test_a_tokenizer_that_would_be_read_otherwise_is_refused(tmp_path):
     model, processor = models.load("lab")
-    with pytest.raises(models.ModelError, match="read back as a Qwen2Tokenizer, which encodes otherwise"):
+    with pytest.raises(models.ModelError, match="read back as a Qwen2Tokenizer, and encodes otherwise"):
         models.export_decoder(model, tmp_path / "decoder", processor)
     assert not list(tmp_path.iterdir())
     assert models.export_decoder(model, tmp_path / "decoder")["model"] == "Qwen2ForCausalLM"

@@ -863,9 +863,10 @@ def test_short_prompts(name, length):
     """Shorter than every window; a prompt of one token stays whole."""
     model = text_model()
     inputs = text_inputs((length,), images=())
-    plain = decode(model, inputs)[1]
-    with kvweave.compress(model, method_named(name, 0.5)) as session:
-        logits = decode(model, inputs)[1]
+    method = method_named(name, 0.5)
+    plain = decode(model, inputs, 4 + method.defer)[1]
+    with kvweave.compress(model, method) as session:
+        logits = decode(model, inputs, 4 + method.defer)[1]
     assert torch.equal(logits[:, 0], plain[:, 0])
     if name == "full" or length == 1:
         assert torch.equal(logits, plain)
@@ -879,8 +880,9 @@ def test_short_prompts(name, length):
 def test_prompts_of_any_modality(name, images):
     model = vision_model()
     inputs = text_inputs((24,), images=images)
-    with kvweave.compress(model, method_named(name, 0.25)) as session:
-        decode(model, inputs)
+    method = method_named(name, 0.25)
+    with kvweave.compress(model, method) as session:
+        decode(model, inputs, 4 + method.defer)
     kept = sum(int(kept_counts(layer, 24).sum()) for layer in session.cache.layers)
     assert kept == 2 * 2 * (24 if name == "full" else 6)  # layers, heads
     for layer in session.cache.layers:

@@ -298,7 +298,8 @@ REFUSED = {
         "d2o flashcache meda pyramidkv tgv vlcache",
     ),
     "heads": (r"KV heads of layer \d keep .* entries; allowed is a method that keeps as many", "adakv kvzip"),
-    "biases": ("entries of layer 0 add a bias to their logits", "match weave weave2"),
+    "pooled": (r"(layers|KV heads of layer \d) keep .* entries; allowed is a method that keeps as many", "weave"),
+    "biases": ("entries of layer 0 add a bias to their logits", "match weave2"),
 }
 WHY = {name: message for message, names in REFUSED.values() for name in names.split()}
 

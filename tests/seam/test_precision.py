@@ -90,6 +90,7 @@ def test_a_cache_filled_in_inference_mode_is_used_outside(first, second, method)
             if first == "reserved":
                 cache.reserve(8)
             cache.reorder_cache(torch.tensor([1, 0]))
+            ids = ids.flip(0)
         if second == "generate":
             cache.settle()
             ids = torch.cat([ids, words(2, 6)], 1)

@@ -78,7 +78,9 @@ def test_what_comes_back_goes_on_as_the_cache_would_have(method, way):
 def test_a_file_holds_what_the_cache_holds_and_no_room():
     model = text_model("llava")
     cache = filled(model, METHODS["snapkv"], steps=9, lengths=(900,))
-    assert len(pickle.dumps(cache)) < 1.2 * cache.report["totals"]["bytes"] + 20_000
+    assert (
+        len(pickle.dumps(cache)) < 1.2 * cache.report["totals"]["bytes"] + 30_000
+    )  # 16 bytes a token are its id and its position
 
 
 def _child(caches, answers):

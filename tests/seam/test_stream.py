@@ -402,6 +402,31 @@ def test_a_stream_is_cropped_into_its_memory_reset_and_frozen():
     assert cache.report["held"] == held + 30
 
 
+def test_a_question_is_asked_behind_a_stream_and_forgotten():
+    """Nothing is cut for it. Its own tokens are not enough for `question(ids)`: a stream keeps no list of all ids."""
+    (model, cache), (before, after) = stream(MERGING["flowmm"]), halves()
+    other = kvweave.CompressedCache(model.config, MERGING["flowmm"], every=EVERY)
+    with kvweave.attach(model):
+        for one in (cache, other):
+            read(model, one, before)
+        with cache.question():
+            mask = torch.cat([before[-1]["attention_mask"], torch.ones(2, 20, dtype=torch.long)], 1)
+            read(model, cache, [{"input_ids": words(2, 20), "attention_mask": mask, "position_ids": None}])
+            assert cache.get_seq_length() == other.get_seq_length() + 20
+        with pytest.raises(ValueError, match="tokens before the question are not known"), cache.question(words(2, 3)):
+            pass
+        assert torch.equal(read(model, cache, after), read(model, other, after))
+    assert cache.report == other.report
+
+
+def test_a_stream_is_not_exported(tmp_path):
+    model, cache = stream(EVICTION["snapkv"])
+    with kvweave.attach(model):
+        read(model, cache, passes(SIZES))
+    with pytest.raises(ValueError, match="export is not allowed with every=6"):
+        cache.export(tmp_path / "stream", model)
+
+
 def test_positions_past_what_the_model_was_trained_on_are_warned_of_once():
     model = text_model(max_position_embeddings=30)
     with warnings.catch_warnings(record=True) as said:

@@ -49,7 +49,7 @@ def conversation(model, method):
             logits.append(torch.stack(out.logits, 1))
             reports.append(session.report)
             cache = session.cache
-            ids = torch.cat([ids, words(2, 4, seed=30), words(2, 7, seed=40)], 1)
+            ids = torch.cat([out.sequences, words(2, 7, seed=40)], 1)
             mask = torch.cat([mask, torch.ones(2, 11, dtype=torch.long)], 1)
     return torch.cat(logits, 1), reports
 

@@ -120,7 +120,8 @@ def _undeferred(method: Method) -> Method:
 def _spelled(method: Method, option: str) -> bool:
     """The option was given; where nobody noted that, it differs from its default."""
     default = next(field.default for field in fields(method) if field.name == option)
-    return getattr(method, option) != default and option in getattr(method, "_given", {option})
+    said = getattr(method.without_model, option)
+    return said != default and option in getattr(method, "_given", {option})
 
 
 def _check(method: Method, every: int, total: int | None) -> None:

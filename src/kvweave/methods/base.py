@@ -134,6 +134,11 @@ class Method:
             return self
         return dataclasses.replace(self, budget=0.5)
 
+    @property
+    def without_model(self) -> "Method":
+        """The method as `compress_tensors` runs it: what its options leave to a model, without one."""
+        return self
+
     def weight_of(self, rows: Tensor) -> Tensor:
         """Weight of the attention of that many decoded tokens against the prompt's own rows' (SPEC 13.1)."""
         return rows / (rows + 4) if self.defer_weight is None else torch.full_like(rows, self.defer_weight)

@@ -59,10 +59,11 @@ class Weave(MergingMethod, ScoredMethod):
     engines that hold equal counts and add no biases; `form=lent,recent=16` changes what is spelled.
 
     Without a model (`kvweave.compress_tensors`), and wherever another option is spelled, it is SPEC 13.3, with the
-    defaults below; `form=spelled` is that on a model, all defaults. The prompt stays whole for `defer` tokens, whose
-    attention is counted beside that of the prompt's last rows; with probes, the attention of their answers and the
-    largest of the prompt's own is counted instead. Important pivots are never blurred; the others take up everything
-    else, and weigh in decoding as many tokens as they stand for.
+    defaults below; `form=spelled` is that on a model, all defaults. `Weave(0.2).defer` and the others tell what it
+    does on one. The prompt stays whole for `defer` tokens, whose attention is counted beside that of the prompt's
+    last rows; with probes, the attention of their answers and the largest of the prompt's own is counted instead.
+    Important pivots are never blurred; the others take up everything else, and weigh in decoding as many tokens as
+    they stand for.
     """
 
     keeps_by = "attention from the first decoded tokens and the last rows"
@@ -104,12 +105,17 @@ class Weave(MergingMethod, ScoredMethod):
 
     def __post_init__(self) -> None:
         given, form = self._given, self.form  # type: ignore[attr-defined]
-        if form in [*FORMS]:
-            for name, value in FORMS[form].items():
+        if form == "auto" and (("form" in given or given <= _FREE) and (self._is({}) or self._is(FORMS["lent"]))):
+            for name, value in FORMS["lent"].items():
+                object.__setattr__(self, name, value)
+        else:
+            if form == "auto" and given >= {"form", *FORMS["lent"]}:  # one that was left to a model, with a change
+                for name, value in FORMS["lent"].items():
+                    if getattr(self, name) == value:
+                        object.__setattr__(self, name, self._default(name))
+            for name, value in FORMS.get(form, {}).items():
                 if name not in given and (self.defer or name != "temperature"):
                     object.__setattr__(self, name, value)
-            form = "spelled"
-        elif form == "auto" and ((given - _FREE and "form" not in given) or self._differs):
             form = "spelled"
         object.__setattr__(self, "form", form)
         super().__post_init__()
@@ -123,11 +129,17 @@ class Weave(MergingMethod, ScoredMethod):
                 "allowed is defer >= 1"
             )
 
-    @property
-    def _differs(self) -> bool:
-        """An option is not the default, which leaves nothing to a model."""
+    def _default(self, name: str) -> Any:
+        return self.__dataclass_fields__[name].default
+
+    def _is(self, form: dict[str, Any]) -> bool:
+        """All options but those that leave the form open are as it has them, or else the defaults."""
         own = (field for field in dataclasses.fields(self) if field.name not in _FREE)
-        return any(getattr(self, field.name) != field.default for field in own)
+        return all(getattr(self, field.name) == form.get(field.name, field.default) for field in own)
+
+    @property
+    def without_model(self) -> "Weave":
+        return Weave(self.budget, form="spelled", redecode=self.redecode) if self.form == "auto" else self
 
     def on_model(self, profile: Callable[[], str | None]) -> "Weave":
         if self.form != "auto":
@@ -138,8 +150,10 @@ class Weave(MergingMethod, ScoredMethod):
 
     def spelling(self) -> str:
         """Without the form where other options say it."""
+        if self.form == "auto":
+            return super(Weave, self.without_model).spelling().replace(",form=spelled", "")
         text = super().spelling()
-        return text.replace(",form=spelled", "") if self._differs else text
+        return text if self._is({}) else text.replace(",form=spelled", "")
 
     @property
     def kl_factor(self) -> float | None:

@@ -107,7 +107,13 @@ class Wrapper(Method):
         return f"{self.name}:" + ",".join([f"method={name}", *changed, options])
 
     def on_model(self, profile: Callable[[], str | None]) -> "Wrapper":
-        inside = self.method.on_model(profile)
+        return self._around(self.method.on_model(profile))
+
+    @property
+    def without_model(self) -> "Wrapper":
+        return self._around(self.method.without_model)
+
+    def _around(self, inside: Method) -> "Wrapper":
         whole: dict[str, Any] = dict.fromkeys(_SHARED)  # the inner method's own
         return self if inside is self.method else dataclasses.replace(self, method=inside, **whole)
 

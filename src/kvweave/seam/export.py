@@ -42,11 +42,15 @@ def export(
     """Write one row of `cache`, which belongs to `model`; see `CompressedCache.export`."""
     if first_token is not None and type(first_token) is not int:
         raise ValueError(f"first_token={first_token!r} is not allowed: allowed is a token's id, or None")
+    if cache.shared.stream is not None:
+        raise ValueError(
+            f"export is not allowed with every={cache.shared.stream.every}: allowed is a cache without it"
+        )
     number = _row(cache, row)
     valid = _settled(cache)
     entries = [_entries(layer, place, number, valid) for place, layer in enumerate(cache.layers)]
     slots = _slots(entries)
-    positions = cache.shared.turn.positions_of(valid.shape[1])
+    positions = cache.shared.turn.places.of(valid.shape[1])
     if positions is None:
         raise ValueError("export: the position of the next token is not known; allowed is a cache filled by a model")
     following = int(positions[number].max()) + 1

@@ -128,7 +128,7 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
         begin_stream(session, shared.stream, seen + new)
     elif prompted and session.asks(shared.needs):
         turn.hold()
-    if (turn.on_request or prompted) and not running.aside:
+    if (turn.on_request or prompted) and not running.aside and shared.stream is None:
         turn.append_ids(call.ids, seen)
     cache.session = weakref.ref(session)
     drafts = turn.state is State.WAITING and shared.method.redecode and not turn.on_request

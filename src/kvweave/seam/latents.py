@@ -88,7 +88,8 @@ def _linking(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tens
         keys, values = expand(latents, rotary_keys)
         link: Link | None = getattr(latents, "_kvweave", None)
         if link is not None:
-            keys._kvweave = Link(link.layer, Expanded(link.block, (keys, values)), False)  # type: ignore[attr-defined]
+            linked: Any = keys
+            linked._kvweave = Link(link.layer, Expanded(link.block, (keys, values)), False)
         return keys, values
 
     return linking

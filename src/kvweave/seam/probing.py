@@ -166,7 +166,7 @@ def _answer(model: nn.Module, cache: CompressedCache, asked: _Pass) -> int:
 
 def _first(model: nn.Module, cache: CompressedCache, asked: _Pass) -> dict[str, Any]:
     """The inputs of the pass."""
-    turn, last, tokens = cache.shared.turn, cache.shared.turn.last_position, asked.tokens
+    turn, last, tokens = cache.shared.turn, cache.shared.turn.places.last, asked.tokens
     assert turn.prompt is not None
     step: dict[str, Any] = {"input_ids": tokens, CACHE: cache, "use_cache": True, "return_dict": True}
     if "logits_to_keep" in Signature.of(model).parameters:

@@ -20,7 +20,7 @@ def resume(session: "Session", request: Request) -> None:
     samples repeat the cache's rows.
 
     Raises:
-        ValueError: the tokens do not begin with those that the cache has read, or pictures of both kinds are given.
+        ValueError: there are no more tokens than the cache has read, or pictures of both kinds are given.
     """
     cache = request.cache
     if not isinstance(cache, CompressedCache) or cache.prompt is None:
@@ -34,24 +34,25 @@ def resume(session: "Session", request: Request) -> None:
             f"the cache has read {seen} tokens, and input_ids are {request.length}: allowed is the whole "
             "conversation, or inside `with cache.question(ids) as inputs:` those inputs"
         )
-    names.set_offsets(session.keepers, turn.offsets)
+    names.set_offsets(session.keepers, turn.places.ahead)
     if request.ids.shape[1] == request.length:  # else it is what is new alone, with a mask of all
-        _check_beginning(request.ids, turn.ids, cache.prompt.valid[:, :seen])
+        _check_beginning(session, request.ids, turn.ids, cache.prompt.valid[:, :seen])
         _drop_what_was_read(session, request, seen)
     _repeat_rows(request, cache)
 
 
-def _check_beginning(ids: Tensor, known: Tensor | None, valid: Tensor) -> None:
-    """`ids` [batch, columns] begin with the tokens that are `known` of the cache."""
+def _check_beginning(session: "Session", ids: Tensor, known: Tensor | None, valid: Tensor) -> None:
+    """Warn where `ids` [batch, columns] do not begin with the tokens that are `known` of the cache."""
     if known is None or ids.shape[0] != known.shape[0]:
         return
     columns = min(known.shape[1], valid.shape[1])
     ours, theirs = known[:, :columns], ids[:, :columns].to(known.device)
     wrong = ((ours != theirs) & valid[:, :columns].to(known.device)).any(0)
     if bool(wrong.any()):
-        raise ValueError(
+        session.warn(
+            "beginning",
             f"input_ids differ from the tokens that the cache has read, from column {int(wrong.int().argmax())} on: "
-            "allowed is the same conversation with more behind it, or another cache"
+            "the reply goes by what the cache has read",
         )
 
 

@@ -25,6 +25,7 @@ from kvweave.ops.statistics import AttentionRule, Flow
 from kvweave.prompt import Prompt
 from kvweave.seam.latents import Expansion, expansions, introduce
 from kvweave.seam.layer import CompressedLayer
+from kvweave.seam.places import Places
 from kvweave.seam.turn import State, Turn
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _KINDS: dict[str, type] = {
         RaggedHeads,
         Packed,
         Quantization,
+        Places,
         Prompt,
         PromptCut,
         Stream,

@@ -216,14 +216,22 @@ class Session:
         if out is None or running.fixed:
             return  # the forward pass raised, or changed tensors alone
         guard.check(self, cache, kwargs, out)
-        if running.new != 1:
-            cache.shared.turn.note_offsets(names.offsets(self.keepers))
-        if running.new > 1 or not running.before:
-            cache.shared.turn.note_positions(running.positions, running.before, running.new)
+        self._note_places(cache)
         if cache.target is not None and not running.aside:
             foresee(self, part, cache, kwargs, getattr(out, "logits", None))
         if cache.finish_pass(running.new) and not running.aside:
             answer_if_due(self, cache)
+
+    def _note_places(self, cache: CompressedCache) -> None:
+        """What the pass told of positions; nothing may grow with a stream, which has no end."""
+        running, turn = self.running, cache.shared.turn
+        if turn.prompt is None:
+            return
+        like = turn.prompt.valid
+        if running.new != 1:
+            turn.places.note_ahead(names.offsets(self.keepers), len(like))
+        if cache.shared.stream is None and (running.new > 1 or not running.before):
+            turn.places.note(running.positions, running.before, running.new, like)
 
     # ------------------------------------------------------------ probes
 

@@ -7,6 +7,7 @@
 A further prompt fills the same turn anew; `Shared.reset` makes a new one. No code but this writes a turn's fields.
 """
 
+from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from kvweave.ops.device import writable
 from kvweave.ops.rotary import paired_tables
 from kvweave.prompt import Prompt
+from kvweave.seam.places import Places
 
 
 class State(Enum):
@@ -45,14 +47,11 @@ class Turn:
         probe: tokens of the probe that is being answered, and of the answer at most; zeros: none is.
         ids: int64 [batch, columns], the prompt's tokens, as far as they were given without a gap; of a conversation
             that is held all.
-        offsets: how far positions have run ahead of columns, where the model keeps that itself (`names.offsets`).
-        last_position: position ids of the prompt's last tokens, [..., batch, 1], where the model was given them.
+        places: what is known of positions.
         probes: what answering the probes before the last cut took; empty: there were none.
         choice: budgets that were found by what they cost (`kvweave.seam.foresight`); empty: none, or not yet.
         rotary: (cos, sin), [batch, columns, rotary_dim] each, of everything seen, where the method turns keys.
         interleaved: how rotary pairs channels.
-        positions: int64 [batch, columns], position ids of the columns seen up to the last prompt's end, the farthest
-            of their axes; tokens decoded behind them go on by one each. None: not known.
         cut: bool [batch, columns], tokens that the last cut took for real: no slot of a layer that was cut stands
             for another column before its end; None: nothing was cut.
         shown: the mask shows every column that a slot stands for; None: nobody has looked since it may have changed.
@@ -69,13 +68,11 @@ class Turn:
     deferred: int | None = None
     probe: tuple[int, int] = (0, 0)
     ids: Tensor | None = None
-    offsets: Tensor | None = None
-    last_position: Tensor | None = None
+    places: Places = field(default_factory=Places)
     probes: dict[str, Any] = field(default_factory=dict)
     choice: dict[str, Any] = field(default_factory=dict)
     rotary: tuple[Tensor, Tensor] | None = None
     interleaved: bool = False
-    positions: Tensor | None = None
     cut: Tensor | None = None
     shown: bool | None = None
     sees_all: bool = False
@@ -84,6 +81,10 @@ class Turn:
     def __getstate__(self) -> dict[str, Any]:
         """What is copied, saved and sent: memory that another process may share is not written to."""
         return vars(self) | {"counted": None if self.counted is None else self.counted.clone()}
+
+    def __copy__(self) -> "Turn":
+        """One that goes its own way."""
+        return Turn(**self.__getstate__() | {"places": copy(self.places)})
 
     @property
     def frozen(self) -> bool:
@@ -120,7 +121,7 @@ class Turn:
             seen: columns before.
             generating: inside a `generate` that knows its prompt, whose mask only grows by what it adds.
             masked: with a mask that `prompt` does not speak of.
-            last_position: as in the attribute; noting: note it whatever is filled.
+            last_position: of the prompt's last tokens; noting: note it whatever is filled.
             narrow: the model may make a mask of the new columns alone, where it hides no slot.
         """
         self.prompt = prompt
@@ -129,7 +130,7 @@ class Turn:
         self.look(decoding=generating and ended is not None and seen >= ended, masked=masked)
         self.narrow = narrow and not masked and self._shows_slots(prompt.valid[:, :seen])
         if noting or (self.on_request and prompted):
-            self.last_position = last_position
+            self.places.last = last_position
         if end is not None and not self.frozen:
             self.end = end
             if prompted:
@@ -151,12 +152,6 @@ class Turn:
         else:
             self.ids = ids if not seen or before is None else torch.cat([before.to(ids.device), ids], 1)
 
-    def note_offsets(self, offsets: Tensor | None) -> None:
-        """How far positions have run ahead of columns, [rows, 1], of the rows that `generate` was given."""
-        if offsets is not None and self.prompt is not None:
-            offsets = offsets.repeat_interleave(len(self.prompt.valid) // len(offsets), 0)
-        self.offsets = offsets
-
     def append_rotary(self, cos: Tensor, sin: Tensor, seen: int, *, interleaved: bool) -> None:
         """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `seen` columns."""
         tables = [paired_tables(table, interleaved=interleaved) for table in (cos, sin)]
@@ -169,32 +164,6 @@ class Turn:
     def recall_rotary(self, tables: tuple[Tensor, Tensor] | None, *, interleaved: bool) -> None:
         """The tables of everything seen, as another cache noted them."""
         self.rotary, self.interleaved = tables, interleaved
-
-    def note_positions(self, given: Tensor | None, seen: int, new: int) -> None:
-        """Note a pass's position ids, [..., batch or 1, new], behind `seen` columns; None: those of the columns."""
-        assert self.prompt is not None
-        device = self.prompt.valid.device
-        if given is None:
-            given = torch.arange(seen, seen + new, device=device)[None]
-        elif given.dim() > 2:
-            given = given[-3:].amax(0)  # time, height and width; a fourth axis, in front, counts columns
-        given = given.to(device).expand(len(self.prompt.valid), -1)
-        before = self.positions_of(seen)
-        if seen:
-            self.positions = None if before is None else torch.cat([before, given], 1)
-        else:
-            self.positions = given
-
-    def positions_of(self, columns: int) -> Tensor | None:
-        """The positions of the first `columns`, [batch, columns], those of decoded tokens written out."""
-        known = self.positions
-        if known is None:
-            return None
-        behind = columns - known.shape[1]
-        if behind <= 0:
-            return known[:, :columns]
-        further = torch.arange(1, behind + 1, device=known.device)
-        return torch.cat([known, known.amax(1, keepdim=True) + further], 1)
 
     def look(self, *, decoding: bool, masked: bool) -> None:
         """Find out whether a decoded token may go without the model's mask: read from the device once a prompt.
@@ -290,8 +259,7 @@ class Turn:
                 self.state = State.CUT if self.state is State.WAITING else self.state
         if self.cut is not None:
             self.cut = self.cut[:, :length]
-        if self.positions is not None:
-            self.positions = self.positions[:, :length]
+        self.places.crop(length)
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order."""
@@ -303,8 +271,5 @@ class Turn:
         self.counted = None if self.counted is None else of(self.counted)
         self.cut = None if self.cut is None else of(self.cut)
         self.ids = None if self.ids is None else of(self.ids)
-        self.positions = None if self.positions is None else of(self.positions)
-        self.offsets = None if self.offsets is None else of(self.offsets)
-        if self.last_position is not None:
-            self.last_position = self.last_position[..., rows.to(self.last_position.device), :]
+        self.places.select(rows)
         self.rotary = None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1]))

@@ -1,0 +1,65 @@
+"""The positions of the columns that a cache has seen, as far as models tell them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Places:
+    """What forward passes told of positions; tokens decoded behind a prompt go on by one each.
+
+    Attributes:
+        ids: int64 [batch, columns], position ids of the columns seen up to the last prompt's end, the farthest of
+            their axes. None: not known.
+        last: position ids of the prompt's last tokens, [..., batch, 1], where the model was given them.
+        ahead: [batch, 1], how far positions have run ahead of columns, where the model keeps that itself
+            (`names.offsets`).
+    """
+
+    ids: Tensor | None = None
+    last: Tensor | None = None
+    ahead: Tensor | None = None
+
+    def note(self, given: Tensor | None, seen: int, new: int, like: Tensor) -> None:
+        """Note a pass's position ids, [..., batch or 1, new], behind `seen` columns; None: those of the columns.
+
+        Args:
+            like: of the batch that it is, on its device.
+        """
+        if given is None:
+            given = torch.arange(seen, seen + new, device=like.device)[None]
+        elif given.dim() > 2:
+            given = given[-3:].amax(0)  # time, height and width; a fourth axis, in front, counts columns
+        given = given.to(like.device).expand(len(like), -1)
+        before = self.of(seen)
+        if seen:
+            self.ids = None if before is None else torch.cat([before, given], 1)
+        else:
+            self.ids = given
+
+    def of(self, columns: int) -> Tensor | None:
+        """The positions of the first `columns`, [batch, columns], those of decoded tokens written out."""
+        known = self.ids
+        if known is None:
+            return None
+        behind = columns - known.shape[1]
+        if behind <= 0:
+            return known[:, :columns]
+        further = torch.arange(1, behind + 1, device=known.device)
+        return torch.cat([known, known.amax(1, keepdim=True) + further], 1)
+
+    def note_ahead(self, ahead: Tensor | None, rows: int) -> None:
+        """As in the attribute, [prompts, 1], of those that `generate` was given, each repeated to `rows` in all."""
+        self.ahead = None if ahead is None else ahead.repeat_interleave(rows // len(ahead), 0)
+
+    def crop(self, length: int) -> None:
+        """Forget the columns from `length` on."""
+        self.ids = None if self.ids is None else self.ids[:, :length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in that order."""
+        self.ids = None if self.ids is None else self.ids[rows.to(self.ids.device)]
+        self.ahead = None if self.ahead is None else self.ahead[rows.to(self.ahead.device)]
+        self.last = None if self.last is None else self.last[..., rows.to(self.last.device), :]
