@@ -104,20 +104,7 @@ class Weave(MergingMethod, ScoredMethod):
         return made
 
     def __post_init__(self) -> None:
-        given, form = self._given, self.form  # type: ignore[attr-defined]
-        if form == "auto" and (("form" in given or given <= _FREE) and (self._is({}) or self._is(FORMS["lent"]))):
-            for name, value in FORMS["lent"].items():
-                object.__setattr__(self, name, value)
-        else:
-            if form == "auto" and given >= {"form", *FORMS["lent"]}:  # one that was left to a model, with a change
-                for name, value in FORMS["lent"].items():
-                    if getattr(self, name) == value:
-                        object.__setattr__(self, name, self._default(name))
-            for name, value in FORMS.get(form, {}).items():
-                if name not in given and (self.defer or name != "temperature"):
-                    object.__setattr__(self, name, value)
-            form = "spelled"
-        object.__setattr__(self, "form", form)
+        self._settle_form()
         super().__post_init__()
         if self.cross_scope == "other_only" and self.allocation != "head":
             raise ValueError(
@@ -129,8 +116,21 @@ class Weave(MergingMethod, ScoredMethod):
                 "allowed is defer >= 1"
             )
 
-    def _default(self, name: str) -> Any:
-        return self.__dataclass_fields__[name].default
+    def _settle_form(self) -> None:
+        """Options take what their form says; from then on it is "auto", left to a model, or "spelled"."""
+        given, form, lent = self._given, self.form, FORMS["lent"]  # type: ignore[attr-defined]
+        left = form == "auto" and ("form" in given or given <= _FREE) and (self._is({}) or self._is(lent))
+        if left:
+            values = lent
+        elif form == "auto" and given >= {"form", *lent}:  # one that was left to a model, with a change
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            values = {name: defaults[name] for name, value in lent.items() if getattr(self, name) == value}
+        else:
+            open_to_form = (name for name in FORMS.get(form, {}) if name not in given)
+            values = {name: FORMS[form][name] for name in open_to_form if self.defer or name != "temperature"}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "form", "auto" if left else "spelled")
 
     def _is(self, form: dict[str, Any]) -> bool:
         """All options but those that leave the form open are as it has them, or else the defaults."""
@@ -144,9 +144,9 @@ class Weave(MergingMethod, ScoredMethod):
     def on_model(self, profile: Callable[[], str | None]) -> "Weave":
         if self.form != "auto":
             return self
-        lent = Weave(self.budget, form="lent", redecode=self.redecode)
         known = profile() if isinstance(self.budget, float) and self.budget >= _PROFILED else None
-        return lent if known is None else replace(lent, allocation="profile", profile=known)
+        shares: dict[str, Any] = {} if known is None else {"allocation": "profile", "profile": known}
+        return replace(self, form="spelled", **shares)
 
     def spelling(self) -> str:
         """Without the form where other options say it."""
