@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvweave.evals.paper import RECIPES
-from kvweave.evals.paper.figures import packed, rounded, shown
+from kvweave.evals.paper.figures import packed, round_data, shown
 from kvweave.evals.run import store
 from kvweave.evals.tables.tables import interval
 
@@ -139,7 +139,7 @@ def _figures(made: Mapping[str, Path], folder: Path, model: str) -> None:
         own = {name: value for name, value in sheet.items() if name not in _PACKED}
         if "means" in sheet:
             own["figures"] = {"file": f"{model}.json", **shown(sheet)}
-        store.write_json(folder / f"{stem}.json", rounded(own), indent=None)
+        store.write_json(folder / f"{stem}.json", round_data(own), indent=None)
 
 
 def _into_readme(readme: Path, written: str) -> None:

@@ -8,10 +8,11 @@ At the shape of Qwen2.5-VL-7B's language model (28 layers, 28 heads, 4 KV heads 
    of different counts, slots in few bits;
 4. decoded tokens through the whole model (random weights): full cache, 20 % and 5 %, in CUDA graphs on reserved room
    and without, beside what bandwidth allows;
-5. what each method adds to a prefill, on its own and in the whole model, and its memory;
+5. what a method adds to a prefill of the whole model, and its memory;
 6. the kernels' tests;
-7. the marks: what is asked, what was measured, met or not;
-8. where asked for (`--tiles`), which tiles of the kernels suit the card.
+7. what each method's compression takes on its own, and its memory;
+8. the marks: what is asked, what was measured, met or not;
+9. where asked for (`--tiles`), which tiles of the kernels suit the card.
 
 Needs torch, transformers and numpy; Triton for the kernels, pytest for their tests. Without CUDA: one line and exit
 code 2, or `--device cpu --quick` to see that it runs. Each part has a time limit, and what is done is written as soon
@@ -86,15 +87,15 @@ def run(plan: Plan, report: Report, parts: Sequence[str]) -> None:
     if "end to end" in parts and whole is not None:
         with report.part("end to end"):
             model.end_to_end(plan, report, whole)
-    if "prefill" in parts:
-        with report.part("prefill"):
-            prefill.methods(plan, report)
     if "whole model" in parts and whole is not None:
         with report.part("whole model"):
             model.prefill_and_memory(plan, report, whole)
     if "tests" in parts and plan.cuda:
         with report.part("tests"):
             kernels.tests(report)
+    if "prefill" in parts:
+        with report.part("prefill"):
+            prefill.methods(plan, report)
     with report.part("marks"):
         marks(report)
 

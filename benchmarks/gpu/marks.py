@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import kvweave
+from benchmarks.gpu.model import FULL
 from benchmarks.gpu.plan import BUDGET
 from benchmarks.gpu.prefill import FLASHCACHE
 from benchmarks.gpu.report import Report
@@ -22,14 +23,12 @@ def marks(report: Report) -> None:
 
     for row in report.data.get("column_sums", []):
         judge(f"column sums <= 1x attention, {row['']}", _number(row["times attention"]), 1, "x", below=True)
-    for row in report.data.get("prefill_ms", []):
-        name = row[""]
-        if kvweave.get_method(name, budget=BUDGET).needs.rows == ALL_ROWS:
+    for row in report.data.get("whole_model", []):
+        at, name = row[""].split(", ", 1)
+        limit = FLASHCACHE.get(int(at.removeprefix("L=")))
+        if limit is None or name == FULL or kvweave.parse_method(name, budget=BUDGET).needs.rows == ALL_ROWS:
             continue
-        for length, limit in FLASHCACHE.items():
-            took = row.get(f"L={length}", "-")
-            if took[0].isdigit():
-                judge(f"{name} adds <= {limit} ms at {length}", float(took), limit, " ms", below=True)
+        judge(f"{name} adds <= {limit} ms to a prefill, {at}", float(row["added ms"]), limit, " ms", below=True)
     for row in report.data.get("decode", []):
         for column, how in (("of roofline", ""), ("biased", ", biased")):
             share = _number(row[column]) / 100

@@ -25,7 +25,17 @@ from kvweave.memory.slots import Slots
 from kvweave.ops.quantize import Quantization
 
 #: Of the prefill through the whole model; the other methods are measured on their own.
-METHODS = ("snapkv", "flashcache", "peak", "weave:defer=0", "h2o", "flowmm")
+METHODS = (
+    "flashcache",
+    "snapkv",
+    "streaming_llm",
+    "adakv",
+    "mixkv",
+    "weave",
+    "weave:form=even,defer=0",
+    "h2o",
+    "flowmm",
+)
 FULL = "full"
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
-from kvweave.methods.merging import parted
+from kvweave.methods.merging import partition
 from kvweave.methods.options import real
 from kvweave.methods.registry import register
 from kvweave.methods.weave import Weave
@@ -71,7 +71,7 @@ class PooledHeads(Weave):
         raised = early.masked_fill(best(early, max(1, int(self.floor * count))), torch.inf)
         pivots = best(raised.flatten(1), view.kv_heads * count).view_as(early)
         kept = torch.cat([pivots, torch.ones_like(score[..., view.length - recent :], dtype=torch.bool)], -1)
-        keep, source = parted(view, kept)
+        keep, source = partition(view, kept)
         at, goal = source.clamp(min=0), keep.clamp(min=0)
         movable = (keep >= 0) & (keep < view.length - recent)
         worth = score.gather(-1, goal).masked_fill(~movable, torch.inf)

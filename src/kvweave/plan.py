@@ -123,8 +123,8 @@ class Plan:
         if bias is None and view.bias is not None:  # a later turn: what stays weighs what it did
             bias = view.bias.gather(-1, keep)
         full = view.empty is None and not self.uneven
-        done = Compacted(keys, values, view.positions.gather(-1, keep), mass, bias=bias, full=full)
-        return done.emptied(self.keep < 0) if self.uneven else done
+        compacted = Compacted(keys, values, view.positions.gather(-1, keep), mass, bias=bias, full=full)
+        return compacted.emptied(self.keep < 0) if self.uneven else compacted
 
     def _merged_keys(self, view: LayerView, plan: Merge) -> Tensor:
         """Keys, float32 or wider, with every source turned to its target's phase (SPEC 4.2)."""
@@ -149,6 +149,6 @@ class Plan:
             target = self.merge.target
             lives = self.keep.gather(-1, target.clamp(min=0)).masked_fill_(target < 0, -1)
             fate.scatter_(-1, self.merge.source, lives)
-        kept = segment_sum(torch.ones_like(self.keep), self.keep, view.length) > 0
+        is_kept = segment_sum(torch.ones_like(self.keep), self.keep, view.length) > 0
         slots = torch.arange(view.length, device=fate.device).expand_as(fate)
-        return torch.where(kept, slots, fate)
+        return torch.where(is_kept, slots, fate)

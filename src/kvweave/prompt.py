@@ -56,14 +56,14 @@ class Prompt:
         """Some column is padding."""
         return min(self.lengths) < self.length
 
-    def extended(self, visual: Tensor, valid: Tensor, seen: int | None = None) -> "Prompt":
+    def extended(self, visual: Tensor, valid: Tensor, past: int | None = None) -> "Prompt":
         """This prompt followed by further columns, on their device; a decoded token's are written behind it, where
         room was made.
 
         Args:
-            seen: its first so many columns alone; None: all.
+            past: its first so many columns alone; None: all.
         """
-        if (cut := self.cropped(seen, visual.device)) is not self:
+        if (cut := self.cropped(past, visual.device)) is not self:
             return cut.extended(visual, valid)
         new = visual.shape[1]
         if new > 1:
@@ -80,8 +80,8 @@ class Prompt:
 
     def cropped(self, length: int | None, device: torch.device | None = None) -> "Prompt":
         """The first `length` columns, on `device` if it is named; itself if it has no more and is there."""
-        whole = length is None or length >= self.length
-        own = self if whole else Prompt(self.visual[:, :length], self.valid[:, :length])
+        all_columns = length is None or length >= self.length
+        own = self if all_columns else Prompt(self.visual[:, :length], self.valid[:, :length])
         return own if device is None else own.to(device)
 
     def to(self, device: torch.device) -> "Prompt":
@@ -98,14 +98,14 @@ class Prompt:
 def visual_token_ids(config: Any) -> list[int]:
     """Ids of the placeholders that a model replaces by image or video embeddings, from its config."""
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
-    found = (getattr(part, name, None) for part in parts for name in _PLACEHOLDERS)
-    return sorted({value for value in found if isinstance(value, int)})
+    ids = (getattr(part, name, None) for part in parts for name in _PLACEHOLDERS)
+    return sorted({value for value in ids if isinstance(value, int)})
 
 
 def given_images(inputs: dict[str, Any]) -> list[str]:
     """Names of the keyword arguments of a forward pass that bring images or video."""
-    known = [name for name in inputs if name in _PICTURES or name.startswith("pixel_values_")]
-    return [name for name in known if inputs[name] is not None]
+    names = [name for name in inputs if name in _PICTURES or name.startswith("pixel_values_")]
+    return [name for name in names if inputs[name] is not None]
 
 
 def visual_mask(config: Any, input_ids: Tensor | None, inputs: dict[str, Any]) -> Tensor | None:

@@ -13,9 +13,10 @@ from kvweave.cut.terms import Terms
 from kvweave.cut.waiting import tell_rows
 from kvweave.memory.slots import Slots
 from kvweave.methods.base import Method
-from kvweave.ops.budget import entries, kl_target
+from kvweave.ops.budget import entries
 from kvweave.ops.statistics import AttentionRule
 from kvweave.plan import Compacted
+from kvweave.prompt import Prompt
 
 
 @torch.no_grad()
@@ -53,8 +54,6 @@ def compress_tensors(
     Raises:
         ValueError: shapes or types that do not fit, a row without a token, NaN in a token's tensors.
     """
-    if kl_target(method.budget) is not None:
-        raise ValueError(f"budget={method.budget!r} is found by decoding: allowed without a model is a number")
     method = method.without_model
     prompt = checked(method, queries, keys, values, visual, valid, rotary, decoded, probed=probed)
     batch, _, length, dim = keys[0].shape
@@ -63,25 +62,37 @@ def compress_tensors(
     rule = AttentionRule(dim**-0.5 if scaling is None else scaling)
     slots = [Slots(k, v).as_slots(prompt.valid, padded=padded) for k, v in zip(keys, values, strict=True)]
 
-    def seen(layer: int) -> list[Group]:
-        """What the method sees of a layer."""
-        own = queries[layer] if terms.query_rows else None
-        groups = LayerCut(layer).groups(slots[layer], own, prompt, rule, terms)
-        if decoded is not None and terms.query_rows:
-            tell_rows(groups, prompt, decoded[0][layer], decoded[1][layer], rule, terms)
-        return groups
+    def views_of(layer: int) -> list[Group]:
+        behind = None if decoded is None else (decoded[0][layer], decoded[1][layer])
+        return _views(layer, slots[layer], queries[layer], behind, prompt, rule, terms)
 
     budgets = [entries(method.budget, n, batch * sum(map(_entry_bytes, slots))) for n in lengths]
-    every = [seen(layer) for layer in range(layers)] if terms.adaptive else []
+    every = [views_of(layer) for layer in range(layers)] if terms.adaptive else []
     weights = [by_row(groups, observe(method, groups, budgets, lengths, probed=(probed,))) for groups in every]
-    done = []
+    outcomes = []
     for layer, share in enumerate(share_out(method, budgets, lengths, layers, weights or None)):
-        groups = every[layer] if every else seen(layer)
+        groups = every[layer] if every else views_of(layer)
         if fits(groups, share) and not padded:  # the tensors that came in, bit for bit
-            done.append(_whole(keys[layer], values[layer]))
+            outcomes.append(_uncut(keys[layer], values[layer]))
         else:
-            done.append(compact(method, groups, share, budgets).compacted)
-    return done
+            outcomes.append(compact(method, groups, share, budgets).compacted)
+    return outcomes
+
+
+def _views(
+    layer: int,
+    slots: Slots,
+    queries: Tensor,
+    behind: tuple[Tensor, Tensor] | None,
+    prompt: Prompt,
+    rule: AttentionRule,
+    terms: Terms,
+) -> list[Group]:
+    """What the method sees of a layer, and of the tokens `behind` its prompt, (queries, keys)."""
+    groups = LayerCut(layer).groups(slots, queries if terms.query_rows else None, prompt, rule, terms)
+    if behind is not None and terms.query_rows:
+        tell_rows(groups, prompt, *behind, rule, terms)
+    return groups
 
 
 def _terms(method: Method, layers: int, rotary: tuple[Tensor, Tensor] | None, *, probed: bool) -> Terms:
@@ -90,7 +101,7 @@ def _terms(method: Method, layers: int, rotary: tuple[Tensor, Tensor] | None, *,
     return Terms.of(method, layers=layers, query_rows=rows, probed=probed, rotary=rotary if needs.rotary else None)
 
 
-def _whole(keys: Tensor, values: Tensor) -> Compacted:
+def _uncut(keys: Tensor, values: Tensor) -> Compacted:
     """A layer of which nothing goes."""
     positions = torch.arange(keys.shape[2], device=keys.device).expand(*keys.shape[:2], -1)
     return Compacted(keys, values, positions, torch.ones(positions.shape, device=keys.device))

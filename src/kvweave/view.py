@@ -54,7 +54,7 @@ class LayerView:
         heads: where the layer's other KV heads are, if not here (tensor parallelism).
         stored: what memory holds where all heads share one entry a token (MLA), as a view of one head, without
             queries; `keys` and `values` are then what each head makes of it. None: `keys` and `values` themselves.
-        known: statistics that were computed, by name.
+        memo: statistics that were computed, by name.
     """
 
     keys: Tensor
@@ -82,7 +82,7 @@ class LayerView:
     probed: bool = False
     heads: Heads = HERE
     stored: "LayerView | None" = None
-    known: dict[Any, Any] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -97,7 +97,7 @@ class LayerView:
         return self.keys.shape[2]
 
     @property
-    def held(self) -> "LayerView":
+    def storage(self) -> "LayerView":
         """What a plan is about: the view itself, or what memory holds in place of its heads."""
         return self if self.stored is None else self.stored
 
@@ -117,7 +117,7 @@ class LayerView:
             visual=self.visual[:, :1],
             bias=first(self.bias),
             empty=first(self.empty),
-            known={},
+            memo={},
         )
 
     def over_heads(self, x: Tensor) -> Tensor:
@@ -228,8 +228,10 @@ class LayerView:
 
     def hold_rows(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Let `reference_rows` be asked for once queries are released."""
-        held: tuple[Tensor, Tensor | None] = self.once(("reference queries", rows), lambda: self._last_rows(rows))
-        return held
+        rows_and_mask: tuple[Tensor, Tensor | None] = self.once(
+            ("reference queries", rows), lambda: self._last_rows(rows)
+        )
+        return rows_and_mask
 
     def _last_rows(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Queries [batch, heads, n, dim] of the last tokens, and the model's mask of their rows or None."""
@@ -263,22 +265,22 @@ class LayerView:
     def some_rows(self, index: Tensor) -> tuple[Tensor, AttentionRule]:
         """Queries of the rows `index` [batch, n], and the rule by which they attend as they did among all rows."""
         queries = self.all_queries()
-        drawn = queries.gather(2, index[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
+        rows = queries.gather(2, index[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
         first = self.length - queries.shape[2]
         columns = torch.arange(self.length, device=index.device)
-        whole = self.rule.mask
+        full_mask = self.rule.mask
 
         def mask(start: int, stop: int) -> Tensor:
             """What the drawn rows [start, stop) see: [batch, 1 or heads, stop - start, length]."""
             part = index[:, start:stop]
-            if whole is None:
+            if full_mask is None:
                 return (columns <= first + part[..., None])[:, None]
             low, high = int(part.min()), int(part.max()) + 1
-            block = whole(low, high).expand(len(part), -1, -1, -1)
+            block = full_mask(low, high).expand(len(part), -1, -1, -1)
             at = (part - low)[:, None, :, None].expand(-1, block.shape[1], -1, block.shape[3])
             return block.gather(2, at)
 
-        return drawn, replace(self.rule, mask=mask)
+        return rows, replace(self.rule, mask=mask)
 
     def slot_weights(self) -> Tensor:
         """What a slot counts in a mean over slots: exp(bias), 0 where it is empty; [batch, kv_heads, length]."""
@@ -360,12 +362,12 @@ class LayerView:
             )
         return self.queries
 
-    def remember_in(self, known: dict[Any, Any]) -> None:
-        """Look statistics up in `known`, and put them there, before any has been computed."""
-        self.known = known
+    def remember_in(self, memo: dict[Any, Any]) -> None:
+        """Look statistics up in `memo`, and put them there, before any has been computed."""
+        self.memo = memo
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """What `compute` returned when it was first called for this key."""
-        if key not in self.known:
-            self.known[key] = compute()
-        return self.known[key]
+        if key not in self.memo:
+            self.memo[key] = compute()
+        return self.memo[key]

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.publish import _HEAD, ROOT, disagreements, publish
 from kvweave.evals.paper import RECIPES
-from kvweave.evals.paper.figures import packed, rounded, rows, shown
+from kvweave.evals.paper.figures import packed, round_data, rows, shown
 
 MARKS = "<!-- begin: results, written by `make results` -->\nold\n<!-- end: results, written by `make results` -->"
 
@@ -111,9 +111,9 @@ def test_figures_come_back_as_they_were_to_four_digits():
     figures = json.loads(json.dumps(packed([FIGURES, FIGURES])))
     chosen = json.loads(json.dumps(shown(FIGURES)))
     (score, other), (mean,), (test,) = (list(rows(figures, kind, chosen)) for kind in ("scores", "means", "tests"))
-    assert score == rounded(SCORE) | {"kept": 57}
-    assert other == rounded(FIGURES["scores"][1])
-    assert mean == without(rounded(FIGURES["means"][0]), "samples")
+    assert score == round_data(SCORE) | {"kept": 57}
+    assert other == round_data(FIGURES["scores"][1])
+    assert mean == without(round_data(FIGURES["means"][0]), "samples")
     assert test == without(FIGURES["tests"][0], "p_holm") | {"p": 5.622e-14}
 
 

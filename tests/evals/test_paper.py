@@ -109,11 +109,11 @@ def test_every_recipe_runs_and_is_written(name: str, tmp_path: Path, monkeypatch
 
 
 def test_tables_of_all_methods_take_those_that_are_named():
-    named = find("flowmm:fig4").narrowed("snapkv,flowmm:theta=0.3")
+    named = find("flowmm:fig4").with_methods("snapkv,flowmm:theta=0.3")
     assert list(named.parsed().values()) == [parse_method("snapkv"), parse_method("flowmm:theta=0.3")]
-    assert find("flowmm:table3").narrowed("snapkv") is find("flowmm:table3")
+    assert find("flowmm:table3").with_methods("snapkv") is find("flowmm:table3")
     with pytest.raises(ValueError, match="snapkw"):
-        named.narrowed("snapkw")
+        named.with_methods("snapkw")
 
 
 def test_the_paper_stands_beside_its_own_model_and_data_only():

@@ -6,8 +6,8 @@ import pytest
 
 from kvweave.evals.scores.metrics import METRICS
 from kvweave.evals.tasks.smol import smol_tasks
-from kvweave.evals.tasks.sources import SOURCES, named, source
-from kvweave.evals.tasks.text import ASKED, KINDS, text_tasks
+from kvweave.evals.tasks.sources import SOURCES, make_tasks, source
+from kvweave.evals.tasks.text import DEFAULT_KINDS, KINDS, text_tasks
 from kvweave.lab.smol import FAMILIES
 
 TOKENS = 400
@@ -92,7 +92,7 @@ def test_albums_that_are_not_allowed_are_refused_by_name(arguments, said):
 
 def test_a_model_is_asked_what_its_own_world_knows():
     assert source("smol").tasks == FAMILIES
-    assert source("smol-text").tasks == ASKED
+    assert source("smol-text").tasks == DEFAULT_KINDS
     assert source("lab-large").tasks == SOURCES["lab-large"].tasks
     assert source("someone/model") is source("lab")
     assert source("out/smol/model", "smol") is source("smol")
@@ -101,12 +101,12 @@ def test_a_model_is_asked_what_its_own_world_knows():
 
 
 def test_sizes_belong_to_the_source():
-    (task,) = named(source("smol-text"), ["copy"], 3, images=None, tokens=700)
+    (task,) = make_tasks(source("smol-text"), ["copy"], 3, images=None, tokens=700)
     assert (task.count, task.tokens) == (3, 700)
-    tasks = named(source("smol"), [], None, images=5, tokens=None)
+    tasks = make_tasks(source("smol"), [], None, images=5, tokens=None)
     assert {(task.name, task.images, task.count) for task in tasks} == {(name, 5, 100) for name in FAMILIES}
     with pytest.raises(ValueError, match="images=4 is not of these questions: allowed is tokens"):
-        named(source("smol-text"), [], None, images=4, tokens=None)
+        make_tasks(source("smol-text"), [], None, images=4, tokens=None)
 
 
 def test_parts_of_an_answer_count_by_themselves():

@@ -57,7 +57,7 @@ def test_a_row_without_a_further_question_is_asked_again_and_not_heard(
     rounds = iter(([[11], [12]], [[13], [14]]))
 
     def replies(talk: Any, questions: list[list[int]], most: int) -> list[list[int]]:
-        if not talk.held:
+        if not talk.blanks:
             talk._at_the_prompts_end()
         return next(rounds)
 

@@ -42,8 +42,8 @@ app.command("calibrate")(calibrate)
 app.add_typer(lab, name="lab")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         print(f"kvweave {__version__}")
         raise typer.Exit
 
@@ -70,12 +70,12 @@ def common(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     with warnings.catch_warnings():
-        warnings.showwarning = _told
+        warnings.showwarning = _show_warning
         code = _exit_code(arguments)
     sys.exit(code)
 
 
-def _told(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """A warning as a remark in one line: whoever types a command has no line of code to look at."""
     print("kvweave: " + " ".join(str(message).split()), file=sys.stderr)
 
@@ -95,7 +95,9 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's own errors: unknown options, missing values
         if usage is not None:
-            return _fail(_given(error, typed) + usage(), BAD_INPUT) if usage() else BAD_INPUT  # none: help was shown
+            return (
+                _fail(_value_of(error, typed) + usage(), BAD_INPUT) if usage() else BAD_INPUT
+            )  # none: help was shown
         if isinstance(error, ValueError) and "allowed is" in str(error):  # how the library refuses an option
             return _fail(str(error), BAD_INPUT)
         if os.environ.get("KVWEAVE_DEBUG"):
@@ -106,7 +108,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         )
 
 
-def _given(error: Exception, typed: Sequence[str]) -> str:
+def _value_of(error: Exception, typed: Sequence[str]) -> str:
     """The option that an error of click's is about, with its value: click names only the option."""
     for option in getattr(getattr(error, "param", None), "opts", ()):
         for word, following in zip(typed, [*typed[1:], ""], strict=True):

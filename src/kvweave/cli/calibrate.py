@@ -35,22 +35,22 @@ def calibrate(
     from kvweave.evals import calibration
 
     with console.bad_input():
-        asked = calibration.prompts_of(model, processor, prompts, tokens, text or ())
+        examples = calibration.prompts_of(model, processor, prompts, tokens, text or ())
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console.err(), transient=True) as progress, console.bad_input():
-        bar = progress.add_task("calibrating", total=len(asked))
+        bar = progress.add_task("calibrating", total=len(examples))
         profile = calibration.calibrate(
-            loaded, processor, asked, out, lambda done, total: progress.update(bar, completed=done, total=total)
+            loaded, processor, examples, out, lambda done, total: progress.update(bar, completed=done, total=total)
         )
-    found = _described(profile, out, len(asked))
+    facts = _described(profile, out, len(examples))
     if json:
-        console.print_json(found)
+        console.print_json(facts)
         return
     screen = console.out()
-    screen.print(f"{found['layers']} layers of {found['kv_heads']} KV heads, {len(asked)} prompts")
+    screen.print(f"{facts['layers']} layers of {facts['kv_heads']} KV heads, {len(examples)} prompts")
     screen.print(
-        f"at 20 % the median head wants {found['median']:.1%}, the greediest tenth {found['tenth']:.1%} or more"
+        f"at 20 % the median head wants {facts['median']:.1%}, the greediest tenth {facts['tenth']:.1%} or more"
     )
     screen.print(f"written: [bold]{out}[/bold], for allocation=profile,profile={out}")
 

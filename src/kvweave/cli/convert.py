@@ -36,13 +36,13 @@ def convert(
         raise console.BadInput(f"DESTINATION {str(folder)!r} is not empty: allowed is a folder that is, or a new one")
     console.quiet_libraries()
     with options.model_errors("SOURCE"):
-        written = _decoder(place, folder, dtype, tokenizer) if decoder else _published(place, folder, dtype)
+        facts = _decoder(place, folder, dtype, tokenizer) if decoder else _published(place, folder, dtype)
     if json:
-        console.print_json(written)
+        console.print_json(facts)
     else:
         console.out().print(
-            f"written: [bold]{folder}[/bold], a {written['model']} of {written['parameters'] / 1e9:.2f} billion "
-            f"parameters in {written['dtype']}"
+            f"written: [bold]{folder}[/bold], a {facts['model']} of {facts['parameters'] / 1e9:.2f} billion "
+            f"parameters in {facts['dtype']}"
         )
 
 
@@ -72,5 +72,5 @@ def _decoder(source: str, folder: Path, dtype: str, tokenizer: bool) -> dict[str
     model, processor = options.load(source, dtype, "cpu", "auto", False)
     with console.err().status(f"writing {folder}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        said = models.export_decoder(model, folder, processor if tokenizer else None)
-    return {"written": str(folder), **said, "tokenizer": tokenizer}
+        facts = models.export_decoder(model, folder, processor if tokenizer else None)
+    return {"written": str(folder), **facts, "tokenizer": tokenizer}

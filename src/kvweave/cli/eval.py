@@ -103,8 +103,7 @@ def evaluate(
     from kvweave.evals.run.plan import parse_budgets, parse_methods
     from kvweave.evals.tables.outputs import write_outputs
     from kvweave.evals.tables.page import write_page
-    from kvweave.evals.tables.tables import notes, tables
-    from kvweave.evals.tasks.sources import named
+    from kvweave.evals.tasks.sources import make_tasks
 
     check_out(out)
     quiet_libraries()
@@ -112,18 +111,18 @@ def evaluate(
     names = _pieces(*tasks or [])
     with bad_input(), options.model_errors():
         if data is None:
-            given = {
+            own = {
                 "combined": combined,
                 "adversarial": adversarial,
                 "max-new-tokens": max_new_tokens,
                 "scoring": scoring != "official",
                 "truncation": truncation != "ours",
             }
-            for option, value in given.items():
+            for option, value in own.items():
                 if value:
                     raise ValueError(f"--{option} is for a folder of data: allowed is --data with it")
             source = options.source(model, questions)
-            found: tuple[Task, ...] = named(source, names, count, images=images, tokens=tokens)
+            chosen_tasks: tuple[Task, ...] = make_tasks(source, names, count, images=images, tokens=tokens)
         else:
             reading: dict[str, Any] = {
                 "count": count,
@@ -139,10 +138,10 @@ def evaluate(
             for option, size in {"images": images, "tokens": tokens, "questions": questions}.items():
                 if size is not None:
                     raise ValueError(f"--{option} {size} is for generated questions: a folder's samples have theirs")
-            found = milebench_tasks(data, names, Options(**reading))
+            chosen_tasks = milebench_tasks(data, names, Options(**reading))
         evaluation = Evaluation(
             model=model,
-            tasks=found,
+            tasks=chosen_tasks,
             methods=parse_methods(methods or []),
             budgets=parse_budgets([budgets]),
             seeds=_seeds(seeds),
@@ -172,18 +171,25 @@ def evaluate(
     if json:
         print_json(summary)
     elif not quiet:
-        screen = stdout()
-        for title, head, rows in tables(summary):
-            for table in fitted(title, head, rows):
-                screen.print(table)
-        for note, items in notes(summary):
-            screen.print("\n  ".join([note, *items]), markup=False)
-        stdout().print(f"written: [bold]{page}[/bold], table.md, table.csv, table.json")
-        if layout is not None:
-            stdout().print(f"written: [bold]{layout}[/bold], as MileBench's scorer reads it")
+        _print(summary, page, layout)
     if summary["failed"]:
         err().print(f"{len(summary['failed'])} answers are missing: {out / 'table.md'} lists them", markup=False)
         raise typer.Exit(1)
+
+
+def _print(summary: dict[str, Any], page: Path, layout: Path | None) -> None:
+    """The tables and notes, and where they were written."""
+    from kvweave.evals.tables.tables import notes, tables
+
+    screen = stdout()
+    for title, head, rows in tables(summary):
+        for table in fitted(title, head, rows):
+            screen.print(table)
+    for note, items in notes(summary):
+        screen.print("\n  ".join([note, *items]), markup=False)
+    screen.print(f"written: [bold]{page}[/bold], table.md, table.csv, table.json")
+    if layout is not None:
+        screen.print(f"written: [bold]{layout}[/bold], as MileBench's scorer reads it")
 
 
 def _baseline(name: str | None, labels: list[str]) -> str | None:

@@ -50,17 +50,17 @@ def flow(
     ask = options.read_ask(options.source(model, questions), image, prompt, images, task, seed)
     options.say_own_world(model, ask)
     loaded, processor = options.load(model, dtype, device, attention, trust_remote_code)
-    measured = _measure(model, loaded, processor, ask, method)
+    measures = _measure(model, loaded, processor, ask, method)
 
     from kvweave.report.flow import figure
 
     with console.writing(out) as folder:
-        (folder / "flow.json").write_text(console.dump_json(measured) + "\n", encoding="utf-8")
-        figure(measured, folder / "flow.png")
+        (folder / "flow.json").write_text(console.dump_json(measures) + "\n", encoding="utf-8")
+        figure(measures, folder / "flow.png")
     if json:
-        console.print_json(measured)
+        console.print_json(measures)
     else:
-        _print(measured, out)
+        _print(measures, out)
 
 
 def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "FlowMM") -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "F
     inputs = options.encode(processor, ask)
     with console.err().status("measuring"), options.model_errors():
         generating.check_compressible(model, method)
-        made = generating.generate(model, processor, inputs, method, max_new_tokens=1)
+        run = generating.generate(model, processor, inputs, method, max_new_tokens=1)
     tokens = collect.tokens_of(processor, model.config, inputs)
     return {
         "model": name,
@@ -84,7 +84,7 @@ def _measure(name: str, model: Any, processor: Any, ask: options.Ask, method: "F
         "theta": method.theta,
         "layers": [
             {"layer": layer["layer"], **{ratio: _ratio(layer, ratio) for ratio in RATIOS}, "scope": layer["scope"]}
-            for layer in made.report["layers"]
+            for layer in run.report["layers"]
             if layer["compressed"]
         ],
         "command": console.command_line(),
@@ -100,17 +100,17 @@ def _ratio(layer: dict[str, Any], ratio: str) -> float | None:
     return finite(layer["flow"] if ratio == "literal" else layer.get(f"flow_{ratio}"))
 
 
-def _print(measured: dict[str, Any], folder: Path) -> None:
+def _print(measures: dict[str, Any], folder: Path) -> None:
     from rich import box
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
     screen = console.out()
-    prompt = measured["prompt"]
-    screen.print(Text(measured["question"], style="bold"))
+    prompt = measures["prompt"]
+    screen.print(Text(measures["question"], style="bold"))
     screen.print(
-        f"[dim]{measured['model']} · {prompt['tokens']} tokens, {prompt['visual']} of them visual, "
+        f"[dim]{measures['model']} · {prompt['tokens']} tokens, {prompt['visual']} of them visual, "
         f"{prompt['images']} images[/dim]"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -118,8 +118,8 @@ def _print(measured: dict[str, Any], folder: Path) -> None:
     table.add_column("flow ratio", width=24)
     for ratio in RATIOS:
         table.add_column(ratio, justify="right")
-    table.add_column(f"at {measured['theta']:g}")
-    for layer in measured["layers"]:
+    table.add_column(f"at {measures['theta']:g}")
+    for layer in measures["layers"]:
         numbers = ["–" if layer[ratio] is None else f"{layer[ratio]:.3f}" for ratio in RATIOS]
         bar = ProgressBar(total=1, completed=min(1, max(0, layer["literal"] or 0)), width=24)
         table.add_row(str(layer["layer"]), bar, *numbers, layer["scope"] or "–")

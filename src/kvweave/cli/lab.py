@@ -115,10 +115,10 @@ def example(
                 pieces.append({"image": name})
             else:
                 pieces.append({"text": piece["text"]})
-        told = {"question": ask.question, "answer": ask.right, "content": pieces}
-        (folder / "example.json").write_text(console.dump_json(told) + "\n", encoding="utf-8")
+        facts = {"question": ask.question, "answer": ask.right, "content": pieces}
+        (folder / "example.json").write_text(console.dump_json(facts) + "\n", encoding="utf-8")
     if json:
-        console.print_json(told)
+        console.print_json(facts)
         return
     screen = console.out()
     for piece in pieces:
@@ -146,9 +146,9 @@ def export(
     from kvweave.evals.tasks.export import export as write
 
     with console.bad_input(option=f"--{source.unit} {images}"):
-        found = source.make(tasks, count, source.size if images is None else images)
+        examples = source.make(tasks, count, source.size if images is None else images)
     with console.err().status("drawing"):
-        files = [write(one, folder, seed) for one in found]
+        files = [write(one, folder, seed) for one in examples]
     if json:
         console.print_json({"folder": str(folder), "files": [str(file) for file in files], "samples": count})
         return

@@ -37,20 +37,20 @@ def methods(
     with bad_input(option="methods"):
         if name is None:
             listed = {"methods": list_methods(), "wrappers": list_wrappers()}
-            told: dict[str, Any] = {
+            facts: dict[str, Any] = {
                 kind: [_described(method_class(n)) for n in names] for kind, names in listed.items()
             }
         else:
-            told = _described(method_class(name))
+            facts = _described(method_class(name))
     if out_folder is not None:
         with writing(out_folder) as partial:
-            (partial / "methods.json").write_text(dump_json(told) + "\n", encoding="utf-8")
+            (partial / "methods.json").write_text(dump_json(facts) + "\n", encoding="utf-8")
     if json:
-        print_json(told)
+        print_json(facts)
     elif name is None:
-        _print_all(told)
+        _print_all(facts)
     else:
-        _print_one(told)
+        _print_one(facts)
 
 
 def _draw(spelling: str | None, folder: Path, json: bool) -> None:
@@ -64,8 +64,8 @@ def _draw(spelling: str | None, folder: Path, json: bool) -> None:
     run, path = draw(method, folder)
     answer = run.answers[0]
     if json:
-        said = {"method": answer.method, "question": run.question, "right": run.right, "full": run.full.text}
-        print_json({**said, "text": answer.text, "picture": str(path)})
+        facts = {"method": answer.method, "question": run.question, "right": run.right, "full": run.full.text}
+        print_json({**facts, "text": answer.text, "picture": str(path)})
         return
     out().print(
         f"{run.question} full cache: {run.full.text}; {answer.method}: {answer.text}; right: {run.right}; see {path}"
@@ -73,6 +73,8 @@ def _draw(spelling: str | None, folder: Path, json: bool) -> None:
 
 
 def _described(kind: "type[Method]") -> dict[str, Any]:
+    from kvweave.methods.base import ANALYSIS
+
     doc = inspect.getdoc(kind) or ""
     defaults = {
         field.name: field.default if isinstance(field.default, (int, float, str, type(None))) else "full"
@@ -88,16 +90,18 @@ def _described(kind: "type[Method]") -> dict[str, Any]:
         option: {"name": option, "default": defaults[option], "allowed": about.allowed, "help": about.help}
         for option, about in kind.options()
     }
+    own = {option: entry for option, entry in listed.items() if kind.has_own(option)}
     return {
         "name": kind.name,
         "summary": " ".join(doc.partition("\n\n")[0].split()),
         "description": doc,
-        "options": [budget, *(told for option, told in listed.items() if kind.has_own(option))],
-        "common": [told for option, told in listed.items() if not kind.has_own(option)],
+        "options": [budget, *own.values()],
+        "common": [entry for option, entry in listed.items() if option not in (*own, *ANALYSIS)],
+        "analysis": [listed[option] for option in ANALYSIS if option in listed],
     }
 
 
-def _print_all(described: dict[str, list[dict[str, Any]]]) -> None:
+def _print_all(entries: dict[str, list[dict[str, Any]]]) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -108,30 +112,30 @@ def _print_all(described: dict[str, list[dict[str, Any]]]) -> None:
     table.add_column("method", style="bold")
     table.add_column("what it does", ratio=3)
     table.add_column("options, with defaults", ratio=2)
-    for told in described["methods"] + described["wrappers"]:
-        listed = ", ".join(f"{option['name']}={option['default']}" for option in told["options"])
-        table.add_row(told["name"], Text(told["summary"]), Text(listed, style="dim"))
+    for entry in entries["methods"] + entries["wrappers"]:
+        listed = ", ".join(f"{option['name']}={option['default']}" for option in entry["options"])
+        table.add_row(entry["name"], Text(entry["summary"]), Text(listed, style="dim"))
     out().print(table)
     common = ", ".join(COMMON)
-    around = ", ".join(told["name"] for told in described["wrappers"])
+    around = ", ".join(entry["name"] for entry in entries["wrappers"])
     out().print(
         f"[dim]{around} stands around any other: quantized:method=snapkv,bits=4. All take {common}. "
         "kvweave methods NAME says what each option allows; kvweave run --method NAME:option=value[/dim]"
     )
 
 
-def _print_one(told: dict[str, Any]) -> None:
+def _print_one(entry: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     console = out()
-    console.print(Text(told["name"], style="bold"))
-    console.print(Text(told["description"]))
+    console.print(Text(entry["name"], style="bold"))
+    console.print(Text(entry["description"]))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("option", "default", "allowed", "what it does"):
         table.add_column(heading, overflow="fold")
-    for style, listed in (("bold", told["options"]), ("dim", told["common"])):
+    for style, listed in (("bold", entry["options"]), ("dim", entry["common"] + entry["analysis"])):
         for option in listed:
             words = (option["name"], str(option["default"]), option["allowed"], option["help"])
             table.add_row(Text(words[0], style=style), *map(Text, words[1:]))

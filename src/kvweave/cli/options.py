@@ -79,10 +79,10 @@ def parse_methods(spellings: list[str], budget: str) -> "list[Method]":
 
 def check_model(model: str) -> None:
     """Refuse what holds no checkpoint, here or on the hub, before any work is done."""
-    from kvweave.models.source import found
+    from kvweave.models.source import locate
 
     with model_errors():
-        found(model)
+        locate(model)
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def encode(processor: Any, ask: Ask) -> Any:
 
 
 def read_ask(
-    found: "Source",
+    source: "Source",
     images: list[Path] | None,
     prompt: str | None,
     number: int | None,
@@ -132,15 +132,15 @@ def read_ask(
     seed: int | None,
 ) -> Ask:
     """The user's own images and prompt, or an example of a source's."""
-    given = {"--images": number, "--task": task, "--seed": seed}
+    own = {"--images": number, "--task": task, "--seed": seed}
     if images or prompt is not None:
-        for option, value in given.items():
+        for option, value in own.items():
             if value is not None:
                 raise BadInput(
                     f"{option} {value!r} is for the generated example: allowed is either it, or --image and --prompt"
                 )
         return _own(images or [], prompt)
-    return read_example(found, number, task, seed or 0)
+    return read_example(source, number, task, seed or 0)
 
 
 def say_own_world(model: str, ask: Ask) -> None:
@@ -152,25 +152,25 @@ def say_own_world(model: str, ask: Ask) -> None:
         err().print(OWN_WORLD)
 
 
-def check_tasks(names: Sequence[str], found: "Source") -> list[str]:
+def check_tasks(names: Sequence[str], source: "Source") -> list[str]:
     """A source's tasks by these names; its own if there are none."""
     for name in names:
-        if name not in found.known:
-            near = difflib.get_close_matches(name, found.known, n=1, cutoff=0.4)
+        if name not in source.all_tasks:
+            near = difflib.get_close_matches(name, source.all_tasks, n=1, cutoff=0.4)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            raise BadInput(f"--task {name!r} is unknown{hint}: allowed is one of {', '.join(found.known)}")
-    return list(names or found.tasks)
+            raise BadInput(f"--task {name!r} is unknown{hint}: allowed is one of {', '.join(source.all_tasks)}")
+    return list(names or source.tasks)
 
 
-def read_example(found: "Source", number: int | None = None, task: str | None = None, seed: int = 0) -> Ask:
+def read_example(source: "Source", number: int | None = None, task: str | None = None, seed: int = 0) -> Ask:
     """A hold-out question of a source's."""
-    name = found.example if task is None else task
-    check_tasks([name], found)
+    name = source.example if task is None else task
+    check_tasks([name], source)
     if not 0 <= seed <= NUMBER["max"]:
         raise BadInput(f"--seed {brief(seed)}: allowed is an int >= 0, below 2**31")
-    size = found.example_size if number is None else number
-    with bad_input(option=f"--{found.unit} {brief(size)}"):
-        example = found.make([name], 1, size)[0].examples(seed)[0]
+    size = source.example_size if number is None else number
+    with bad_input(option=f"--{source.unit} {brief(size)}"):
+        example = source.make([name], 1, size)[0].examples(seed)[0]
     pieces = example.messages[0]["content"]
     images = [piece["image"] for piece in pieces if piece["type"] == "image"]
     return Ask(example.messages, images, example.question.removeprefix("question: "), example.answer)

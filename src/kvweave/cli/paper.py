@@ -80,16 +80,18 @@ def paper(
     with bad_input(), options.model_errors():
         recipes = list(RECIPES.values()) if everything else [find(name) for name in names or ()]
         if methods is not None:
-            recipes = [recipe.narrowed(methods) for recipe in recipes]
+            recipes = [recipe.with_methods(methods) for recipe in recipes]
         check_out(out)
-        chosen = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-        asked, by_length = (
-            _generated(options.source(model), chosen, samples) if data is None else _milebench(data, chosen, samples)
+        task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        selection, by_length = (
+            _generated(options.source(model), task_names, samples)
+            if data is None
+            else _milebench(data, task_names, samples)
         )
         subject = Subject(
             model=model,
             data="" if data is None else data.name,
-            tasks=asked,
+            tasks=selection,
             by_length=by_length,
             out=out,
             dtype=dtype,
@@ -101,22 +103,22 @@ def paper(
         )
         with CellProgress(quiet) as progress:
             sheets = make(recipes, subject, progress)
-    written = [path for sheet in sheets for path in sheet.write(out)]
+    paths = [path for sheet in sheets for path in sheet.write(out)]
     if json:
         print_json([{"name": sheet.name, "data": sheet.data} for sheet in sheets])
     elif not quiet:
-        _print(sheets, written)
+        _print(sheets, paths)
 
 
 Source = tuple[Callable[[Sequence[str]], "tuple[Task, ...]"], Callable[[], "tuple[Task, ...]"]]
 
 
-def _generated(source: "sources.Source", chosen: Sequence[str], samples: int | None) -> Source:
+def _generated(source: "sources.Source", task_names: Sequence[str], samples: int | None) -> Source:
     """The model's own tasks whatever a paper asked; and prompts of several lengths."""
-    from kvweave.evals.tasks.sources import named
+    from kvweave.evals.tasks.sources import make_tasks
 
     def tasks(names: Sequence[str]) -> "tuple[Task, ...]":
-        return named(source, chosen, samples)
+        return make_tasks(source, task_names, samples)
 
     def by_length() -> "tuple[Task, ...]":
         lengths = _LENGTHS if source.unit == "images" else _TOKENS
@@ -125,11 +127,11 @@ def _generated(source: "sources.Source", chosen: Sequence[str], samples: int | N
     return tasks, by_length
 
 
-def _milebench(data: Path, chosen: Sequence[str], samples: int | None) -> Source:
+def _milebench(data: Path, task_names: Sequence[str], samples: int | None) -> Source:
     """Of what is chosen, else of what a paper asked, what the folder has; all of it if it has none of that."""
     from kvweave.evals import Options, milebench_tasks
 
-    there = milebench_tasks(data, chosen, Options(count=samples))
+    there = milebench_tasks(data, task_names, Options(count=samples))
 
     def tasks(names: Sequence[str]) -> "tuple[Task, ...]":
         return tuple(task for task in there if task.name in names) or there
@@ -151,7 +153,7 @@ def _list(json: bool) -> None:
     stdout().print(table)
 
 
-def _print(sheets: "Sequence[Sheet]", written: Sequence[Path]) -> None:
+def _print(sheets: "Sequence[Sheet]", paths: Sequence[Path]) -> None:
     from rich.text import Text
 
     screen = stdout()
@@ -162,4 +164,4 @@ def _print(sheets: "Sequence[Sheet]", written: Sequence[Path]) -> None:
                 screen.print(table)
         for note in sheet.notes:
             screen.print(f"[dim]{note}[/dim]", highlight=False)
-    err().print("written: " + ", ".join(str(path) for path in written), markup=False)
+    err().print("written: " + ", ".join(str(path) for path in paths), markup=False)

@@ -35,16 +35,16 @@ def plan(
     Of the model only config.json is read. CUDA itself takes a few hundred MiB more, and fragmentation some.
     """
     room = _bytes(memory)
-    (chosen,) = options.parse_methods([method], budget)
+    (works,) = options.parse_methods([method], budget)
     if out_folder is not None:
         console.check_out(out_folder)
     console.quiet_libraries()
     from kvweave.models.footprint import footprint
 
     with console.err().status(f"planning {model}"), options.model_errors():
-        found = footprint(
+        sizes = footprint(
             model,
-            chosen,
+            works,
             tokens=tokens,
             images=images,
             image_size=image_size,
@@ -53,14 +53,14 @@ def plan(
             dtype=dtype,
             weights=weights,
         )
-    summary = _summary(found, chosen.spelling(), room)
+    summary = _summary(sizes, works.spelling(), room)
     if out_folder is not None:
         with console.writing(out_folder) as partial:
             (partial / "plan.json").write_text(console.dump_json(summary) + "\n", encoding="utf-8")
     if json:
         console.print_json(summary)
     else:
-        _print(found, chosen.spelling(), tokens, room)
+        _print(sizes, works.spelling(), tokens, room)
 
 
 def _bytes(memory: str) -> int:
@@ -72,21 +72,21 @@ def _bytes(memory: str) -> int:
         raise console.BadInput(f"--memory {memory!r} is no size: allowed is bytes such as 24GiB or 512MiB") from None
 
 
-def _summary(found: "Footprint", method: str, room: int) -> dict[str, Any]:
+def _summary(sizes: "Footprint", method: str, room: int) -> dict[str, Any]:
     import dataclasses
 
     return {
         "method": method,
-        **dataclasses.asdict(found),
-        "peak": found.peak,
-        "full_peak": found.full_peak,
+        **dataclasses.asdict(sizes),
+        "peak": sizes.peak,
+        "full_peak": sizes.full_peak,
         "memory": room,
-        "fits": found.peak <= room,
-        "full_fits": found.full_peak <= room,
+        "fits": sizes.peak <= room,
+        "full_fits": sizes.full_peak <= room,
     }
 
 
-def _print(found: "Footprint", method: str, tokens: int, room: int) -> None:
+def _print(sizes: "Footprint", method: str, tokens: int, room: int) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -96,17 +96,17 @@ def _print(found: "Footprint", method: str, tokens: int, room: int) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("", "full cache", method):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_row("weights", size(found.weights), size(found.weights))
-    table.add_row("vision tower, at most", size(found.vision), size(found.vision))
-    table.add_row("prefill of a layer, at most", size(found.prefill), size(found.prefill))
-    table.add_row("KV cache of the prompt", size(found.full), size(found.kept))
-    table.add_row("KV cache of the reply", size(found.reply), size(found.reply))
-    table.add_row("peak", size(found.full_peak), size(found.peak), style="bold")
-    table.add_row(f"fits {size(room)}", *(_fit(peak, room) for peak in (found.full_peak, found.peak)))
+    table.add_row("weights", size(sizes.weights), size(sizes.weights))
+    table.add_row("vision tower, at most", size(sizes.vision), size(sizes.vision))
+    table.add_row("prefill of a layer, at most", size(sizes.prefill), size(sizes.prefill))
+    table.add_row("KV cache of the prompt", size(sizes.full), size(sizes.kept))
+    table.add_row("KV cache of the reply", size(sizes.reply), size(sizes.reply))
+    table.add_row("peak", size(sizes.full_peak), size(sizes.peak), style="bold")
+    table.add_row(f"fits {size(room)}", *(_fit(peak, room) for peak in (sizes.full_peak, sizes.peak)))
     screen = console.out()
     screen.print(table)
-    screen.print(Text(f"{found.layers} layers keep {found.entries} of {tokens} tokens each, on average"))
-    if found.waits:
+    screen.print(Text(f"{sizes.layers} layers keep {sizes.entries} of {tokens} tokens each, on average"))
+    if sizes.waits:
         screen.print(Text("it cuts once the whole prompt is cached: the peak is the full cache's, decoding is not"))
 
 

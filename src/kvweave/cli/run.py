@@ -67,18 +67,21 @@ def run(
         long = _LONG_TEXT if model in LABS and ask.right is not None else 0
     loaded, processor = options.load(model, dtype, device, attention, trust_remote_code)
     result = _measure(model, loaded, processor, ask, methods, max_new_tokens, repeats, long)
-
-    from kvweave.report.page import html
-    from kvweave.report.picture import png
-
-    with console.writing(out) as folder:
-        (folder / "report.json").write_text(console.dump_json(result.to_json()) + "\n", encoding="utf-8")
-        (folder / "run.html").write_text(html(result), encoding="utf-8")
-        png(result).save(folder / "run.png", optimize=True)
+    _write(result, out)
     if json:
         console.print_json(result.to_json())
     else:
         _print(result, out)
+
+
+def _write(run: "Run", out: Path) -> None:
+    from kvweave.report.page import html
+    from kvweave.report.picture import png
+
+    with console.writing(out) as folder:
+        (folder / "report.json").write_text(console.dump_json(run.to_json()) + "\n", encoding="utf-8")
+        (folder / "run.html").write_text(html(run), encoding="utf-8")
+        png(run).save(folder / "run.png", optimize=True)
 
 
 def _measure(
@@ -139,10 +142,10 @@ def _print(run: "Run", folder: Path) -> None:
         speeds = [[*own, speed_text(long)] for own, long in zip(speeds, run.long.speeds, strict=True)]
     for heading in (*headings, "KV cache", "of full", "peak"):
         table.add_column(heading, justify="right")
-    for answer, told in zip(answers, speeds, strict=True):
+    for answer, timing in zip(answers, speeds, strict=True):
         table.add_row(
             Text(answer.method),
-            *told,
+            *timing,
             size(answer.cache_bytes),
             f"{answer.cache_bytes / run.full.cache_bytes:.1%}",
             size(answer.peak_bytes),

@@ -93,13 +93,13 @@ def serve(
     with bad_input(option="--memory"):
         room = parse_bytes(memory)
     with bad_input(option="--context-memory"):
-        kept = parse_bytes(context_memory)
+        memory_bytes = parse_bytes(context_memory)
     if context_probes not in PROBES:
         raise BadInput(f"--context-probes {context_probes!r}: allowed is one of {', '.join(PROBES)}")
     if data is not None:
         console.check_out(data)
     with bad_input(option="--api-keys"):
-        known = Keys(keys)
+        all_keys = Keys(keys)
     (first, *_) = options.parse_methods(method or [DEFAULT_METHOD], budget)
     with bad_input(option="--method"):
         offers = Offers(method or [DEFAULT_METHOD], first.budget, least_budget, most_budget)
@@ -113,7 +113,7 @@ def serve(
             images=images,
             choices=min(rows, Limits.choices),
             contexts=contexts,
-            context_bytes=kept,
+            context_bytes=memory_bytes,
             context_seconds=context_seconds,
         )
     loaded, processor = options.load(model, dtype, device, attention, trust_remote_code)
@@ -123,7 +123,7 @@ def serve(
         processor,
         limits=limits,
         offers=offers,
-        keys=known,
+        keys=all_keys,
         image_hosts=image_host or [],
         data=data,
         context_probes=None if context_probes == "none" else context_probes,

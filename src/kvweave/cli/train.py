@@ -48,7 +48,7 @@ def train(
     }
     if model not in own:
         raise console.BadInput(f"--model {model!r} cannot be trained: allowed is one of {', '.join(own)}")
-    for option, value in (pair for name, given in own.items() if name != model for pair in given.items()):
+    for option, value in (pair for name, values in own.items() if name != model for pair in values.items()):
         if value is not None:
             raise console.BadInput(f"--{option} {value!r} is not for {model}: allowed is to leave it out")
     console.check_out(out)

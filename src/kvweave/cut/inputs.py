@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.base import Method
+from kvweave.ops.budget import kl_target
 from kvweave.prompt import Prompt
 
 
@@ -29,6 +30,8 @@ def checked(
     """
     if not isinstance(method, Method):
         raise TypeError(f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...)")
+    if kl_target(method.budget) is not None:
+        raise ValueError(f"budget={method.budget!r} is found by decoding: allowed without a model is a number")
     prompt = _prompt(queries, keys, values, visual, valid)
     if rotary is not None:
         _check_rotary(rotary, keys[0])
@@ -105,13 +108,11 @@ def _check_decoded(
     """Refuse all but `tokens` tokens behind the prompt; None: as many as the first layer has."""
     if not (len(decoded) == 2 and len(decoded[0]) == len(decoded[1]) == len(keys)):
         raise ValueError(f"decoded must be (queries, keys), lists of {len(keys)} tensors each, one a layer")
-    for layer, (asked, known) in enumerate(zip(*decoded, strict=True)):
-        for name, x, prompt in (("queries", asked, queries[layer]), ("keys", known, keys[layer])):
-            wanted = [*prompt.shape[:2], decoded[0][0].shape[2] if tokens is None else tokens, prompt.shape[3]]
-            if list(x.shape) != wanted or not x.shape[2]:
-                raise ValueError(
-                    f"decoded, layer {layer}: {name} {list(x.shape)} must be {wanted}, defer tokens, > 0"
-                )
+    for layer, (q, k) in enumerate(zip(*decoded, strict=True)):
+        for name, x, prompt in (("queries", q, queries[layer]), ("keys", k, keys[layer])):
+            shape = [*prompt.shape[:2], decoded[0][0].shape[2] if tokens is None else tokens, prompt.shape[3]]
+            if list(x.shape) != shape or not x.shape[2]:
+                raise ValueError(f"decoded, layer {layer}: {name} {list(x.shape)} must be {shape}, defer tokens, > 0")
 
 
 def _check_rotary(rotary: tuple[Tensor, Tensor], keys: Tensor) -> None:

@@ -68,7 +68,7 @@ class LayerCut:
             layers=terms.layers,
             memory=self.memory,
             rotary=terms.rotary,
-            wanted=terms.query_rows,
+            most=terms.query_rows,
             apart=range(len(prompt.valid)) if terms.alone else apart,
             heads=terms.heads,
             stored=None if self.expand is None else slots,

@@ -40,26 +40,26 @@ class PromptCut(LayerCut):
 
     # ---------------------------------------------------------------- while the prompt comes
 
-    def collect(self, queries: Tensor, start: int, end: int, wanted: int) -> bool:
+    def collect(self, queries: Tensor, start: int, end: int, rows: int) -> bool:
         """Keep the queries that the method will need; whether the prompt is complete.
 
         Args:
             queries: [batch, heads, new, dim], of the columns from `start` on.
             end: where the prompt ends, behind `start`; what comes behind it is decoded.
-            wanted: queries of how many of its last rows are needed.
+            rows: queries of how many of its last rows are needed.
         """
         self.waiting = None  # another prompt: it is compressed with all that came before
-        if wanted:
+        if rows:
             self.queries.append(queries[:, :, : end - start].detach())
-            if wanted != ALL_ROWS and len(self.queries) > 1:
-                self.queries = [torch.cat(self.queries, 2)[:, :, -wanted:].clone()]
+            if rows != ALL_ROWS and len(self.queries) > 1:
+                self.queries = [torch.cat(self.queries, 2)[:, :, -rows:].clone()]
         return start + queries.shape[2] >= end
 
-    def crop(self, gone: int, column: int) -> None:
-        """Forget the last `gone` columns, those from `column` on."""
+    def crop(self, removals: int, column: int) -> None:
+        """Forget the last `removals` columns, those from `column` on."""
         if self.queries:
             rows = torch.cat(self.queries, 2)
-            self.queries = [rows[:, :, : rows.shape[2] - gone]]
+            self.queries = [rows[:, :, : rows.shape[2] - removals]]
         if self.waiting is not None and column < self.waiting.prompt.length:
             self.waiting = None  # what was known spoke of a longer prompt
 
@@ -101,10 +101,10 @@ class PromptCut(LayerCut):
         mask = mask[:, :, :real, : mask.shape[-1] - behind] if mask is not None and at_once else None
         if mask is not None and mask.shape[1] not in (1, queries.shape[1]):
             mask = mask.repeat_interleave(queries.shape[1] // mask.shape[1], 1)
-        done = self._decide(block, prompt, end, behind, prompt_queries, rule, mask, terms)
+        outcome = self._decide(block, prompt, end, behind, prompt_queries, rule, mask, terms)
         if self.waiting is not None:
             self.waiting.note(queries[:, :, real:].detach(), 0)
-        return done
+        return outcome
 
     def _decide(
         self,
@@ -121,7 +121,7 @@ class PromptCut(LayerCut):
         slots = self._all_slots(block, prompt.valid, terms, padded=prompt.padded)
         own = prompt.cropped(end, slots.keys.device)
         lengths = own.lengths
-        ours, after = slots.parted(slots.count - behind) if behind else (slots, None)
+        ours, after = slots.split_at(slots.count - behind) if behind else (slots, None)
         if mask is not None:  # other processes' heads may hold more slots
             hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             mask = F.pad(mask, (ours.count - mask.shape[-1], 0), value=hidden)
@@ -130,14 +130,14 @@ class PromptCut(LayerCut):
             entry_bytes = terms.layers * terms.heads.size * slots.nbytes // slots.count
         budgets = [entries(method.budget, n, entry_bytes) for n in lengths]
         share = share_out(method, budgets, lengths, terms.layers)[self.layer]
-        whole = not terms.adaptive and all(smallest(b) >= n for b, n in zip(share, lengths, strict=True))
-        if whole and not block.has_positions:
+        is_full = not terms.adaptive and all(smallest(b) >= n for b, n in zip(share, lengths, strict=True))
+        if is_full and not block.has_positions:
             return self.store(block, block, lengths, ours, terms), None  # not a bit is touched
         groups = self.groups(ours, queries, own, rule, terms, mask)
         for group in groups:
-            if terms.known is not None:
+            if terms.memo is not None:
                 rows = 0 if group.view.queries is None else group.view.queries.shape[2]
-                group.view.remember_in(terms.known.setdefault((self.layer, *group.index, rows), {}))
+                group.view.remember_in(terms.memo.setdefault((self.layer, *group.index, rows), {}))
         pending = Pending(groups, budgets, lengths, ours, after, own.valid)
         if method.defer or terms.on_request:
             self.store(block, block, lengths, ours, terms, packs=False)
@@ -172,46 +172,46 @@ class PromptCut(LayerCut):
         weights = observe(terms.method, pending.groups, budgets, lengths, means=means, probed=probed)
         heads, dim = self.query_shape
         queries = pending.prompt.keys.new_zeros(batch, heads, terms.awaited, dim)
-        known, weights = known_by_row(pending.groups, batch), by_row(pending.groups, weights)
-        return Waiting.of(prompt, pending.prompt.count, rule, queries, known, weights, pending.budgets)
+        statistics, weights = known_by_row(pending.groups, batch), by_row(pending.groups, weights)
+        return Waiting.of(prompt, pending.prompt.count, rule, queries, statistics, weights, pending.budgets)
 
-    def count_attention(self, block: Block, counted: Tensor, seen: int, terms: Terms) -> None:
+    def count_attention(self, block: Block, counted: Tensor, length: int, terms: Terms) -> None:
         """Note what the tokens behind the prompt attend to in it.
 
         Args:
             counted: bool [batch, tokens], those that count.
-            seen: columns of `block`.
+            length: columns of `block`.
         """
         if self.waiting is not None and terms.query_rows:
-            groups, _, after = self._waiting_groups(self.waiting, block, seen, terms)
+            groups, _, after = self._waiting_groups(self.waiting, block, length, terms)
             for group in groups:
                 self.waiting.add(group, self.heads_of(after).keys, counted, terms.needs)
 
     def _waiting_groups(
-        self, waiting: Waiting, block: Block, seen: int, terms: Terms
+        self, waiting: Waiting, block: Block, length: int, terms: Terms
     ) -> tuple[list[Group], Slots, Slots]:
         """What the method will see of the prompt that waits, its slots, and those behind it."""
         prompt = waiting.prompt.to(waiting.queries.device)
-        behind = prompt.valid.new_ones(len(prompt.valid), seen - prompt.length)
+        behind = prompt.valid.new_ones(len(prompt.valid), length - prompt.length)
         slots = self._all_slots(block, torch.cat([prompt.valid, behind], 1), terms)
-        ours, after = slots.parted(waiting.slots)
+        ours, after = slots.split_at(waiting.slots)
         rows = [known.get("rows", 0) for known in waiting.known]
         return self.groups(ours, None, prompt, waiting.rule, terms, apart=rows), ours, after
 
     def due(
-        self, block: Block, share: Sequence[Share] | None, counted: Tensor | None, seen: int, terms: Terms
+        self, block: Block, share: Sequence[Share] | None, counted: Tensor | None, length: int, terms: Terms
     ) -> Pending:
         """The prompt that waited, ready for `cut`: the tokens decoded meanwhile have said what they look at.
 
         Args:
             share: entries that each row of the batch keeps in this layer; None: that depends on what is learnt here.
             counted: bool [batch, tokens], those that count; None: there are none.
-            seen: columns of `block`.
+            length: columns of `block`.
         """
         waiting, method = self.waiting, terms.method
         assert waiting is not None
         self.waiting = None
-        groups, ours, after = self._waiting_groups(waiting, block, seen, terms)
+        groups, ours, after = self._waiting_groups(waiting, block, length, terms)
         for group in groups:
             view, at = group.view, group.index
             cuts = share is None or smallest(share[at[0]]) < view.length

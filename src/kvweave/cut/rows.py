@@ -44,7 +44,7 @@ def group_rows(
     layers: int = 1,
     rotary: tuple[Tensor, Tensor] | None = None,
     memory: Tensor | None = None,
-    wanted: int = ALL_ROWS,
+    most: int = ALL_ROWS,
     apart: Sequence[int] | None = None,
     heads: Heads = HERE,
     stored: Slots | None = None,
@@ -58,18 +58,16 @@ def group_rows(
         mask: the model's own, [batch or 1, heads or 1, rows, slots], boolean or additive; None: causal.
         rotary: (cos, sin), [batch, columns, rotary_dim] each.
         memory: [batch, ...], what the turn before left.
-        wanted: queries of how many of the last tokens a view gets; `ALL_ROWS`: of all that are at hand.
+        most: queries of how many of the last tokens a view gets; `ALL_ROWS`: of all that are at hand.
         heads: where the layer's other heads are; `slots` are as many everywhere.
         stored: one head that memory holds for all of them (MLA); None: `slots` are what it holds.
         apart: by row of the batch; rows of different numbers are not planned together.
     """
     assert slots.positions is not None
     assert slots.mass is not None
-    count = slots.positions.shape[2]
-    rows = queries.shape[2] if queries is not None else 0
-    tokens = _tokens(slots, prompt, heads)
+    tokens, rows = _tokens(slots, prompt, heads), 0 if queries is None else queries.shape[2]
     groups = []
-    for part, asked in _parts(tokens, rows, rows if wanted == ALL_ROWS else wanted, apart):
+    for part, recent in _parts(tokens, rows, rows if most == ALL_ROWS else most, apart):
         pick, at = part.pick, part.at
         view = LayerView(
             keys=pick(slots.keys),
@@ -90,10 +88,8 @@ def group_rows(
         if stored is not None:
             view.stored = view.of_one_head(pick(stored.keys), pick(stored.values))
         if queries is not None:
-            asks = part.held[:, part.length - asked :] - (count - rows)  # rows of `queries` that hold a token
-            view.queries = queries[:, :, rows - asked :] if part.whole else _of_rows(queries, at, asks)
-            if mask is not None:
-                view.rule = replace(rule, mask=_blocks(mask, at, asks, part.held))
+            view.queries, masks = _recent_rows(queries, mask, part, recent, slots.positions.shape[2])
+            view.rule = rule if masks is None else replace(rule, mask=masks)
         view.rotary = None if rotary is None else _tables(rotary, at, view.positions)
         groups.append(Group(part.index, view, part.length))
     return groups
@@ -134,22 +130,22 @@ class _Part:
 
     Attributes:
         index, at: which rows, as numbers and int64 [rows].
-        held: int64 [rows, length], the slots that hold a token.
-        whole: that is all there is.
+        slots: int64 [rows, length], the slots that hold a token.
+        is_full: that is all there is.
     """
 
     index: list[int]
     at: Tensor
-    held: Tensor
-    whole: bool
+    slots: Tensor
+    is_full: bool
 
     @property
     def length(self) -> int:
-        return self.held.shape[1]
+        return self.slots.shape[1]
 
     def pick(self, x: Tensor) -> Tensor:
         """These rows' held slots of `x` [batch, heads, slots, ...]."""
-        return x if self.whole else _of_rows(x, self.at, self.held)
+        return x if self.is_full else _of_rows(x, self.at, self.slots)
 
 
 def _parts(tokens: _Tokens, rows: int, most: int, apart: Sequence[int] | None) -> Iterator[tuple[_Part, int]]:
@@ -159,26 +155,40 @@ def _parts(tokens: _Tokens, rows: int, most: int, apart: Sequence[int] | None) -
     sizes = [[count, rows]] * batch
     if real is not None:
         sizes = torch.stack([real.sum(1), real[:, count - rows :].sum(1)], 1).tolist()
-    keys = [(length, min(asked, most), apart[row] if apart else 0) for row, (length, asked) in enumerate(sizes)]
+    keys = [(length, min(recent, most), apart[row] if apart else 0) for row, (length, recent) in enumerate(sizes)]
     for key in sorted(set(keys)):
         index = [row for row in range(batch) if keys[row] == key]
-        length, asked, _ = key
+        length, recent, _ = key
         everyone = torch.arange(batch, device=device)
         at = everyone if len(index) == batch else torch.cat([everyone[row : row + 1] for row in index])
         if real is None:
-            held = torch.arange(length, device=device).expand(len(index), -1)
+            slots = torch.arange(length, device=device).expand(len(index), -1)
         else:
-            held = places(real[at], length)
-        yield _Part(index, at, held, len(index) == batch and length == count), asked
+            slots = places(real[at], length)
+        yield _Part(index, at, slots, len(index) == batch and length == count), recent
 
 
-def _blocks(mask: Tensor, at: Tensor, asks: Tensor, held: Tensor) -> Callable[[int, int], Tensor]:
+def _recent_rows(
+    queries: Tensor, mask: Tensor | None, part: _Part, recent: int, count: int
+) -> tuple[Tensor, Callable[[int, int], Tensor] | None]:
+    """A part's queries of its last `recent` tokens, and the model's mask at them, where there is one.
+
+    Args:
+        count: slots of the layer, of whose last ones `queries` are.
+    """
+    rows = queries.shape[2]
+    asks = part.slots[:, part.length - recent :] - (count - rows)  # rows of `queries` that hold a token
+    own = queries[:, :, rows - recent :] if part.is_full else _of_rows(queries, part.at, asks)
+    return own, None if mask is None else _blocks(mask, part.at, asks, part.slots)
+
+
+def _blocks(mask: Tensor, at: Tensor, asks: Tensor, slots: Tensor) -> Callable[[int, int], Tensor]:
     """The model's mask at a group's rows and slots, a block of rows at a time."""
     rows = at if mask.shape[0] > 1 else torch.zeros_like(at)
 
     def block(start: int, stop: int) -> Tensor:
         part = mask[rows[:, None], :, asks[:, start:stop]].transpose(1, 2)  # [rows, heads, block, slots]
-        return part.gather(-1, held[:, None, None].expand(*part.shape[:3], -1))
+        return part.gather(-1, slots[:, None, None].expand(*part.shape[:3], -1))
 
     return block
 
@@ -291,11 +301,11 @@ def compact(
         view, budget = group.view, budgets[group.index[0]]
         view.mean_budget = means[group.index[0]]
         if smallest(budget) >= group.length:
-            plan = _everything(view.held)
+            plan = _everything(view.storage)
         else:
             plan = method.plan(view, budget) if isinstance(budget, int) else method.plan_heads(view, budget)
-        done = plan.apply(view.held)
-        fate = plan.fate(view.held) if trace else None
+        done = plan.apply(view.storage)
+        fate = plan.fate(view.storage) if trace else None
         described = _described(plan, len(group.index))
         for n, row in enumerate(group.index):
             pieces[row] = _row(done, n)
@@ -318,11 +328,13 @@ def _everything(view: LayerView) -> Plan:
     return Plan(last(view.positions, view.length), bias=view.bias)
 
 
-def _row(done: Compacted, n: int) -> Compacted:
+def _row(compacted: Compacted, n: int) -> Compacted:
     """Row `n`, as a batch of one."""
     part = slice(n, n + 1)
-    bias = done.bias[part] if done.bias is not None else None
-    return Compacted(done.keys[part], done.values[part], done.positions[part], done.mass[part], None, bias)
+    bias = compacted.bias[part] if compacted.bias is not None else None
+    return Compacted(
+        compacted.keys[part], compacted.values[part], compacted.positions[part], compacted.mass[part], None, bias
+    )
 
 
 def _described(plan: Plan, rows: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvweave.memory.slots import Slots
 from kvweave.ops.match import take
-from kvweave.ops.select import chosen
+from kvweave.ops.select import ragged_places
 from kvweave.plan import Compacted
 
 
@@ -21,9 +21,9 @@ def first_apart(slots: Slots, valid: Tensor, count: int) -> tuple[Slots | None, 
         return None, slots
     assert slots.positions is not None
     assert slots.mass is not None
-    real = held(slots.positions, valid)
+    real = real_slots(slots.positions, valid)
     ours = real & (real.cumsum(-1) <= count)
-    index = chosen(ours)  # rows that are shorter have -1 in front
+    index = ragged_places(ours)  # rows that are shorter have -1 in front
     at, none = index.clamp(min=0), index < 0
     first = Slots(
         take(slots.keys, at),
@@ -43,37 +43,37 @@ def first_apart(slots: Slots, valid: Tensor, count: int) -> tuple[Slots | None, 
     return first, rest
 
 
-def behind(first: Slots, done: Compacted) -> Compacted:
+def behind(first: Slots, rest: Compacted) -> Compacted:
     """What was kept behind the first tokens, and these; empty slots first."""
     assert first.positions is not None
     assert first.mass is not None
     bias = None
-    if first.bias is not None or done.bias is not None:
-        parts = (first.bias, first.mass), (done.bias, done.mass)
+    if first.bias is not None or rest.bias is not None:
+        parts = (first.bias, first.mass), (rest.bias, rest.mass)
         bias = torch.cat([torch.zeros_like(mass) if own is None else own for own, mass in parts], -1)
-    whole = Compacted(
-        torch.cat([first.keys, done.keys], 2),
-        torch.cat([first.values, done.values], 2),
-        torch.cat([first.positions, done.positions], -1),
-        torch.cat([first.mass, done.mass], -1),
-        done.flow,
+    joint = Compacted(
+        torch.cat([first.keys, rest.keys], 2),
+        torch.cat([first.values, rest.values], 2),
+        torch.cat([first.positions, rest.positions], -1),
+        torch.cat([first.mass, rest.mass], -1),
+        rest.flow,
         bias,
-        done.full and not first.has_empty,
+        rest.full and not first.has_empty,
     )
-    if whole.full:
-        return whole
-    order = whole.positions.argsort(stable=True, dim=-1)
+    if joint.full:
+        return joint
+    order = joint.positions.argsort(stable=True, dim=-1)
     return replace(
-        whole,
-        keys=take(whole.keys, order),
-        values=take(whole.values, order),
-        positions=whole.positions.gather(-1, order),
-        mass=whole.mass.gather(-1, order),
-        bias=None if whole.bias is None else whole.bias.gather(-1, order),
+        joint,
+        keys=take(joint.keys, order),
+        values=take(joint.values, order),
+        positions=joint.positions.gather(-1, order),
+        mass=joint.mass.gather(-1, order),
+        bias=None if joint.bias is None else joint.bias.gather(-1, order),
     )
 
 
-def held(positions: Tensor, valid: Tensor) -> Tensor:
+def real_slots(positions: Tensor, valid: Tensor) -> Tensor:
     """Slots that hold a real token, bool [batch, kv_heads, slots].
 
     Args:

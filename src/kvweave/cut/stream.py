@@ -101,8 +101,8 @@ def stream_of(
                 raise ValueError(f"{name}={value!r} is not allowed without every: allowed is every=n beside it")
         return method, None
     _check(method, every, total)
-    for name, given in (("trace", trace), ("hold", hold)):
-        if given:
+    for name, choice in (("trace", trace), ("hold", hold)):
+        if choice:
             raise ValueError(f"{name}=True is not allowed with every={every}: allowed is one of them")
     return _undeferred(method) if method.defer else method, Stream(every, total, stream_sinks)
 
@@ -110,18 +110,19 @@ def stream_of(
 def _undeferred(method: Method) -> Method:
     """The method without the deferral that it has by default."""
     inside = getattr(method, "method", None)
+    options: dict[str, Any] = {}
     if isinstance(inside, Method):
-        return replace(method, method=_undeferred(inside), defer=0)  # type: ignore[call-arg]
-    soft = getattr(method, "temperature", None) is not None and not _spelled(method, "temperature")
-    options: dict[str, Any] = {"temperature": None} if soft else {}
+        options["method"] = _undeferred(inside)
+    elif getattr(method, "temperature", None) is not None and not _is_explicit(method, "temperature"):
+        options["temperature"] = None
     return replace(method, defer=0, **options)
 
 
-def _spelled(method: Method, option: str) -> bool:
+def _is_explicit(method: Method, option: str) -> bool:
     """The option was given; where nobody noted that, it differs from its default."""
     default = next(field.default for field in fields(method) if field.name == option)
-    said = getattr(method.without_model, option)
-    return said != default and option in getattr(method, "_given", {option})
+    value = getattr(method.without_model, option)
+    return value != default and option in getattr(method, "_explicit", {option})
 
 
 def _check(method: Method, every: int, total: int | None) -> None:
@@ -129,7 +130,7 @@ def _check(method: Method, every: int, total: int | None) -> None:
     beside, inside = f"is not allowed with every={every}", decider(method)
     if method.redecode:
         raise ValueError(f"redecode=True {beside}: allowed is redecode=False")
-    if method.defer and _spelled(inside, "defer"):
+    if method.defer and _is_explicit(inside, "defer"):
         raise ValueError(f"defer={method.defer} {beside}, which cuts at once: allowed is defer=0")
     for name, option, value, allowed in (
         ("kvmerger", "variant", "threshold", "budgeted"),

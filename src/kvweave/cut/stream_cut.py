@@ -17,7 +17,7 @@ from torch import Tensor
 from kvweave.cut.prompt_cut import PromptCut
 from kvweave.cut.record import Record
 from kvweave.cut.rows import Group, Share, compact, fits, observe, smallest
-from kvweave.cut.sinks import behind, first_apart, held
+from kvweave.cut.sinks import behind, first_apart, real_slots
 from kvweave.cut.terms import Pending, Terms
 from kvweave.cut.waiting import tell_rows
 from kvweave.memory.block import Block
@@ -83,10 +83,10 @@ class StreamCut(PromptCut):
         if self.due_by is not None:
             self.probed = queries.detach()  # of probes that come before the cut
             return block, None
-        seen, new = prompt.length, queries.shape[2]
+        past, new = prompt.length, queries.shape[2]
         if terms.query_rows:
-            self.collect(queries, seen - new, seen, terms.query_rows)
-        tail = seen - self.start
+            self.collect(queries, past - new, past, terms.query_rows)
+        tail = past - self.start
         self.read = self.held + tail
         self.peak = max(self.peak, self.read)
         self.peak_bytes = max(self.peak_bytes, block.nbytes)
@@ -106,7 +106,7 @@ class StreamCut(PromptCut):
         assert stream is not None
         slots = block.outline(prompt.valid)
         assert slots.positions is not None
-        most = int(held(slots.positions, prompt.valid).sum(-1).max())
+        most = int(real_slots(slots.positions, prompt.valid).sum(-1).max())
         most = max(count for (count,) in terms.heads.each([most], slots.positions.device))
         budget = self._budget(block, terms)
         forced = stream.forced(terms.method, budget)
@@ -135,7 +135,7 @@ class StreamCut(PromptCut):
         method, (rule, mask) = terms.method, self.due_by
         budget = self._budget(block, terms)
         everything = self._all_slots(block, prompt.valid, terms, padded=prompt.padded)
-        slots, probes = everything.parted(everything.count - probing) if probing else (everything, None)
+        slots, probes = everything.split_at(everything.count - probing) if probing else (everything, None)
         prompt = prompt.cropped(prompt.length - probing, slots.keys.device)
         forced = terms.stream.forced(method, budget)
         self.sinks, rest = first_apart(slots, prompt.valid, forced)
@@ -182,17 +182,17 @@ class StreamCut(PromptCut):
         self.flow = outcome.compacted.flow
         self.memory = self.memory if outcome.memory is None else outcome.memory
         self.words, self.cuts = outcome.rows, self.cuts + 1
-        left = stored(outcome.compacted if sinks is None else behind(sinks, outcome.compacted))
-        self.held = sum(slots.count for slots in left) / len(left)
-        return stored_in(block_of(left), terms.storage), pending.valid
+        blocks = stored(outcome.compacted if sinks is None else behind(sinks, outcome.compacted))
+        self.held = sum(slots.count for slots in blocks) / len(blocks)
+        return stored_in(block_of(blocks), terms.storage), pending.valid
 
     # ---------------------------------------------------------------- columns go
 
-    def crop(self, gone: int, column: int) -> None:
-        """Forget the last `gone` columns, those from `column` on."""
+    def crop(self, removals: int, column: int) -> None:
+        """Forget the last `removals` columns, those from `column` on."""
         if self.queries:
             rows = torch.cat(self.queries, 2)
-            self.queries = [rows[:, :, : max(0, rows.shape[2] - gone)]]
+            self.queries = [rows[:, :, : max(0, rows.shape[2] - removals)]]
         if column < self.start:  # some of them may have been given up
             self.held, self.start = min(self.held, column), column
 
@@ -203,20 +203,20 @@ class StreamCut(PromptCut):
         slots = block.outline(prompt.valid)
         assert slots.positions is not None
         assert slots.mass is not None
-        real = held(slots.positions, prompt.valid)
+        real = real_slots(slots.positions, prompt.valid)
         mass = slots.mass * real
         counts = torch.stack([real.sum(-1).to(mass.dtype), mass.sum(-1), mass.amax(-1)], -1)
         kept, represented, heaviest = terms.heads.gather(counts).unbind(-1)
         full = block.as_slots()
-        whole = full.nbytes // max(1, full.count) * prompt.length
-        before, after = (sum(of) for of in zip(*terms.heads.each([whole, block.nbytes], mass.device), strict=True))
+        size = full.nbytes // max(1, full.count) * prompt.length
+        before, after = (sum(of) for of in zip(*terms.heads.each([size, block.nbytes], mass.device), strict=True))
         rows = self.words or [{} for _ in prompt.lengths]
         return Record(prompt.lengths, kept, represented, heaviest.max(), before, after, rows)
 
     def counted(self, record: Record) -> dict[str, int]:
         """What the report says of a stream besides."""
-        held = math.ceil(record.kept.mean(1).max())
-        return {"cuts": self.cuts, "held": held, "peak_entries": math.ceil(self.peak)}
+        entries = math.ceil(record.kept.mean(1).max())
+        return {"cuts": self.cuts, "held": entries, "peak_entries": math.ceil(self.peak)}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Terms:
         rotary: (cos, sin), [batch, columns, rotary_dim] each, where the method needs them.
         interleaved: how it pairs channels.
         trace: keep each slot's fate.
-        known: statistics that other caches filled with the same prompt have computed, by what they are of.
+        memo: statistics that other caches filled with the same prompt have computed, by what they are of.
         stream: the cache is bounded over endless input; None: each prompt is cut once.
     """
 
@@ -47,7 +47,7 @@ class Terms:
     rotary: tuple[Tensor, Tensor] | None = None
     interleaved: bool = False
     trace: bool = False
-    known: dict[Any, dict[Any, Any]] | None = None
+    memo: dict[Any, dict[Any, Any]] | None = None
     stream: Stream | None = None
 
     @classmethod

@@ -123,9 +123,9 @@ class Waiting:
         queries = self.queries[at, :, :tokens]
         for reduction in needs.decoded:
             how = () if reduction == MEANS else reduction
-            given = decoded_attention(group.view, queries, keys[at, :, :tokens], counted, rule, *how)
+            attention = decoded_attention(group.view, queries, keys[at, :, :tokens], counted, rule, *how)
             for n, row in enumerate(at):
-                before, new = self.sums[row].get(reduction), given[n : n + 1]
+                before, new = self.sums[row].get(reduction), attention[n : n + 1]
                 if before is not None:
                     new = torch.maximum(before, new) if reduction[0] == "max" else before + new
                 self.sums[row][reduction] = new
@@ -137,17 +137,17 @@ class Waiting:
 
     def tell(self, view: LayerView, at: Sequence[int]) -> None:
         """Let a view of the given rows know all that was learnt."""
-        view.known = known_together([self.known[row] for row in at])
+        view.memo = known_together([self.known[row] for row in at])
         counts = self.counts[list(at), None, None]
         for reduction in self.sums[at[0]]:
             sums = torch.cat([self.sums[row][reduction] for row in at])
             tell_attention(view, reduction, sums, counts)
         if self.seen[at[0]]:
-            seen = [torch.cat(self.seen[row], 1) for row in at]
-            most = max(queries.shape[1] for queries in seen)
-            view.decoded_queries = torch.stack([F.pad(q, (0, 0, 0, most - q.shape[1])) for q in seen])
+            queries_of = [torch.cat(self.seen[row], 1) for row in at]
+            most = max(queries.shape[1] for queries in queries_of)
+            view.decoded_queries = torch.stack([F.pad(q, (0, 0, 0, most - q.shape[1])) for q in queries_of])
             places = torch.arange(most, device=view.keys.device)
-            view.decoded_counted = torch.stack([places < queries.shape[1] for queries in seen])
+            view.decoded_counted = torch.stack([places < queries.shape[1] for queries in queries_of])
 
 
 def tell_rows(
@@ -183,7 +183,7 @@ def known_by_row(groups: Sequence[Group], batch: int) -> list[dict[Any, Any]]:
     rows: list[dict[Any, Any]] = [{} for _ in range(batch)]
     for group in groups:
         for n, row in enumerate(group.index):
-            rows[row] = {key: _row(value, n) for key, value in group.view.known.items()}
+            rows[row] = {key: _row(value, n) for key, value in group.view.memo.items()}
     return rows
 
 
@@ -237,10 +237,10 @@ def decoded_attention(
     tokens = queries.shape[2]
     if view.bias is not None or view.empty is not None:
         rule = replace(rule, mask=lambda start, stop: _mask(view, tokens, queries.shape[1], start, stop))
-    seen = torch.cat([view.keys, keys], 2)
+    every_key = torch.cat([view.keys, keys], 2)
     if not rows_by == heads_by == "mean":
-        return received(queries, seen, rule, rows_by, heads_by, counted[:, None])[..., : view.length]
-    sums = column_sums(queries, seen, rule, counted[:, None])
+        return received(queries, every_key, rule, rows_by, heads_by, counted[:, None])[..., : view.length]
+    sums = column_sums(queries, every_key, rule, counted[:, None])
     return sums[:, :, 0, : view.length].unflatten(1, (view.kv_heads, -1)).mean(2)
 
 
@@ -254,11 +254,11 @@ def _mask(view: LayerView, tokens: int, heads: int, start: int, stop: int) -> Te
     ahead = behind > torch.arange(start, stop, device=slots.device)[:, None]
     later = torch.zeros_like(ahead, dtype=like.dtype).masked_fill(ahead, torch.finfo(like.dtype).min)
     rows = stop - start
-    whole = torch.cat(
+    mask = torch.cat(
         [
             slots[:, :, None].expand(-1, -1, rows, -1),
             later.expand(*slots.shape[:2], -1, -1),
         ],
         -1,
     )
-    return whole.repeat_interleave(heads // slots.shape[1], 1)
+    return mask.repeat_interleave(heads // slots.shape[1], 1)

@@ -59,7 +59,7 @@ class Counting(KVzip):
         quota = self.quota(budget, budget)
         rows = []
         for pool in (pool.row(0) for pool in pools):
-            first = pool.held & (pool.held.cumsum(-1) <= quota.sinks)
+            first = pool.valid & (pool.valid.cumsum(-1) <= quota.sinks)
             rows.append(replace(pool, forced=first, quota=quota))
         return [[count / length for count in counts] for counts in share_out(rows, self.floor)]
 
@@ -72,10 +72,10 @@ def prompts_of(model: str, processor: Any, count: int, tokens: int, files: Seque
         ValueError: a file that cannot be read, or no text that is long enough.
     """
     if not files and model in SOURCES and SOURCES[model].unit == "images":
-        found = SOURCES[model]
-        each = -(-count // len(found.tasks))
-        asked = [task.examples(_SEED) for task in found.make(found.tasks, each, found.size)]
-        return [Prompt(one.id, one.messages) for turn in zip(*asked, strict=True) for one in turn][:count]
+        source = SOURCES[model]
+        each = -(-count // len(source.tasks))
+        examples = [task.examples(_SEED) for task in source.make(source.tasks, each, source.size)]
+        return [Prompt(one.id, one.messages) for turn in zip(*examples, strict=True) for one in turn][:count]
     pieces = _pieces(_texts(files) if files else _installed(), processor, tokens)
     prompts = [
         Prompt(name, [{"role": "user", "content": [{"type": "text", "text": text}]}])

@@ -117,10 +117,10 @@ class LabProcessor(ProcessorMixin):
         if placeholders != len(pictures):
             raise ValueError(f"{len(pictures)} images for {placeholders} {IMAGE_TOKEN} in the text")
 
-        seen, tokens = {}, []
+        pixels, tokens = {}, []
         if pictures:
-            seen = self.image_processor(pictures, return_tensors=return_tensors, **(images_kwargs or {}))
-            tokens = [int(rows * columns) // MERGE**2 for _, rows, columns in seen["image_grid_thw"]]
+            pixels = self.image_processor(pictures, return_tensors=return_tensors, **(images_kwargs or {}))
+            tokens = [int(rows * columns) // MERGE**2 for _, rows, columns in pixels["image_grid_thw"]]
         each = iter(tokens)
         prompts = [re.sub(re.escape(IMAGE_TOKEN), lambda _: IMAGE_TOKEN * next(each), text) for text in prompts]
         read = self.tokenizer(prompts, **{**kwargs, **(text_kwargs or {})})
@@ -128,7 +128,7 @@ class LabProcessor(ProcessorMixin):
         if sum(row.count(self.image_token_id) for row in ids) != sum(tokens):
             raise ValueError("truncation cut through an image: give fewer images or a longer max_length")
         read["mm_token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in ids]
-        return BatchFeature({**read, **seen}, tensor_type=return_tensors)
+        return BatchFeature({**read, **pixels}, tensor_type=return_tensors)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:

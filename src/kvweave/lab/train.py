@@ -153,15 +153,15 @@ def _pack(
     share = np.array([shares[family] for family in askable])
     tokens, targets = np.full((2, stage.questions), words.PAD)
     families = np.full(stage.questions, -1)
-    asked, used = set(), 0
+    texts, used = set(), 0
     for pick in rng.choice(len(askable), size=stage.questions // TRY_EVERY, p=share / share.sum()):
         question = albums.question(row, askable[pick], rng)
         ask = words.encode(f"{words.QUESTION} {question.text}")
         answer = [words.TOKEN[words.ANSWER], *words.encode(question.answer), words.EOS]
         end = used + len(ask) + len(answer)
-        if question.text in asked or end > stage.questions:
+        if question.text in texts or end > stage.questions:
             continue
-        asked.add(question.text)
+        texts.add(question.text)
         tokens[used:end] = ask + answer
         targets[used + len(ask) - 1 : end - 1] = answer  # the answer's opening follows the question mark
         families[used + len(ask) - 1 : end - 1] = FAMILIES.index(askable[pick])
@@ -179,9 +179,9 @@ def loss_and_hits(
     """
     album = batch.tokens.shape[1] - batch.targets.shape[1]
     states = forward(batch.tokens, batch.pictures)[:, album:]
-    asked = batch.targets != words.PAD
-    target, family = batch.targets[asked], batch.families[asked]
-    logits = F.linear(states[asked].float(), forward.model.lm_head.weight)
+    real = batch.targets != words.PAD
+    target, family = batch.targets[real], batch.families[real]
+    logits = F.linear(states[real].float(), forward.model.lm_head.weight)
     errors = F.cross_entropy(logits, target, reduction="none")
     frame = (target == words.EOS) | (target == words.TOKEN[words.ANSWER])
     weight = torch.where(frame, 0.2, 1.0)

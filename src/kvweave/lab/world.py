@@ -372,9 +372,9 @@ class Albums:
         lengths = [FRAMES[kind] for kind in self.segments]
         starts = np.cumsum([0, *lengths])
         singles = [i for i, kind in enumerate(self.segments) if kind == "single"]
-        asked = np.array(singles or range(len(self.segments)))
+        candidates = np.array(singles or range(len(self.segments)))
         hides = rng.random((self.count, len(self.segments))) < _DIGIT_SHARE
-        hides[self._rows, rng.choice(asked, self.count)] = True
+        hides[self._rows, rng.choice(candidates, self.count)] = True
         grid = (self.count, self.images)
         self._digit, self._digit_colour = np.zeros(grid, np.int64), np.zeros(grid, np.int64)
         self._digit_place = np.full(grid, -1)  # -1: none
@@ -390,7 +390,7 @@ class Albums:
                 self.cells[rows, image, place] = digit_code(digit, colour)
                 self._digit[rows, image], self._digit_colour[rows, image] = digit, colour
                 self._digit_place[rows, image] = place
-                self._digit_asked[rows, image] = segment in asked
+                self._digit_asked[rows, image] = segment in candidates
 
     def _write_passages(self, rng: np.random.Generator, needles: int) -> None:
         grid = (self.count, self.images)
@@ -454,9 +454,9 @@ class Albums:
 
     def _ask_listing(self, row: int, rng: np.random.Generator) -> Question:
         image = int(rng.integers(self.images))
-        seen = [(place, describe(int(code))) for place, code in enumerate(self.cells[row, image]) if code]
-        answer = " ".join(name for _, name in seen)
-        cells = tuple(self._cell(image, place) for place, _ in seen)
+        objects_seen = [(place, describe(int(code))) for place, code in enumerate(self.cells[row, image]) if code]
+        answer = " ".join(name for _, name in objects_seen)
+        cells = tuple(self._cell(image, place) for place, _ in objects_seen)
         return Question("listing", f"list image {self._label(row, image)} ?", answer, cells)
 
     def _ask_two_images(self, row: int, rng: np.random.Generator) -> Question:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from kvweave.memory.fixed import FixedSlots
     from kvweave.memory.slots import Slots
 
 
@@ -33,6 +34,10 @@ class Block(Protocol):
         """The block, or one for each KV head where heads hold different counts."""
 
     @property
+    def fixed(self) -> "tuple[FixedSlots, ...]":
+        """Its parts, where they are buffers of fixed shape and address; else empty."""
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values [batch, kv_heads, slots, dim] as attention takes them; None: `as_slots` makes them."""
 
@@ -42,8 +47,8 @@ class Block(Protocol):
     def rows(self, index: Tensor) -> "Block":
         """The given rows of the batch, in that order."""
 
-    def before(self, column: int, seen: int) -> "Block":
-        """The slots of columns before `column`, where `seen` have been appended."""
+    def before(self, column: int, length: int) -> "Block":
+        """The slots of columns before `column`, where `length` have been appended."""
 
     def as_slots(self, valid: Tensor | None = None, *, padded: bool | None = None) -> "Slots":
         """All heads side by side in full precision, those that hold less with empty slots in front.

@@ -1,6 +1,7 @@
 """One entry a token for all heads (MLA's latents), as attention reads it: as keys and values of each head."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,42 +35,44 @@ class Expanded:
     """A `Block` that attention reads once: memory keeps what it was expanded from.
 
     Attributes:
-        held: what memory holds, of one KV head.
+        source: what memory holds, of one KV head.
         tensors: keys and values [batch, heads, slots, dim], what each head makes of it.
     """
 
-    held: Block
+    source: Block
     tensors: tuple[Tensor, Tensor]
+
+    fixed: ClassVar[tuple[()]] = ()
 
     @property
     def nbytes(self) -> int:
-        return self.held.nbytes
+        return self.source.nbytes
 
     @property
     def has_positions(self) -> bool:
-        return self.held.has_positions
+        return self.source.has_positions
 
     @property
     def parts(self) -> "tuple[Expanded, ...]":
         return (self,)
 
     def append(self, keys: Tensor, values: Tensor, column: int) -> Block:
-        return self.held.append(keys, values, column)
+        return self.source.append(keys, values, column)
 
     def rows(self, index: Tensor) -> Block:
-        return self.held.rows(index)
+        return self.source.rows(index)
 
-    def before(self, column: int, seen: int) -> Block:
-        return self.held.before(column, seen)
+    def before(self, column: int, length: int) -> Block:
+        return self.source.before(column, length)
 
     def as_slots(self, valid: Tensor | None = None, *, padded: bool | None = None) -> Slots:
-        return expanded(self.held.as_slots(valid, padded=padded), *self.tensors)
+        return expanded(self.source.as_slots(valid, padded=padded), *self.tensors)
 
     def outline(self, valid: Tensor | None = None) -> Slots:
         return self.as_slots(valid).outline()
 
     def mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
-        return self.held.mask(mask, queries)
+        return self.source.mask(mask, queries)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float | None, dropout: float) -> None:
         """Keys and values differ in width: the model's own function reads them."""

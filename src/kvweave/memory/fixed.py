@@ -55,8 +55,8 @@ class FixedSlots:
         bias[:, :, :count].masked_fill_(slots.stands_for_others_than(valid), least)
         bias[:, :, count:] = least
         columns = torch.arange(column, column + capacity - count, device=bias.device).clamp(max=column + tokens - 1)
-        known = slots.all_positions()
-        positions = torch.cat([known, columns.expand(*known.shape[:2], -1)], -1)
+        all_positions = slots.all_positions()
+        positions = torch.cat([all_positions, columns.expand(*all_positions.shape[:2], -1)], -1)
         cursor = torch.tensor(count, device=slots.keys.device)
         for tensor in (room.keys, room.values, bias, positions, cursor):
             torch._dynamo.mark_static_address(tensor)  # a captured step writes to them in place
@@ -99,6 +99,10 @@ class FixedSlots:
         return (self,)
 
     @property
+    def fixed(self) -> "tuple[FixedSlots, ...]":
+        return (self,)
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor]:
         return self.keys, self.values
 
@@ -106,9 +110,9 @@ class FixedSlots:
         """Of no fixed address any more."""
         return self.out_of_room().rows(index)
 
-    def before(self, column: int, seen: int) -> Slots:
+    def before(self, column: int, length: int) -> Slots:
         """Of no fixed address any more."""
-        return self.out_of_room().before(column, seen)
+        return self.out_of_room().before(column, length)
 
     def as_slots(self, valid: Tensor | None = None, *, padded: bool | None = None) -> Slots:
         """The same as slots of a known number (a host synchronisation)."""

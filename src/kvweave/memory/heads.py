@@ -42,6 +42,10 @@ class RaggedHeads:
         return all(part.has_positions for part in self.parts)
 
     @property
+    def fixed(self) -> tuple[FixedSlots, ...]:
+        return tuple(slots for part in self.parts for slots in part.fixed)
+
+    @property
     def tensors(self) -> None:
         return None
 
@@ -61,8 +65,8 @@ class RaggedHeads:
     def rows(self, index: Tensor) -> "RaggedHeads":
         return self.each(lambda part: part.rows(index))
 
-    def before(self, column: int, seen: int) -> "RaggedHeads":
-        return self.each(lambda part: part.before(column, seen))
+    def before(self, column: int, length: int) -> "RaggedHeads":
+        return self.each(lambda part: part.before(column, length))
 
     def as_slots(self, valid: Tensor | None = None, *, padded: bool | None = None) -> Slots:
         return _together([part.as_slots() for part in self.parts], self.back)
@@ -103,13 +107,13 @@ class RaggedHeads:
         """For each part, which of the query heads [batch, heads, ...] read it."""
         heads = self.heads or tuple((n,) for n in range(len(self.parts)))
         group = queries.shape[1] // sum(map(len, heads))
-        found: list[slice | Tensor] = []
+        groups: list[slice | Tensor] = []
         for own in heads:
             if own == tuple(range(own[0], own[-1] + 1)):
-                found.append(slice(own[0] * group, (own[-1] + 1) * group))
+                groups.append(slice(own[0] * group, (own[-1] + 1) * group))
             else:
-                found.append(torch.tensor([n * group + g for n in own for g in range(group)], device=queries.device))
-        return found
+                groups.append(torch.tensor([n * group + g for n in own for g in range(group)], device=queries.device))
+        return groups
 
     def one_by_one(self, parts: Sequence[Slots]) -> list[Slots]:
         """The slots of each KV head, in order, of `parts` that have taken the place of these."""
@@ -161,10 +165,10 @@ def for_flash(block: Block, padding: Tensor | None) -> list[Slots]:
         return block.one_by_one(parts)
     if not block.has_positions:
         return parts
-    seen = parts[0].shown(padding)
-    if seen is None or bool((seen == seen[:, :1]).all()):  # flash itself asks the device how much is padding
+    visible = parts[0].shown(padding)
+    if visible is None or bool((visible == visible[:, :1]).all()):  # flash itself asks the device how much is padding
         return parts
-    return [parts[0].head(n) for n in range(seen.shape[1])]
+    return [parts[0].head(n) for n in range(visible.shape[1])]
 
 
 def stored_in(block: Block, setting: Quantization | None) -> Block:
@@ -184,9 +188,9 @@ def out_of_fixed_buffers(block: Block) -> Block:
     return of_parts(block, lambda part: part.out_of_room() if isinstance(part, FixedSlots) else part)
 
 
-def block_from(done: Compacted, behind: Slots | None = None) -> Block:
+def block_from(compacted: Compacted, behind: Slots | None = None) -> Block:
     """`stored`, as a layer holds it."""
-    return block_of(stored(done, behind))
+    return block_of(stored(compacted, behind))
 
 
 def in_buckets(parts: Sequence[Slots]) -> Block:
@@ -223,17 +227,17 @@ def _bucket(parts: Sequence[Slots]) -> Slots:
     return replace(joined, spare=sum(joined.count - part.count for part in parts))
 
 
-def stored(done: Compacted, behind: Slots | None = None) -> list[Slots]:
+def stored(compacted: Compacted, behind: Slots | None = None) -> list[Slots]:
     """What memory holds of a compacted layer: heads that keep different counts apart, so that memory is freed.
 
     Args:
         behind: slots of the same heads that follow, untouched.
     """
-    _, kv_heads, slots = done.positions.shape
-    if done.full:
-        block = Slots(done.keys, done.values, done.positions, done.mass, done.bias)
+    _, kv_heads, slots = compacted.positions.shape
+    if compacted.full:
+        block = Slots(compacted.keys, compacted.values, compacted.positions, compacted.mass, compacted.bias)
         return [block if behind is None else _joined(block, behind, slice(0, kv_heads))]
-    counts = (done.positions >= 0).sum(-1)  # [batch, kv_heads]
+    counts = (compacted.positions >= 0).sum(-1)  # [batch, kv_heads]
     longest: list[int] = counts.amax(0).tolist()
     has_empty = bool((counts < slots).any())
     if len(set(longest)) == 1:
@@ -249,12 +253,12 @@ def stored(done: Compacted, behind: Slots | None = None) -> list[Slots]:
             return piece if count == slots and len(parts) == 1 else piece.clone()
 
         block = Slots(
-            part(done.keys),
-            part(done.values),
-            part(done.positions),
-            part(done.mass),
-            None if done.bias is None else part(done.bias),
-            has_empty and bool((done.positions[:, heads, start:] < 0).any()),
+            part(compacted.keys),
+            part(compacted.values),
+            part(compacted.positions),
+            part(compacted.mass),
+            None if compacted.bias is None else part(compacted.bias),
+            has_empty and bool((compacted.positions[:, heads, start:] < 0).any()),
         )
         blocks.append(block if behind is None else _joined(block, behind, heads))
     return blocks
@@ -286,17 +290,17 @@ def _together(parts: Sequence[Slots], back: Tensor | None = None) -> Slots:
         back: int64 [kv_heads], where each head is in the parts; None: in order.
     """
 
-    def whole(tensors: Sequence[Tensor], empty: int) -> Tensor:
+    def joint(tensors: Sequence[Tensor], empty: int) -> Tensor:
         x = side_by_side(tensors, 1, empty=empty)
         return x if back is None else x.index_select(1, back)
 
     biases = [part.bias for part in parts if part.bias is not None]
     return Slots(
-        whole([part.keys for part in parts], 0),
-        whole([part.values for part in parts], 0),
-        whole([part.positions for part in parts if part.positions is not None], -1),
-        whole([part.mass for part in parts if part.mass is not None], 0),
-        whole(biases, 0) if biases else None,
+        joint([part.keys for part in parts], 0),
+        joint([part.values for part in parts], 0),
+        joint([part.positions for part in parts if part.positions is not None], -1),
+        joint([part.mass for part in parts if part.mass is not None], 0),
+        joint(biases, 0) if biases else None,
         len({part.count for part in parts}) > 1 or any(part.has_empty for part in parts),
     )
 

@@ -36,19 +36,23 @@ def slot_mask(
     batch, kv_heads, count = positions.shape
     if mask is None:
         row = torch.arange(count - new, count, device=positions.device)[:, None]
-        seen = torch.arange(count, device=positions.device) <= row  # every old slot, and the new ones so far
-        seen = seen.expand(batch, kv_heads, new, count)
+        visible = torch.arange(count, device=positions.device) <= row  # every old slot, and the new ones so far
+        visible = visible.expand(batch, kv_heads, new, count)
     elif mask.shape[-1] == new < count:  # of the new columns alone, which are the last slots: all old ones are seen
-        shown = mask.dtype == torch.bool
-        whole = F.pad(mask, (count - new, 0), value=shown)
-        seen = whole.expand(batch, kv_heads if mask.shape[1] == 1 else heads, new, count)
+        is_bool = mask.dtype == torch.bool
+        full_mask = F.pad(mask, (count - new, 0), value=is_bool)
+        visible = full_mask.expand(batch, kv_heads if mask.shape[1] == 1 else heads, new, count)
     else:
-        seen = at_columns(mask, positions, heads, new)
+        visible = at_columns(mask, positions, heads, new)
     least = torch.finfo(queries.dtype).min
     if has_empty:
-        hidden = by_head(positions[:, :, None] < 0, seen.shape[1])
-        seen = seen & ~hidden if seen.dtype == torch.bool else seen.masked_fill(hidden, torch.finfo(seen.dtype).min)
+        hidden = by_head(positions[:, :, None] < 0, visible.shape[1])
+        visible = (
+            visible & ~hidden
+            if visible.dtype == torch.bool
+            else visible.masked_fill(hidden, torch.finfo(visible.dtype).min)
+        )
     if bias is not None:
-        bias = by_head(bias[:, :, None].to(queries.dtype), seen.shape[1])
-        return torch.where(seen, bias, least) if seen.dtype == torch.bool else seen + bias
-    return seen
+        bias = by_head(bias[:, :, None].to(queries.dtype), visible.shape[1])
+        return torch.where(visible, bias, least) if visible.dtype == torch.bool else visible + bias
+    return visible

@@ -1,6 +1,7 @@
 """Slots whose older part is stored in few bits; the youngest stay in full precision (KIVI, 2402.02750)."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class PackedSlots:
     values: Packed
     rest: Slots
     setting: Quantization
+
+    fixed: ClassVar[tuple[()]] = ()
 
     @property
     def packed(self) -> int:
@@ -77,13 +80,17 @@ class PackedSlots:
             _joined(self.keys, grown.keys), _joined(self.values, grown.values), grown.rest, self.setting
         )
 
-    def before(self, column: int, seen: int) -> "Slots | PackedSlots":
+    def before(self, column: int, length: int) -> "Slots | PackedSlots":
         young = self.rest.keys.shape[2]
-        left = self._unpacked().before(column, seen)
-        gone = young + self.packed - left.count
-        if gone > young:
-            return packed(left, self.setting)
-        rest = replace(left, keys=self.rest.keys[:, :, : young - gone], values=self.rest.values[:, :, : young - gone])
+        all_slots = self._unpacked().before(column, length)
+        removals = young + self.packed - all_slots.count
+        if removals > young:
+            return packed(all_slots, self.setting)
+        rest = replace(
+            all_slots,
+            keys=self.rest.keys[:, :, : young - removals],
+            values=self.rest.values[:, :, : young - removals],
+        )
         return replace(self, rest=rest)
 
     def rows(self, index: Tensor) -> "PackedSlots":

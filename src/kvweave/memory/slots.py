@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,8 @@ class Slots:
     room: Room | None = None
     spare: int = 0
 
+    fixed: ClassVar[tuple[()]] = ()
+
     def __getstate__(self) -> dict[str, Any]:
         """What is copied, saved and sent: the slots, and not the room behind them."""
         keys, values = (x if self.room is None else x.clone() for x in (self.keys, self.values))
@@ -123,26 +125,26 @@ class Slots:
     def rows(self, index: Tensor) -> "Slots":
         return self._each(lambda x: x[index.to(x.device)])
 
-    def before(self, column: int, seen: int) -> "Slots":
-        if self.positions is None or seen - column <= self.tail:
-            gone = seen - column
-            left = replace(
-                self, keys=self.keys[:, :, : self.count - gone], values=self.values[:, :, : self.count - gone]
+    def before(self, column: int, length: int) -> "Slots":
+        if self.positions is None or length - column <= self.tail:
+            removals = length - column
+            rest = replace(
+                self, keys=self.keys[:, :, : self.count - removals], values=self.values[:, :, : self.count - removals]
             )
-            return replace(left, tail=self.tail - gone) if self.positions is not None else left
+            return replace(rest, tail=self.tail - removals) if self.positions is not None else rest
         # Decoded tokens lie at the end of every head; those of a prompt that was cut may lie anywhere.
         everything = self.as_slots()
         assert everything.positions is not None
-        left = everything.first(everything.count - int((everything.positions >= column).sum(-1).min()))
-        assert left.positions is not None
-        assert left.mass is not None
-        gone_slots = left.positions >= column
+        rest = everything.first(everything.count - int((everything.positions >= column).sum(-1).min()))
+        assert rest.positions is not None
+        assert rest.mass is not None
+        gone_slots = rest.positions >= column
         if bool(gone_slots.any()):
-            left.positions = left.positions.masked_fill(gone_slots, -1)
-            left.mass = left.mass.masked_fill(gone_slots, 0)
-            left.has_empty = True
-            left.room = None
-        return left
+            rest.positions = rest.positions.masked_fill(gone_slots, -1)
+            rest.mass = rest.mass.masked_fill(gone_slots, 0)
+            rest.has_empty = True
+            rest.room = None
+        return rest
 
     # ---------------------------------------------------------------- which tokens they stand for
 
@@ -229,10 +231,10 @@ class Slots:
         if padding is None and not self.has_empty:
             return None
         positions = self.all_positions()
-        seen = positions >= 0
+        visible = positions >= 0
         if padding is not None:
-            seen &= padding.bool().gather(1, positions.clamp(min=0).flatten(1)).view_as(seen)
-        return seen
+            visible &= padding.bool().gather(1, positions.clamp(min=0).flatten(1)).view_as(visible)
+        return visible
 
     # ---------------------------------------------------------------- parts
 
@@ -241,7 +243,7 @@ class Slots:
         plain = self.room is not None and self.room.bias is None
         return self._span(slice(None, count), self.room if plain else None)
 
-    def parted(self, count: int) -> "tuple[Slots, Slots]":
+    def split_at(self, count: int) -> "tuple[Slots, Slots]":
         """The first `count` slots, and those behind them."""
         return self.first(count), replace(self._span(slice(count, None), None), spare=0)
 

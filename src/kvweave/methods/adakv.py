@@ -32,17 +32,17 @@ class AdaKV(SnapKV):
     uneven = True
 
     def shares(
-        self, view: LayerView, quota: Quota, scores: Scores, forced: Tensor, held: Tensor, base: Tensor
+        self, view: LayerView, quota: Quota, scores: Scores, forced: Tensor, valid: Tensor, base: Tensor
     ) -> Tensor:
         if self.allocation != "head":
-            return super().shares(view, quota, scores, forced, held, base)
-        among = view.over_heads((held & ~forced).expand_as(scores.value))  # of all the layer's heads
+            return super().shares(view, quota, scores, forced, valid, base)
+        among = view.over_heads((valid & ~forced).expand_as(scores.value))  # of all the layer's heads
         score = view.over_heads(scores.value).masked_fill(~among, -torch.inf)
         kv_heads = score.shape[1]
         wins = best(score.flatten(1), kv_heads * quota.free).view_as(score) & among
-        wanted = (1 - self.safeguard) * wins.sum(-1).double() + self.safeguard * quota.free
+        goal = (1 - self.safeguard) * wins.sum(-1).double() + self.safeguard * quota.free
         counts = []
-        for row, limits in zip(wanted.tolist(), among.sum(-1).tolist(), strict=True):
+        for row, limits in zip(goal.tolist(), among.sum(-1).tolist(), strict=True):
             total = min(kv_heads * quota.free, sum(limits))
             row = [min(share, limit) for share, limit in zip(row, limits, strict=True)]
             counts.append(largest_remainder(row, total, limits))

@@ -46,13 +46,13 @@ class Pool:
     Attributes:
         keys: what they are ranked by, [batch, kv_heads, length] each, the first decides.
         forced: bool [1 or batch, 1 or kv_heads, length], tokens that stay whatever their rank.
-        held: bool, alike, slots that hold a token.
+        valid: bool, alike, slots that hold a token.
         quota: of a head if all had equally many.
     """
 
     keys: Sequence[Tensor]
     forced: Tensor
-    held: Tensor
+    valid: Tensor
     quota: Quota
 
     def row(self, n: int) -> "Pool":
@@ -62,7 +62,7 @@ class Pool:
         def of(x: Tensor) -> Tensor:
             return x.expand_as(like)[n]
 
-        return Pool([of(key) for key in self.keys], of(self.forced), of(self.held), self.quota)
+        return Pool([of(key) for key in self.keys], of(self.forced), of(self.valid), self.quota)
 
 
 def share_out(pools: Sequence[Pool], share: float) -> list[list[int]]:
@@ -76,21 +76,21 @@ def share_out(pools: Sequence[Pool], share: float) -> list[list[int]]:
         pools: of one row of the batch, one a layer.
         share: in [0, 1].
     """
-    quota, home = pools[0].quota, pools[0].held.device
+    quota, home = pools[0].quota, pools[0].valid.device
     own = floor(share * quota.free)
     own = own if own or quota.forced else 1
     keys, rests, counts, total = [], [], [], 0
     for pool in pools:
-        free = pool.held & ~pool.forced
+        free = pool.valid & ~pool.forced
         mine = free & best_by(of_some(pool.keys, free), min(own, free.shape[-1]))
-        counts.append(((pool.forced & pool.held).sum(-1) + mine.sum(-1)).to(home))
+        counts.append(((pool.forced & pool.valid).sum(-1) + mine.sum(-1)).to(home))
         keys.append([key.flatten().to(home) for key in pool.keys])
         rests.append((free & ~mine).flatten().to(home))
-        total += min(quota.budget * len(free), int(pool.held.sum()))
+        total += min(quota.budget * len(free), int(pool.valid.sum()))
     rest = torch.cat(rests)
-    left = min(total - sum(int(count.sum()) for count in counts), int(rest.sum()))
+    remainder = min(total - sum(int(count.sum()) for count in counts), int(rest.sum()))
     together = [torch.cat(parts) for parts in zip(*keys, strict=True)]
-    wins = best_by(of_some(together, rest), max(0, left)).split([len(part) for part in rests])
+    wins = best_by(of_some(together, rest), max(0, remainder)).split([len(part) for part in rests])
     return [(count + win.view(len(count), -1).sum(-1)).tolist() for count, win in zip(counts, wins, strict=True)]
 
 

@@ -16,7 +16,9 @@ from kvweave.plan import Plan
 from kvweave.view import LayerView
 
 #: Options that every method takes beside its budget.
-COMMON = ("defer", "defer_weight", "redecode")
+COMMON = ("defer", "defer_weight")
+#: Those that are for analysis alone; none changes what a method keeps.
+ANALYSIS = ("redecode",)
 #: Members that `Method.needs` has taken the place of.
 _NOW_NEEDS = (
     *("query_rows", "probed_rows", "turns_keys", "plans_rows_alone", "decoded_reductions", "decoded_temperature"),
@@ -94,17 +96,18 @@ class Method:
         return cls(**options)
 
     @classmethod
-    def takes(cls, given: dict[str, Any]) -> dict[str, Option]:
-        """The options that may be given beside `given`, the budget not among them."""
+    def takes(cls, values: dict[str, Any]) -> dict[str, Option]:
+        """The options that may be given beside `values`, the budget not among them."""
         return dict(cls.options())
 
     @classmethod
     def options(cls) -> list[tuple[str, Option]]:
         """Names and descriptions of the method's options, its own first, then those that all methods take."""
-        found = [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls) if "option" in f.metadata]
-        shared = [option for option in found if not cls.has_own(option[0]) and option[0] not in COMMON]
-        common = [option for option in found if option[0] in COMMON]
-        return [*(option for option in found if option not in [*shared, *common]), *shared, *common]
+        pairs = [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls) if "option" in f.metadata]
+        every = COMMON + ANALYSIS
+        shared = [option for option in pairs if not cls.has_own(option[0]) and option[0] not in every]
+        common = [option for option in pairs if option[0] in every]
+        return [*(option for option in pairs if option not in [*shared, *common]), *shared, *common]
 
     @classmethod
     def has_own(cls, option: str) -> bool:
@@ -235,7 +238,7 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `method_from_dict` reads it back."""
         options = dataclasses.asdict(self)
-        common = {name: options.pop(name) for name in COMMON}
+        common = {name: options.pop(name) for name in COMMON + ANALYSIS}
         return {"name": self.address(), **options, **common}
 
     def spelling(self) -> str:

@@ -39,32 +39,32 @@ class CaM(Method):
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         keep, mass = top_and_recent(view.column_mass(), budget, budget // 2), view.column_mass().double()
-        gone = complement(keep, view.length)
+        evicted = complement(keep, view.length)
         first = torch.searchsorted(
-            keep.contiguous(), gone.contiguous()
+            keep.contiguous(), evicted.contiguous()
         )  # the first kept token behind, [batch, kv_heads, evicted]
         stop = (first + self.window).clamp(max=budget)
-        kept, heads = mass.gather(-1, keep), (stop - first).clamp(min=1)
+        kept_mass, heads = mass.gather(-1, keep), (stop - first).clamp(min=1)
         if self.against == "largest":
-            base = kept.amax(-1, keepdim=True)
+            base = kept_mass.amax(-1, keepdim=True)
         else:
-            sums = torch.nn.functional.pad(kept.cumsum(-1), (1, 0))
+            sums = torch.nn.functional.pad(kept_mass.cumsum(-1), (1, 0))
             base = (sums.gather(-1, stop) - sums.gather(-1, first)) / heads
-        share = (mass.gather(-1, gone) / base.clamp(min=1e-30)).clamp(0, 1)
+        share = (mass.gather(-1, evicted) / base.clamp(min=1e-30)).clamp(0, 1)
         if self.mode == "sample":
             share = (uniform(self.seed, view.layer, share, view.first_head) < share).to(share.dtype)
         share = torch.where(stop > first, share / heads, 0)
-        values = take(view.values, gone).to(share.dtype) * share[..., None]
+        values = take(view.values, evicted).to(share.dtype) * share[..., None]
         return Plan(keep, added=spread(values, first, stop, budget).to(mass.dtype))
 
 
-def spread(values: Tensor, first: Tensor, stop: Tensor, kept: int) -> Tensor:
+def spread(values: Tensor, first: Tensor, stop: Tensor, entries: int) -> Tensor:
     """Sums over kept tokens of the values that are spread over [first, stop): [batch, kv_heads, kept, dim].
 
     Differences at both ends and one running sum: no work for each target.
     """
-    ends = values.new_zeros(*values.shape[:2], kept + 1, values.shape[-1])
+    ends = values.new_zeros(*values.shape[:2], entries + 1, values.shape[-1])
     index = first[..., None].expand_as(values)
     ends.scatter_add_(2, index, values)
     ends.scatter_add_(2, stop[..., None].expand_as(values), -values)
-    return ends.cumsum(2)[:, :, :kept]
+    return ends.cumsum(2)[:, :, :entries]

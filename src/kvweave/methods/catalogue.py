@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 
-from kvweave.methods.base import COMMON, Method
+from kvweave.methods.base import ANALYSIS, COMMON, Method
 from kvweave.methods.merging import MergingMethod
 from kvweave.methods.needs import ALL_ROWS
 from kvweave.methods.options import Option
@@ -27,6 +27,9 @@ _COMMON = """All take `budget`: a share in (0, 1], tokens as an int, or bytes su
 below. With `defer=k` the prompt stays whole while k tokens are decoded, and a method that scores by attention counts
 theirs as well; one that does not (such as flashcache, keydiff or random) simply cuts later. Layer budgets go by
 the prompt alone. A reply shorter than k is never cut. Peak memory is the full cache until the cut."""
+
+_ANALYSIS = """For analysis alone, of every method, is the option below. The tables of results use it where a method
+defers: without it the first tokens of an answer come from the full cache."""
 
 _SCORED = """Methods that keep some tokens by force and the best of the others by one score also take the options
 below: {}.
@@ -59,9 +62,10 @@ def markdown() -> str:
         cells = [f"[`{name}`](#{name})", method.keeps_by, method.merges_by, method.allocates_by]
         when = "after the prefill" if method.layer_adaptive else "layer by layer"
         lines.append("| " + " | ".join([*cells, reads(method), cost(method), when, source(method)]) + " |")
-    lines += ["", _COMMON, "", *_table(Method, [option for option in Method.options() if option[0] in COMMON])]
+    for text, names in ((_COMMON, COMMON), (_ANALYSIS, ANALYSIS)):
+        lines += ["", text, "", *_table(Method, [option for option in Method.options() if option[0] in names])]
     scored = [name for name in list_methods() if issubclass(method_class(name), ScoredMethod)]
-    shared = [option for option in ScoredMethod.options() if option[0] not in COMMON]
+    shared = [option for option in ScoredMethod.options() if option[0] not in COMMON + ANALYSIS]
     lines += ["", _SCORED.format(", ".join(f"`{name}`" for name in scored)), "", *_table(ScoredMethod, shared)]
     sharing = [name for name in list_methods() if not method_class(name)().on_model(lambda: None).needs_heads]
     lines += ["", _LATENTS.format(", ".join(f"`{name}`" for name in sharing))]

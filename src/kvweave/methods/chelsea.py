@@ -64,7 +64,7 @@ class Chelsea(MergingMethod):
             if pairs is None:
                 size *= 2
             else:
-                entries = joined(entries, *pairs, excess)
+                entries = join_pairs(entries, *pairs, excess)
         return self.by_owner(view, entries, before)
 
     def by_owner(self, view: LayerView, entries: Entries, before: int) -> Plan:
@@ -105,17 +105,17 @@ def best_pairs(entries: Entries, size: int) -> tuple[Tensor, Tensor, Tensor] | N
     keys = unit(entries.keys)
     similarity = torch.einsum("bhad,bhawd->bhaw", keys[:, :, asking], keys[:, :, goals])
     cosine, which = similarity.masked_fill(~open_, -torch.inf).max(-1)
-    found = goals.expand(*which.shape, widest).gather(-1, which[..., None])[..., 0]
-    return asking, found, cosine
+    targets = goals.expand(*which.shape, widest).gather(-1, which[..., None])[..., 0]
+    return asking, targets, cosine
 
 
-def joined(entries: Entries, asking: Tensor, found: Tensor, cosine: Tensor, excess: int) -> Entries:
+def join_pairs(entries: Entries, asking: Tensor, targets: Tensor, cosine: Tensor, excess: int) -> Entries:
     """The sequence after the most similar pairs, `excess` at most, have merged."""
     batch, kv_heads, count = entries.mass.shape
     merging = best(cosine, min(excess, len(asking)))  # [batch, kv_heads, asking]
     into = torch.arange(count, device=asking.device).expand(batch, kv_heads, -1)
     asks = asking.expand(batch, kv_heads, -1)
-    into = into.scatter(-1, asks, torch.where(merging, found, asks))
+    into = into.scatter(-1, asks, torch.where(merging, targets, asks))
     mass = segment_sum(entries.mass, into, count)
     keys = segment_sum(entries.keys * entries.mass[..., None], into, count) / mass[..., None].clamp(min=1e-30)
     heaviest = torch.zeros_like(mass).scatter_reduce_(-1, into, entries.mass, "amax")

@@ -15,7 +15,7 @@ from kvweave.methods.registry import register
 from kvweave.methods.snapkv import SnapKV
 from kvweave.methods.wrapping import ScoredWrapper
 from kvweave.ops.budget import floor
-from kvweave.ops.select import chosen, of_some, ranks_by
+from kvweave.ops.select import of_some, ragged_places, ranks_by
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
@@ -65,8 +65,8 @@ class Critical(ScoredWrapper):
         rest = among & ~sure
         weighed = replace(scores, value=(score + self.offset) * projected_norms(view))
         later = ranks_by(of_some(weighed.keys, rest)) < (selection.free - sure.sum(-1))[..., None]
-        kept = sure | (rest & later) | (selection.forced & selection.held)
-        plan = self.inside.described(view, Plan(chosen(kept), uneven=not selection.even))
+        keep = sure | (rest & later) | (selection.forced & selection.valid)
+        plan = self.inside.described(view, Plan(ragged_places(keep), uneven=not selection.even))
         return replace(plan, words={**plan.words, "projected": view.projection is not None})
 
 

@@ -63,5 +63,5 @@ class Defensive(ScoredMethod):
         most = most[..., between]
         if view.empty is None:
             return most.mean(-1, keepdim=True)
-        held = ~view.empty[..., between]
-        return (most * held).sum(-1, keepdim=True) / held.sum(-1, keepdim=True).clamp(min=1)
+        valid = ~view.empty[..., between]
+        return (most * valid).sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)

@@ -13,7 +13,7 @@ from kvweave.ops.cluster import clusters, medoids
 from kvweave.ops.fit import Entries, Settings, fit
 from kvweave.ops.merge import segment_sum
 from kvweave.ops.reference_rows import ReferenceRows
-from kvweave.ops.select import chosen
+from kvweave.ops.select import ragged_places
 from kvweave.plan import Merge, Plan
 from kvweave.view import LayerView
 
@@ -71,11 +71,11 @@ def span_option() -> int | None:
 # ---------------------------------------------------------------- clusters
 
 
-def cluster_labels(view: LayerView, left: Tensor, counts: Tensor, rounds: int, span: int | None) -> Tensor:
-    """Which cluster each of the tokens `left` is in: int64 [batch, kv_heads, length], -1 for all others.
+def cluster_labels(view: LayerView, candidates: Tensor, counts: Tensor, rounds: int, span: int | None) -> Tensor:
+    """Which cluster each of the tokens `candidates` is in: int64 [batch, kv_heads, length], -1 for all others.
 
     Args:
-        left: bool [batch, kv_heads, length]; counts: int64 [batch, kv_heads], clusters of each head, 0: none.
+        candidates: bool [batch, kv_heads, length]; counts: int64 [batch, kv_heads], clusters of each head, 0: none.
     """
     label = torch.full_like(view.positions, -1)
     weights = view.slot_weights()
@@ -83,13 +83,13 @@ def cluster_labels(view: LayerView, left: Tensor, counts: Tensor, rounds: int, s
     for b, row in enumerate(counts.tolist()):
         for h, count in enumerate(row):
             if count:
-                at = left[b, h].nonzero().flatten()
+                at = candidates[b, h].nonzero().flatten()
                 own = weights[b, h, at].to(keys.dtype)
                 label[b, h, at] = clusters(keys[b, h, at], own, at, count, rounds, span)
     return label
 
 
-def clustered(view: LayerView, exact: Tensor, label: Tensor, *, even: bool) -> Plan:
+def cluster_plan(view: LayerView, exact: Tensor, label: Tensor, *, even: bool) -> Plan:
     """The plan that keeps the tokens `exact`, and of each cluster one entry: mean key, mean value, bias log(count).
 
     An entry stands where the member stands whose key is nearest to the mean.
@@ -100,15 +100,15 @@ def clustered(view: LayerView, exact: Tensor, label: Tensor, *, even: bool) -> P
     """
     most = int(label.max()) + 1
     if not most:
-        return Plan(chosen(exact), uneven=not even)
+        return Plan(ragged_places(exact), uneven=not even)
     keys = view.keys.to(torch.promote_types(view.keys.dtype, torch.float32))
     weights = view.slot_weights().to(keys.dtype)
     medoid = medoids(keys, label, weights, most)
-    kept = exact | medoid
-    keep, source = chosen(kept), chosen((label >= 0) & ~medoid)
+    mask = exact | medoid
+    keep, source = ragged_places(mask), ragged_places((label >= 0) & ~medoid)
     goal, at = keep.clamp(min=0), source.clamp(min=0)
 
-    place = kept.cumsum(-1) - 1 + keep.shape[-1] - kept.sum(-1, keepdim=True)  # of a kept slot in `keep`
+    place = mask.cumsum(-1) - 1 + keep.shape[-1] - mask.sum(-1, keepdim=True)  # of a kept slot in `keep`
     of_cluster = torch.where(medoid, label, most)
     index = torch.full((*label.shape[:2], most + 1), -1, device=label.device).scatter_(-1, of_cluster, place)
     target = index.gather(-1, label.gather(-1, at).clamp(min=0)).masked_fill(source < 0, -1)
@@ -140,12 +140,12 @@ def entries_of(view: LayerView, plan: Plan, mutable: Tensor | None = None) -> En
         mutable: bool [batch, kv_heads, length], slots that a fit may change; None: nothing is fitted.
     """
     wide = torch.promote_types(view.keys.dtype, torch.float32)
-    done = plan.apply(replace(view, keys=view.keys.to(wide), values=view.values.to(wide)))
-    bias = torch.zeros_like(done.mass) if done.bias is None else done.bias
+    compacted = plan.apply(replace(view, keys=view.keys.to(wide), values=view.values.to(wide)))
+    bias = torch.zeros_like(compacted.mass) if compacted.bias is None else compacted.bias
     may = torch.zeros_like(plan.keep, dtype=torch.bool)
     if mutable is not None:
         may = mutable.expand_as(view.positions).gather(-1, plan.keep.clamp(min=0)) & (plan.keep >= 0)
-    return Entries(plan.keep, done.keys, done.values, bias.to(wide), may)
+    return Entries(plan.keep, compacted.keys, compacted.values, bias.to(wide), may)
 
 
 def fitted(
@@ -162,8 +162,10 @@ def fitted(
     entries = entries_of(view, plan, mutable)
     outcome = fit(rows, view.values, entries, kinds, settings, gate=gate)
     changed = (outcome.kind != kinds.index("none"))[..., None] & entries.mutable
-    whole = plan.apply(view)
-    values = torch.where(changed[..., None], outcome.entries.values, whole.values.to(outcome.entries.values.dtype))
+    compacted = plan.apply(view)
+    values = torch.where(
+        changed[..., None], outcome.entries.values, compacted.values.to(outcome.entries.values.dtype)
+    )
 
     def everywhere(x: Tensor) -> Tensor:
         """[batch] here: [batch, processes that share the layer's heads]."""

@@ -70,5 +70,5 @@ def _above(view: LayerView, x: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
     base = low_pass(x, cutoff)
     x = x.to(base.dtype)
     squared = (x - base).square_()
-    above, whole = (view.over_heads(part.sum((2, 3))).sum(1) for part in (squared, x.square()))
-    return squared.mean(-1), above / whole.clamp(min=1e-30)
+    above, total = (view.over_heads(part.sum((2, 3))).sum(1) for part in (squared, x.square()))
+    return squared.mean(-1), above / total.clamp(min=1e-30)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.base import Method
-from kvweave.methods.merging import parted
+from kvweave.methods.merging import partition
 from kvweave.methods.options import choice, flag, integer, real, wrapped
 from kvweave.methods.registry import list_methods, method_class, register
 from kvweave.methods.scored import ScoredMethod, Selection
@@ -60,7 +60,7 @@ class Fold(ScoredWrapper):
 
     def planned(self, view: LayerView, budget: int | tuple[int, ...]) -> Plan:
         selection = self.inside.selection(view, budget)
-        keep, source = parted(view, selection.kept)
+        keep, source = partition(view, selection.kept)
         goal, at = keep.clamp(min=0), source.clamp(min=0)
         allowed = (self.eligible(selection) & selection.kept).gather(-1, goal) & (keep >= 0)
         target, _ = nearest(view.keys, at, goal, allowed[:, :, None], torch.zeros_like(at))
@@ -68,13 +68,13 @@ class Fold(ScoredWrapper):
 
         to = goal.gather(-1, target.clamp(min=0))
         ratio = self.ratio(view, selection, at, to).masked_fill(target < 0, 0)
-        whole = 1 + segment_sum(ratio, target, keep.shape[-1])
+        total = 1 + segment_sum(ratio, target, keep.shape[-1])
         mass = view.mass.gather(-1, goal) + segment_sum(view.mass.gather(-1, at), target, keep.shape[-1])
-        weight = ratio / whole.gather(-1, target.clamp(min=0))
-        bias = whole.log().float()
+        weight = ratio / total.gather(-1, target.clamp(min=0))
+        bias = total.log().float()
         if view.bias is not None:
             bias = bias + view.bias.gather(-1, goal).float()
-        plan = Plan(keep, Merge(at, target, weight, 1 / whole, mass, keys=self.merge_keys), bias)
+        plan = Plan(keep, Merge(at, target, weight, 1 / total, mass, keys=self.merge_keys), bias)
         return self.inside.described(view, replace(plan, uneven=not selection.even))
 
     def eligible(self, selection: Selection) -> Tensor:

@@ -28,5 +28,5 @@ class Full(Method):
         return ""
 
     def plan(self, view: LayerView, budget: int) -> Plan:
-        view = view.held
+        view = view.storage
         return Plan(last(view.positions, view.length))

@@ -11,7 +11,7 @@ from kvweave.methods.registry import register
 from kvweave.ops import budget as counts
 from kvweave.ops.match import unit
 from kvweave.ops.merge import segment_sum
-from kvweave.ops.select import chosen, of_some, ranks_by
+from kvweave.ops.select import of_some, ragged_places, ranks_by
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
@@ -36,23 +36,23 @@ class InfiniPot(Method):
     share: float = real(0.5, lo=0, hi=1, help="of what is left: tokens that have changed; the rest by value norm")
 
     def plan(self, view: LayerView, budget: int) -> Plan:
-        held = torch.ones_like(view.visual) if view.empty is None else ~view.empty
-        text, shown = held & ~view.visual, held & view.visual
-        frame, place = frames(shown)
-        new = shown & (frame > frame.amax(-1, keepdim=True) - self.newest)
-        old = shown & ~new
+        valid = torch.ones_like(view.visual) if view.empty is None else ~view.empty
+        text, visual = valid & ~view.visual, valid & view.visual
+        frame, place = frames(visual)
+        new = visual & (frame > frame.amax(-1, keepdim=True) - self.newest)
+        old = visual & ~new
 
         words = latest(text, torch.full_like(text[..., :1], budget // 2, dtype=torch.int64))
         forced = words | latest(new, budget - words.sum(-1, keepdim=True))
-        left = budget - forced.sum(-1, keepdim=True)
+        room = budget - forced.sum(-1, keepdim=True)
         alike = self.likeness(view, new, place)
-        changed = old & (ranks_by(of_some([-alike], old)) < torch.floor(self.share * left.double() + counts.GUARD))
+        changed = old & (ranks_by(of_some([-alike], old)) < torch.floor(self.share * room.double() + counts.GUARD))
 
-        order = torch.arange(view.length, device=held.device).expand_as(frame).to(alike.dtype)
-        tier = 4.0 * forced + 3.0 * changed + 2.0 * (old & ~changed) + 1.0 * (held & ~old & ~forced)
+        order = torch.arange(view.length, device=valid.device).expand_as(frame).to(alike.dtype)
+        tier = 4.0 * forced + 3.0 * changed + 2.0 * (old & ~changed) + 1.0 * (valid & ~old & ~forced)
         norm = torch.linalg.vector_norm(view.values.to(alike.dtype), dim=-1)
-        kept = held & (ranks_by([tier, torch.where(old, norm, order)]) < budget)
-        return Plan(chosen(kept), uneven=view.empty is not None)
+        keep = valid & (ranks_by([tier, torch.where(old, norm, order)]) < budget)
+        return Plan(ragged_places(keep), uneven=view.empty is not None)
 
     def likeness(self, view: LayerView, new: Tensor, place: Tensor) -> Tensor:
         """Cosine of each key with the mean key at its place of the newest frames, 0 where they lack it.
@@ -70,17 +70,17 @@ class InfiniPot(Method):
         return (unit(keys) * unit(there)).sum(-1)
 
 
-def frames(shown: Tensor) -> tuple[Tensor, Tensor]:
+def frames(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Number of each token's run of True, and its place in the run; both -1 where it is False.
 
     Args:
-        shown: bool [batch, kv_heads, length].
+        mask: bool [batch, kv_heads, length].
     """
-    before = torch.nn.functional.pad(shown[..., :-1], (1, 0))
-    begins = shown & ~before
-    slots = torch.arange(shown.shape[-1], device=shown.device).expand_as(shown)
+    before = torch.nn.functional.pad(mask[..., :-1], (1, 0))
+    begins = mask & ~before
+    slots = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
     start = slots.masked_fill(~begins, 0).cummax(-1).values
-    return (begins.cumsum(-1) - 1).masked_fill(~shown, -1), (slots - start).masked_fill(~shown, -1)
+    return (begins.cumsum(-1) - 1).masked_fill(~mask, -1), (slots - start).masked_fill(~mask, -1)
 
 
 def latest(some: Tensor, count: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvweave.methods.merging import MergingMethod, parted
+from kvweave.methods.merging import MergingMethod, partition
 from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, flag, integer, real
 from kvweave.methods.registry import register
@@ -49,8 +49,8 @@ class KVMerger(MergingMethod):
         cluster = self.clusters(view, budget)  # [batch, kv_heads, length], ascending numbers
         mass = view.column_mass()
         pivot = pivots(cluster, mass)
-        kept = pivot == torch.arange(view.length, device=pivot.device)
-        return self.merge_runs(view, kept, cluster, mass)
+        keep = pivot == torch.arange(view.length, device=pivot.device)
+        return self.merge_runs(view, keep, cluster, mass)
 
     def clusters(self, view: LayerView, budget: int) -> Tensor:
         """Number of the cluster that each token is in."""
@@ -68,12 +68,12 @@ class KVMerger(MergingMethod):
         apart[..., : joined.shape[-1]] = ~joined
         return torch.nn.functional.pad(apart.long().cumsum(-1), (1, 0))
 
-    def merge_runs(self, view: LayerView, kept: Tensor, cluster: Tensor, importance: Tensor) -> Plan:
-        """Every token into its cluster's pivot, the only one of the cluster that is `kept`."""
-        keep, source = parted(view, kept)
-        kept = kept if view.empty is None else kept & ~view.empty
-        number = kept.long().cumsum(-1) - 1  # a kept token's place among those of its head
-        place = segment_sum(number * kept, cluster, view.length)  # of each cluster's pivot
+    def merge_runs(self, view: LayerView, mask: Tensor, cluster: Tensor, importance: Tensor) -> Plan:
+        """Every token into its cluster's pivot, the only one of the cluster in `mask`."""
+        keep, source = partition(view, mask)
+        mask = mask if view.empty is None else mask & ~view.empty
+        number = mask.long().cumsum(-1) - 1  # a kept token's place among those of its head
+        place = segment_sum(number * mask, cluster, view.length)  # of each cluster's pivot
         missing = (keep < 0).sum(-1, keepdim=True)  # heads that keep less have -1 in front
         at, goal = source.clamp(min=0), keep.clamp(min=0)
         target = place.gather(-1, cluster.gather(-1, at)) + missing

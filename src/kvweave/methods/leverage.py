@@ -76,15 +76,15 @@ class Leverage(ScoredMethod):
 
     def _looked_at(self, view: LayerView, between: slice) -> Tensor:
         queries, group = view.all_queries(), view.rule
-        unasked = view.length - queries.shape[2]  # slots of earlier turns, whose queries are gone
+        first = view.length - queries.shape[2]  # slots of earlier turns, whose queries are gone
         wide = torch.promote_types(view.keys.dtype, torch.float32)
         parts = []
         for start in range(between.start, between.stop, self.chunk):
             chunk = slice(start, min(start + self.chunk, between.stop))
-            asks = slice(max(0, start - unasked), max(0, chunk.stop - unasked))
-            asked = queries[:, :, asks].to(wide).unflatten(1, (view.kv_heads, -1))
+            asks = slice(max(0, start - first), max(0, chunk.stop - first))
+            rows = queries[:, :, asks].to(wide).unflatten(1, (view.kv_heads, -1))
             keys = view.keys[:, :, None, chunk].to(wide)
-            logits = capped(torch.matmul(asked, keys.mT) * group.scaling, group)
+            logits = capped(torch.matmul(rows, keys.mT) * group.scaling, group)
             if view.bias is not None:
                 logits = logits + view.bias[:, :, None, None, chunk]
             if view.empty is not None:
@@ -100,8 +100,8 @@ class Leverage(ScoredMethod):
 
 def _standard(x: Tensor, weights: Tensor) -> Tensor:
     """Minus the mean, over the deviation, of the candidates that hold a token."""
-    held = (weights > 0).to(x.dtype)
-    count = held.sum(-1, keepdim=True).clamp(min=1)
-    x = x - (x * held).sum(-1, keepdim=True) / count
-    deviation = ((x.square() * held).sum(-1, keepdim=True) / count).sqrt()
+    valid = (weights > 0).to(x.dtype)
+    count = valid.sum(-1, keepdim=True).clamp(min=1)
+    x = x - (x * valid).sum(-1, keepdim=True) / count
+    deviation = ((x.square() * valid).sum(-1, keepdim=True) / count).sqrt()
     return x / deviation.clamp(min=1e-6)

@@ -11,7 +11,7 @@ from kvweave.methods.needs import Needs
 from kvweave.methods.options import choice, flag
 from kvweave.ops.match import nearest
 from kvweave.ops.merge import RULES, merge_weights, segment_sum, tangent_bias
-from kvweave.ops.select import chosen, complement
+from kvweave.ops.select import complement, ragged_places
 from kvweave.plan import Merge, Plan
 from kvweave.view import LayerView
 
@@ -68,8 +68,8 @@ class MergingMethod(Method):
             importance: [batch, kv_heads, length], for merge_rule="importance".
         """
         source_mass, kept_mass = view.mass.gather(-1, source), view.mass.gather(-1, keep)
-        given = [None, None] if importance is None else [importance.gather(-1, at) for at in (source, keep)]
-        weights = merge_weights(self.merge_rule, target, cosine, source_mass, kept_mass, *given)
+        scores = [None, None] if importance is None else [importance.gather(-1, at) for at in (source, keep)]
+        weights = merge_weights(self.merge_rule, target, cosine, source_mass, kept_mass, *scores)
         return self.weighted(view, keep, source, target, *weights)
 
     def merge_into_nearest(self, view: LayerView, keep: Tensor, importance: Tensor | None = None) -> Plan:
@@ -83,15 +83,15 @@ class MergingMethod(Method):
         return self.merged(view, keep, source, target, cosine, importance)
 
     def merge_uneven(
-        self, view: LayerView, kept: Tensor, importance: Tensor | None = None, eligible: Tensor | None = None
+        self, view: LayerView, mask: Tensor, importance: Tensor | None = None, eligible: Tensor | None = None
     ) -> Plan:
         """As `merge_into_nearest`, where heads may keep different counts.
 
         Args:
-            kept: bool [batch, kv_heads, length].
+            mask: bool [batch, kv_heads, length].
             eligible: bool, alike, kept tokens that others may merge into; None: all.
         """
-        keep, source = parted(view, kept)
+        keep, source = partition(view, mask)
         at, goal = source.clamp(min=0), keep.clamp(min=0)
         allowed = keep >= 0
         if eligible is not None:
@@ -118,11 +118,11 @@ class MergingMethod(Method):
         return Plan(keep, merge, bias)
 
 
-def parted(view: LayerView, kept: Tensor) -> tuple[Tensor, Tensor]:
+def partition(view: LayerView, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Slots that stay and slots that go, heads with fewer with -1 in front; empty slots do neither.
 
     Args:
-        kept: bool [batch, kv_heads, length].
+        mask: bool [batch, kv_heads, length].
     """
-    held = torch.ones_like(kept) if view.empty is None else ~view.empty
-    return chosen(kept & held), chosen(~kept & held)
+    valid = torch.ones_like(mask) if view.empty is None else ~view.empty
+    return ragged_places(mask & valid), ragged_places(~mask & valid)

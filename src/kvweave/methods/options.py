@@ -38,8 +38,8 @@ def _field(default: Any, option: Option) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
-    return whole or (isinstance(value, float) and not math.isnan(value))
+    is_int = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return is_int or (isinstance(value, float) and not math.isnan(value))
 
 
 def finite(text: str) -> float:
@@ -75,8 +75,8 @@ def integer(default: int | None, *, minimum: int, odd: bool = False, optional: b
     def check(value: Any) -> bool:
         if value is None:
             return optional
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole and minimum <= value <= _LARGEST and (not odd or value % 2 == 1)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        return is_int and minimum <= value <= _LARGEST and (not odd or value % 2 == 1)
 
     def parse(text: str) -> int | None:
         return None if optional and text.lower() == "none" else int(text)

@@ -30,6 +30,6 @@ class Random(Method):
         return ""
 
     def plan(self, view: LayerView, budget: int) -> Plan:
-        view = view.held
+        view = view.storage
         scores = uniform(self.seed, view.layer, view.positions, view.first_head)
         return Plan(top_and_recent(scores, budget, min(self.recent, budget // 2)))

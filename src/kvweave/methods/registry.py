@@ -71,24 +71,24 @@ def method_class(name: str) -> type[Method]:
     command lines and from files: none of them imports anything, so the module has to be imported already.
     """
     _read_own()
-    known = _REGISTRY | _WRAPPERS
+    registry = _REGISTRY | _WRAPPERS
     module, _, short = name.rpartition(".") if isinstance(name, str) else ("", "", name)
     if module and module not in sys.modules:
         raise ValueError(
             f"method={brief(name)} is of a module that is not imported: allowed is one of kvweave.list_methods(), or "
             "a method whose module was imported before, as --plugin MODULE does"
         )
-    if not isinstance(short, str) or short not in known:
+    if not isinstance(short, str) or short not in registry:
         raise ValueError(
-            f"method={brief(name)} is unknown{_nearest(short, known)}: allowed is one of {_names(known)}"
+            f"method={brief(name)} is unknown{_nearest(short, registry)}: allowed is one of {_names(registry)}"
         )
-    found = known[short]
-    if module and getattr(sys.modules[module], found.__name__, None) is not found:
+    cls = registry[short]
+    if module and getattr(sys.modules[module], cls.__name__, None) is not cls:
         raise ValueError(
-            f"method={brief(name)} is none of that module's: {short!r} is {found.__module__}.{short}; allowed is "
-            f"one of {_names(known)}"
+            f"method={brief(name)} is none of that module's: {short!r} is {cls.__module__}.{short}; allowed is "
+            f"one of {_names(registry)}"
         )
-    return found
+    return cls
 
 
 def get_method(name: str, **options: Any) -> Method:
@@ -98,12 +98,12 @@ def get_method(name: str, **options: Any) -> Method:
 
 def _built(name: Any, options: dict[Any, Any]) -> Method:
     cls = method_class(name)
-    known = ["budget", *cls.takes(options)]
+    allowed = ["budget", *cls.takes(options)]
     for option, value in options.items():
-        if option not in known:
+        if option not in allowed:
             raise ValueError(
-                f"{option}={brief(value)} is no option of {name}{_nearest(option, known)}: "
-                f"allowed is one of {_names(known)}"
+                f"{option}={brief(value)} is no option of {name}{_nearest(option, allowed)}: "
+                f"allowed is one of {_names(allowed)}"
             )
     return cls.build(**options)
 
@@ -176,20 +176,20 @@ def _parts(text: str) -> list[str]:
 
 def parse_budget(text: str) -> Budget:
     """A budget as typed: "0.2" is a share, "512" tokens, "256MiB" bytes."""
-    whole = re.fullmatch(r"\s*[+-]?[0-9]{1,40}\s*", text)
+    digits = re.fullmatch(r"\s*[+-]?[0-9]{1,40}\s*", text)
     try:
-        number = int(text) if whole else finite(text)
+        number = int(text) if digits else finite(text)
     except ValueError:
         return check_budget(text)
     return check_budget(number)
 
 
-def _nearest(name: Any, known: Iterable[str]) -> str:
+def _nearest(name: Any, names: Iterable[str]) -> str:
     if not isinstance(name, str):
         return ""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _names(known: Iterable[str]) -> str:
-    return ", ".join(sorted(known))
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

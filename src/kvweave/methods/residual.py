@@ -9,7 +9,7 @@ from kvweave.methods.entries import (
     best_of,
     cluster_counts,
     cluster_labels,
-    clustered,
+    cluster_plan,
     clusters_option,
     entries_of,
     rounds_option,
@@ -55,7 +55,7 @@ class Residual(ScoredWrapper):
 
     def planned(self, view: LayerView, budget: int | tuple[int, ...]) -> Plan:
         selection = self.inside.selection(view, budget)
-        forced = selection.forced & selection.held
+        forced = selection.forced & selection.valid
         tries = []
         for count in cluster_counts(self.clusters, selection.free, gate=self.gate):
             exact = selection.top(selection.free - count)
@@ -67,7 +67,7 @@ class Residual(ScoredWrapper):
             output = rows.output(view.values)
             errors = []
             for _, kept, labels in tries:
-                plan = clustered(view, kept, labels, even=selection.even)
+                plan = cluster_plan(view, kept, labels, even=selection.even)
                 errors.append(error(rows, entries_of(view, plan), output, rows.counted))
             winner = best_of(errors)
             for number, (counts, kept, labels) in enumerate(tries):
@@ -75,5 +75,5 @@ class Residual(ScoredWrapper):
                 count = torch.where(won, counts, count)
                 exact = torch.where(won[..., None], kept, exact)
                 label = torch.where(won[..., None], labels, label)
-        plan = self.inside.described(view, clustered(view, exact, label, even=selection.even))
+        plan = self.inside.described(view, cluster_plan(view, exact, label, even=selection.even))
         return replace(plan, log={**plan.log, "clusters": count.double().mean(-1)})

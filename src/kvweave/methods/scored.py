@@ -19,7 +19,7 @@ from kvweave.methods.base import Method
 from kvweave.methods.needs import Needs, Reduction
 from kvweave.methods.options import choice, integer, real, text
 from kvweave.ops.budget import entries
-from kvweave.ops.select import chosen, lend, of_some, ranks_by, top_and_recent
+from kvweave.ops.select import lend, of_some, ragged_places, ranks_by, top_and_recent
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
@@ -58,11 +58,11 @@ class Scores:
     def over(self, length: int) -> "Scores":
         """With the tokens that have no score among the last of all."""
 
-        def whole(x: Tensor | None, fill: float) -> Tensor | None:
+        def padded(x: Tensor | None, fill: float) -> Tensor | None:
             return None if x is None else F.pad(x, (0, length - x.shape[-1]), value=fill)
 
         value = F.pad(self.value, (0, length - self.value.shape[-1]), value=-torch.inf)
-        return Scores(value, whole(self.first, 0), whole(self.ties, 0))
+        return Scores(value, padded(self.first, 0), padded(self.ties, 0))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Selection:
     Attributes:
         scores: of all tokens.
         forced: bool [1 or batch, 1 or kv_heads, length], tokens that stay whatever their score.
-        held: bool [1 or batch, 1 or kv_heads, length], slots that hold a token.
+        valid: bool [1 or batch, 1 or kv_heads, length], slots that hold a token.
         free: int64 [batch, kv_heads], how many stay by their score.
         quota: what was asked for.
         even: all heads keep equally many.
@@ -80,7 +80,7 @@ class Selection:
 
     scores: Scores
     forced: Tensor
-    held: Tensor
+    valid: Tensor
     free: Tensor
     quota: Quota
     even: bool
@@ -88,7 +88,7 @@ class Selection:
     @property
     def candidates(self) -> Tensor:
         """Tokens that stay by their score, or not: bool [batch, kv_heads, length]."""
-        return (self.held & ~self.forced).expand_as(self.scores.value)
+        return (self.valid & ~self.forced).expand_as(self.scores.value)
 
     def top(self, count: Tensor) -> Tensor:
         """The best `count` [batch, kv_heads] candidates: bool [batch, kv_heads, length]."""
@@ -98,7 +98,7 @@ class Selection:
     @property
     def kept(self) -> Tensor:
         """Tokens that stay: bool [batch, kv_heads, length]."""
-        return self.top(self.free) | (self.forced & self.held)
+        return self.top(self.free) | (self.forced & self.valid)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class ScoredMethod(Method):
         if self.allocation == "head" and view.empty is None and not self.uneven:
             quota = self.quota(budget, view.mean_budget or budget)
             scores = self.ranking(view, quota)
-            return self.described(view, Plan(even_keep(view.held, scores, quota)))
+            return self.described(view, Plan(even_keep(view.storage, scores, quota)))
         return self.evicting(view, self.selection(view, budget))
 
     def plan_heads(self, view: LayerView, counts: tuple[int, ...]) -> Plan:
@@ -220,7 +220,7 @@ class ScoredMethod(Method):
 
     def evicting(self, view: LayerView, selection: Selection) -> Plan:
         """The plan that keeps what was selected and evicts the rest."""
-        return self.described(view, Plan(chosen(selection.kept), uneven=not selection.even))
+        return self.described(view, Plan(ragged_places(selection.kept), uneven=not selection.even))
 
     def described(self, view: LayerView, plan: Plan) -> Plan:
         """The plan, with what the report is to say."""
@@ -238,10 +238,10 @@ class ScoredMethod(Method):
         mean = view.mean_budget or (budget if isinstance(budget, int) else sum(budget) // len(budget))
         quota = self.quota(budget if isinstance(budget, int) else mean, mean)
         scores = self.ranking(view, quota).over(view.length)
-        view = view.held
-        forced, held = forced_tokens(view, quota)
-        most = (held & ~forced).sum(-1).expand(view.batch, view.kv_heads)
-        base = (forced & held).sum(-1).expand(view.batch, view.kv_heads)
+        view = view.storage
+        forced, valid = forced_tokens(view, quota)
+        most = (valid & ~forced).sum(-1).expand(view.batch, view.kv_heads)
+        base = (forced & valid).sum(-1).expand(view.batch, view.kv_heads)
         if isinstance(budget, tuple):
             kv_heads = view.kv_heads * view.heads.size
             if len(budget) != kv_heads:
@@ -252,16 +252,16 @@ class ScoredMethod(Method):
             free = view.heads.own(torch.tensor([budget], device=most.device)) - base
             even = False
         else:
-            free, even = self.shares(view, quota, scores, forced, held, base), self.allocation == "head"
+            free, even = self.shares(view, quota, scores, forced, valid, base), self.allocation == "head"
         even = even and view.empty is None and not self.uneven
-        return Selection(scores, forced, held, free.clamp(min=0).minimum(most), quota, even)
+        return Selection(scores, forced, valid, free.clamp(min=0).minimum(most), quota, even)
 
     def shares(
-        self, view: LayerView, quota: Quota, scores: Scores, forced: Tensor, held: Tensor, base: Tensor
+        self, view: LayerView, quota: Quota, scores: Scores, forced: Tensor, valid: Tensor, base: Tensor
     ) -> Tensor:
         """Entries that each head of this layer keeps by score, known without the other layers: [batch, kv_heads]."""
         if self.allocation == "layer":
-            pool = self.pool(view, scores, forced, held, quota)
+            pool = self.pool(view, scores, forced, valid, quota)
             rows = [share_out([pool.row(n)], self.floor)[0] for n in range(view.batch)]
             return view.heads.own(torch.tensor(rows, device=base.device)) - base
         return torch.full_like(base, quota.free)
@@ -283,22 +283,24 @@ class ScoredMethod(Method):
             return super().observe(view)
         quota = self.quota(view.mean_budget, view.mean_budget)
         scores = self.ranking(view, quota).over(view.length)
-        return self.pool(view.held, scores, *forced_tokens(view.held, quota), quota)
+        return self.pool(view.storage, scores, *forced_tokens(view.storage, quota), quota)
 
-    def pool(self, view: LayerView, scores: Scores, forced: Tensor, held: Tensor, quota: Quota) -> Pool:
+    def pool(self, view: LayerView, scores: Scores, forced: Tensor, valid: Tensor, quota: Quota) -> Pool:
         """The layer's tokens as they compete, of all its heads."""
-        forced, held = (view.over_heads(x.expand_as(scores.value)) for x in (forced, held))
-        return Pool([view.over_heads(key) for key in scores.keys], forced, held, quota)
+        forced, valid = (view.over_heads(x.expand_as(scores.value)) for x in (forced, valid))
+        return Pool([view.over_heads(key) for key in scores.keys], forced, valid, quota)
 
     def allocate(self, weights: list[Any], budget: int, length: int) -> list[Any]:
         if not self.pools:
             return super().allocate(weights, budget, length)
         if not isinstance(weights[0], Pool):  # a row without a token
             return [0] * len(weights)
-        shared = [tuple(counts) for counts in share_out([pool.row(0) for pool in weights], self.floor)]
+        counts_of = [tuple(counts) for counts in share_out([pool.row(0) for pool in weights], self.floor)]
         if self.allocation == "profile":
-            shared = profile_counts(self.profile or "", len(weights), weights[0].quota, length, shared, self.mix)
-        return shared
+            counts_of = profile_counts(
+                self.profile or "", len(weights), weights[0].quota, length, counts_of, self.mix
+            )
+        return counts_of
 
 
 def even_keep(view: LayerView, scores: Scores, quota: Quota) -> Tensor:
@@ -307,8 +309,8 @@ def even_keep(view: LayerView, scores: Scores, quota: Quota) -> Tensor:
         return top_and_recent(scores.value, quota.budget, quota.recent, view.length, sinks=quota.sinks)
     between = slice(quota.sinks, view.length - quota.recent)
     ranks = ranks_by([key[..., between] for key in scores.keys])
-    whole = view.length - quota.recent - quota.sinks - ranks  # the higher the better, all different
-    padded = F.pad(whole, (quota.sinks, 0))
+    score = view.length - quota.recent - quota.sinks - ranks  # the higher the better, all different
+    padded = F.pad(score, (quota.sinks, 0))
     return top_and_recent(padded, quota.budget, quota.recent, view.length, sinks=quota.sinks)
 
 
@@ -320,10 +322,10 @@ def forced_tokens(view: LayerView, quota: Quota) -> tuple[Tensor, Tensor]:
     """
     if view.empty is None:
         place = torch.arange(view.length, device=view.keys.device)[None, None]
-        held = torch.ones_like(place, dtype=torch.bool)
+        valid = torch.ones_like(place, dtype=torch.bool)
         count: Any = view.length
     else:
-        held = ~view.empty
-        place = held.cumsum(-1) - 1
-        count = held.sum(-1, keepdim=True)
-    return ((place < quota.sinks) | (place >= count - quota.recent)) & held, held
+        valid = ~view.empty
+        place = valid.cumsum(-1) - 1
+        count = valid.sum(-1, keepdim=True)
+    return ((place < quota.sinks) | (place >= count - quota.recent)) & valid, valid

@@ -30,7 +30,7 @@ class StreamingLLM(Method):
         return ""
 
     def plan(self, view: LayerView, budget: int) -> Plan:
-        view = view.held
+        view = view.storage
         sinks = min(self.sinks, budget - 1)
         first = torch.arange(sinks, device=view.keys.device).expand(view.batch, view.kv_heads, -1)
         return Plan(torch.cat([first, last(view.positions, budget - sinks)], -1))

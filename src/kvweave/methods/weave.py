@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -98,10 +98,12 @@ class Weave(MergingMethod, ScoredMethod):
         help="softens the decoded tokens' attention, which then counts alone; None: mixed with the last rows'",
     )
 
+    _explicit: ClassVar[frozenset[str]] = frozenset()  # options that were spelled
+
     def __new__(cls, *args: Any, **options: Any) -> "Weave":
-        made = super().__new__(cls)
-        object.__setattr__(made, "_given", frozenset(options))  # `lent` and `even` change what was not
-        return made
+        method = super().__new__(cls)
+        object.__setattr__(method, "_explicit", frozenset(options))  # `lent` and `even` change what was not
+        return method
 
     def __post_init__(self) -> None:
         self._settle_form()
@@ -118,19 +120,19 @@ class Weave(MergingMethod, ScoredMethod):
 
     def _settle_form(self) -> None:
         """Options take what their form says; from then on it is "auto", left to a model, or "spelled"."""
-        given, form, lent = self._given, self.form, FORMS["lent"]  # type: ignore[attr-defined]
-        left = form == "auto" and ("form" in given or given <= _FREE) and (self._is({}) or self._is(lent))
-        if left:
+        explicit, form, lent = self._explicit, self.form, FORMS["lent"]
+        is_open = form == "auto" and ("form" in explicit or explicit <= _FREE) and (self._is({}) or self._is(lent))
+        if is_open:
             values = lent
-        elif form == "auto" and given >= {"form", *lent}:  # one that was left to a model, with a change
+        elif form == "auto" and explicit >= {"form", *lent}:  # one that was left to a model, with a change
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             values = {name: defaults[name] for name, value in lent.items() if getattr(self, name) == value}
         else:
-            open_to_form = (name for name in FORMS.get(form, {}) if name not in given)
+            open_to_form = (name for name in FORMS.get(form, {}) if name not in explicit)
             values = {name: FORMS[form][name] for name in open_to_form if self.defer or name != "temperature"}
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "form", "auto" if left else "spelled")
+        object.__setattr__(self, "form", "auto" if is_open else "spelled")
 
     def _is(self, form: dict[str, Any]) -> bool:
         """All options but those that leave the form open are as it has them, or else the defaults."""
@@ -144,8 +146,8 @@ class Weave(MergingMethod, ScoredMethod):
     def on_model(self, profile: Callable[[], str | None]) -> "Weave":
         if self.form != "auto":
             return self
-        known = profile() if isinstance(self.budget, float) and self.budget >= _PROFILED else None
-        shares: dict[str, Any] = {} if known is None else {"allocation": "profile", "profile": known}
+        mark = profile() if isinstance(self.budget, float) and self.budget >= _PROFILED else None
+        shares: dict[str, Any] = {} if mark is None else {"allocation": "profile", "profile": mark}
         return replace(self, form="spelled", **shares)
 
     def spelling(self) -> str:

@@ -16,7 +16,7 @@ from kvweave.methods.entries import (
     cap_option,
     cluster_counts,
     cluster_labels,
-    clustered,
+    cluster_plan,
     clusters_option,
     entries_of,
     recent_option,
@@ -80,20 +80,20 @@ class Weave2(FittedMethod):
     def entries(self, view: LayerView, score: Tensor, exact: Tensor, count: Tensor, recent: int) -> Plan:
         """The best `exact` tokens, `count` clusters of the others and the recent ones; [batch, kv_heads] both."""
         before = torch.arange(view.length, device=score.device) < view.length - recent
-        kept = ranks(score.masked_fill(~before, -torch.inf)) < exact[..., None]
-        label = cluster_labels(view, before & ~kept, count, self.rounds, self.span)
-        return clustered(view, kept | ~before, label, even=True)
+        keep = ranks(score.masked_fill(~before, -torch.inf)) < exact[..., None]
+        label = cluster_labels(view, before & ~keep, count, self.rounds, self.span)
+        return cluster_plan(view, keep | ~before, label, even=True)
 
     def chosen_count(
         self, view: LayerView, rows: ReferenceRows, counts: list[Tensor], free: Tensor, recent: int
     ) -> Tensor:
         """How many clusters each head takes, by the rows held out: score and entries are made from the others."""
-        held = rows.counted & rows.held_out
+        check = rows.counted & rows.held_out
         output = rows.output(view.values)
-        score = row_scores(rows, self.score, rows.counted & ~held)
+        score = row_scores(rows, self.score, rows.counted & ~check)
         errors = []
         for count in counts:
             plan = self.entries(view, score, free - count, count, recent)
-            errors.append(error(rows, entries_of(view, plan), output, held))
-        winner = torch.where(held.any(-1), best_of(errors), len(counts) - 1)
+            errors.append(error(rows, entries_of(view, plan), output, check))
+        winner = torch.where(check.any(-1), best_of(errors), len(counts) - 1)
         return torch.stack(counts).gather(0, winner[None])[0]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kvweave.methods.base import COMMON, Method
+from kvweave.methods.base import ANALYSIS, COMMON, Method
 from kvweave.methods.merging import MergingMethod
 from kvweave.methods.needs import Needs
 from kvweave.methods.options import Option, wrapped
@@ -21,7 +21,7 @@ from kvweave.methods.snapkv import SnapKV
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
-_SHARED = ("budget", *COMMON)  # options that are the inner method's
+_SHARED = ("budget", *COMMON, *ANALYSIS)  # options that are the inner method's
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Wrapper(Method):
         if not isinstance(method, Method) or not self.accepts(method):
             name = method.name if isinstance(method, Method) else method
             raise ValueError(f"method={name!r} is not allowed for {self.name}: allowed is {self.allowed()}")
-        given = {name: getattr(self, name) for name in _SHARED if getattr(self, name) is not None}
-        method = dataclasses.replace(method, **given)
+        common = {name: getattr(self, name) for name in _SHARED if getattr(self, name) is not None}
+        method = dataclasses.replace(method, **common)
         object.__setattr__(self, "method", method)
         for name in _SHARED:
             object.__setattr__(self, name, getattr(method, name))
@@ -68,13 +68,13 @@ class Wrapper(Method):
 
     @classmethod
     def options(cls) -> list[tuple[str, Option]]:
-        return [(name, option) for name, option in super().options() if name not in COMMON]
+        return [(name, option) for name, option in super().options() if name not in _SHARED]
 
     @classmethod
-    def takes(cls, given: dict[str, Any]) -> dict[str, Option]:
-        name = given.get("method", cls.default_method)
+    def takes(cls, values: dict[str, Any]) -> dict[str, Option]:
+        name = values.get("method", cls.default_method)
         bare = isinstance(name, str) and not name.startswith("[")
-        inside = method_class(name).takes({}) if bare else {n: o for n, o in Method.options() if n in COMMON}
+        inside = method_class(name).takes({}) if bare else {n: o for n, o in Method.options() if n in _SHARED}
         return inside | dict(cls.options())
 
     @classmethod
@@ -114,8 +114,8 @@ class Wrapper(Method):
         return self._around(self.method.without_model)
 
     def _around(self, inside: Method) -> "Wrapper":
-        whole: dict[str, Any] = dict.fromkeys(_SHARED)  # the inner method's own
-        return self if inside is self.method else dataclasses.replace(self, method=inside, **whole)
+        common: dict[str, Any] = dict.fromkeys(_SHARED)  # the inner method's own
+        return self if inside is self.method else dataclasses.replace(self, method=inside, **common)
 
     # What the inner method says.
 

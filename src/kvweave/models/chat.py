@@ -29,15 +29,15 @@ def encode(processor: Any, *conversations: Sequence[Message]) -> Any:
         PictureError: a file that is no picture, or one too large.
         PromptError: images for a model that reads text only, or a processor that has no chat template for them.
     """
-    given = [_opened(_turns(processor, messages)) for messages in conversations]
-    padding = {"padding": True, "padding_side": "left"} if len(given) > 1 else {}
+    chats = [_opened(_turns(processor, messages)) for messages in conversations]
+    padding = {"padding": True, "padding_side": "left"} if len(chats) > 1 else {}
     if not getattr(processor, "chat_template", None):
-        return processor([_plain(turns) for turns in given], return_tensors="pt", **padding)
+        return processor([_plain(turns) for turns in chats], return_tensors="pt", **padding)
     options: dict[str, Any] = {"processor_kwargs": padding}
     if not reads_images(processor):
         options = {"padding": bool(padding), "tokenizer_kwargs": {"padding_side": "left"}}
     return processor.apply_chat_template(
-        given, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
 
 

@@ -52,27 +52,27 @@ def export_decoder(model: Any, folder: str | os.PathLike[str], processor: Any = 
         ModelError: a decoder that no text model computes, adapters or packed weights, a tokenizer that the auto
             classes would read otherwise beside that text model, or a folder that is not empty.
     """
-    goal, whole = Path(folder), unwrapped(model)
+    goal, full = Path(folder), unwrapped(model)
     if goal.exists() and (not goal.is_dir() or any(goal.iterdir())):
         raise ModelError(f"{goal} is not empty: allowed is a folder that is, or a new one")
-    config = text_config(whole)
-    state = _state(whole, config)
+    config = text_config(full)
+    state = _state(full, config)
     partial = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}")
     try:
-        _built(whole, config, state).save_pretrained(partial)
+        _built(full, config, state).save_pretrained(partial)
         if processor is not None:
             _write_tokenizer(getattr(processor, "tokenizer", processor), partial)
-        (partial / MARK).write_text(json.dumps({"model": mark(whole)}) + "\n")
-        written = AutoModelForCausalLM.from_pretrained(partial, dtype=whole.dtype).to(whole.device).eval()
-        _check_logits(whole, written)
+        (partial / MARK).write_text(json.dumps({"model": mark(full)}) + "\n")
+        decoder = AutoModelForCausalLM.from_pretrained(partial, dtype=full.dtype).to(full.device).eval()
+        _check_logits(full, decoder)
         partial.rename(goal)  # the whole folder takes its name at once
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {
-        "model": type(written).__name__,
-        "parameters": written.num_parameters(),
-        "dtype": str(written.dtype).removeprefix("torch."),
-        "mark": mark(whole),
+        "model": type(decoder).__name__,
+        "parameters": decoder.num_parameters(),
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "mark": mark(full),
     }
 
 
@@ -145,15 +145,15 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _check_logits(whole: PreTrainedModel, text: PreTrainedModel) -> None:
-    vocabulary = torch.arange(whole.config.get_text_config(decoder=True).vocab_size)
-    plain = vocabulary[~torch.isin(vocabulary, torch.tensor(visual_token_ids(whole.config), dtype=torch.long))]
+def _check_logits(full: PreTrainedModel, text: PreTrainedModel) -> None:
+    vocabulary = torch.arange(full.config.get_text_config(decoder=True).vocab_size)
+    plain = vocabulary[~torch.isin(vocabulary, torch.tensor(visual_token_ids(full.config), dtype=torch.long))]
     some = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0))[:_CHECKED]
-    ids = plain[some][None].to(whole.device)
-    ours, theirs = (part(input_ids=ids, use_cache=False).logits.float() for part in (text, whole))
+    ids = plain[some][None].to(full.device)
+    ours, theirs = (part(input_ids=ids, use_cache=False).logits.float() for part in (text, full))
     error, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
-    if not error <= _ULPS * torch.finfo(whole.dtype).eps * scale:
+    if not error <= _ULPS * torch.finfo(full.dtype).eps * scale:
         raise ModelError(
-            f"the decoder of {type(whole).__name__} is no {type(text).__name__}: its logits differ by {error:.1e} of "
+            f"the decoder of {type(full).__name__} is no {type(text).__name__}: its logits differ by {error:.1e} of "
             f"{scale:.1e}"
         )

@@ -115,8 +115,8 @@ def footprint(
     cache, works = CompressedCache(built.config, method), method.on_model(lambda: None)
     compressed = {n for n, layer in enumerate(cache.layers) if any(layer is x for x in cache.compressed_layers)}
     each = {n: step[n] / _FEW for n in compressed}  # bytes a token
-    whole = isinstance(method, Full)
-    count = tokens if whole else entries(method.budget, tokens, max(1, int(sum(each.values()))))
+    is_full = isinstance(method, Full)
+    count = tokens if is_full else entries(method.budget, tokens, max(1, int(sum(each.values()))))
     text = built.config.get_text_config(decoder=True)
     size = next(built.parameters()).element_size()
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -174,10 +174,10 @@ def _read(name: str, model: Any, batch: int, tokens: int, *, cached: bool) -> tu
     prompt = embeddings.new_empty(batch, tokens, embeddings.shape[1])
     positions = torch.arange(tokens).expand(batch, -1)  # with contents: a dynamic rotary embedding looks at the last
     cache = DynamicCache(config=model.config) if cached else None
-    with _named(name, "a prompt"), _Held(model) as held:
+    with _named(name, "a prompt"), _PeakBytes(model) as counter:
         model.get_decoder()(inputs_embeds=prompt, position_ids=positions, use_cache=cached, **{CACHE: cache})
     layers = [] if cache is None else cache.layers
-    return held.peak, [sum(x.nbytes for x in vars(layer).values() if isinstance(x, Tensor)) for layer in layers]
+    return counter.peak, [sum(x.nbytes for x in vars(layer).values() if isinstance(x, Tensor)) for layer in layers]
 
 
 def _vision(name: str, model: Any, images: int, side: int) -> int:
@@ -187,13 +187,13 @@ def _vision(name: str, model: Any, images: int, side: int) -> int:
     towers = [getattr(model.base_model, part) for part in _TOWERS if hasattr(model.base_model, part)]
     if not towers or not hasattr(model.config, "vision_config"):
         raise ModelError(f"model={name!r} has no vision tower that kvweave finds: allowed is images=0", "images")
-    held = []
+    peaks = []
     for count in (1, 2):  # what each takes is the same: attention stays within an image
         pixels = _pixels(model.config.vision_config, count, side, next(model.parameters()).dtype)
-        with _named(name, "images"), _Held(model) as counter:
+        with _named(name, "images"), _PeakBytes(model) as counter:
             towers[0](**pixels)
-        held.append(counter.peak)
-    return held[0] + (images - 1) * (held[1] - held[0])
+        peaks.append(counter.peak)
+    return peaks[0] + (images - 1) * (peaks[1] - peaks[0])
 
 
 def _pixels(vision: Any, images: int, side: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ def _named(model: str, what: str) -> Iterator[None]:
         raise ModelError(f"model={model!r} cannot read {what} without its weights: {why}") from error
 
 
-class _Held(TorchDispatchMode):
+class _PeakBytes(TorchDispatchMode):
     """Counts bytes of tensors that are alive at a time, the model's own apart.
 
     Attributes:

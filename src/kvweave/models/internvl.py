@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from kvweave.models import tokens
-from kvweave.models.published import Layout, local, require, taken
+from kvweave.models.published import Layout, local, pick, require
 from kvweave.models.source import ModelError
 
 CONTEXT, END = "<IMG_CONTEXT>", "<|im_end|>"
@@ -86,7 +86,7 @@ class InternVL(Layout):
         where = str(folder / "config.json")
         require(where, published, ps_version="v2", use_backbone_lora=(0, None), use_llm_lora=(0, None))
         require(where, published, pad2square=(False, None))
-        parts = taken(where, published, "llm_config", "vision_config")
+        parts = pick(where, published, "llm_config", "vision_config")
         vision = _vision(f"{where}: vision_config", parts["vision_config"])
         require(where, published, force_image_size=(vision.image_size[0], None))
         text = _text(f"{where}: llm_config", parts["llm_config"])
@@ -139,21 +139,21 @@ class InternVL(Layout):
     @staticmethod
     def _image_token(folder: Path, vocabulary: int) -> int:
         """The placeholder, from the tokenizer's files; of weights that lie alone by its place in the vocabulary."""
-        known = tokens.special_ids(folder)
-        found = known.get(CONTEXT) if known else vocabulary - _FROM_THE_END
-        if found is None or not 0 <= found < vocabulary:
-            raise ModelError(f"{folder}: {CONTEXT} has id {found} in a vocabulary of {vocabulary}")
-        return found
+        ids = tokens.special_ids(folder)
+        token = ids.get(CONTEXT) if ids else vocabulary - _FROM_THE_END
+        if token is None or not 0 <= token < vocabulary:
+            raise ModelError(f"{folder}: {CONTEXT} has id {token} in a vocabulary of {vocabulary}")
+        return token
 
 
 def _text(where: str, llm: Mapping[str, Any]) -> PreTrainedConfig:
     kind = (llm.get("architectures") or [None])[0]
     require(where, {"architectures[0]": kind}, **{"architectures[0]": ("InternLM2ForCausalLM", "Qwen2ForCausalLM")})
-    fields = taken(where, llm, *_LLM, optional=_LLM_OPTIONAL)
+    fields = pick(where, llm, *_LLM, optional=_LLM_OPTIONAL)
     fields |= {"rope_parameters": _rope(where, llm), "tie_word_embeddings": False}
     if kind == "InternLM2ForCausalLM":
         return LlamaConfig(**fields, attention_bias=bool(llm.get("bias", True)), mlp_bias=False)
-    return Qwen2Config(**fields, **taken(where, llm, optional=_SLIDING))
+    return Qwen2Config(**fields, **pick(where, llm, optional=_SLIDING))
 
 
 def _rope(where: str, llm: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,14 +164,14 @@ def _rope(where: str, llm: Mapping[str, Any]) -> dict[str, Any]:
         return {"rope_type": "default", **theta}
     kind = scaling.get("rope_type") or scaling.get("type")
     require(f"{where}: rope_scaling", {"type": kind}, type=("dynamic", "linear"))
-    return {"rope_type": kind, **taken(f"{where}: rope_scaling", scaling, "factor"), **theta}
+    return {"rope_type": kind, **pick(f"{where}: rope_scaling", scaling, "factor"), **theta}
 
 
 def _vision(where: str, vit: Mapping[str, Any]) -> InternVLVisionConfig:
     norm = vit.get("norm_type", "rms_norm")
     require(where, {"norm_type": norm}, norm_type=("layer_norm", "rms_norm"))
     return InternVLVisionConfig(
-        **taken(where, vit, *_VIT),
+        **pick(where, vit, *_VIT),
         hidden_act=vit.get("hidden_act", "gelu"),
         norm_type=norm,
         layer_norm_eps=vit.get("layer_norm_eps", 1e-6),

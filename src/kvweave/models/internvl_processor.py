@@ -58,9 +58,9 @@ def processor_of(folder: Path) -> QianfanOCRProcessor:
     require(where, published, template="internvl2_5", use_thumbnail=True, dynamic_image_size=(True, None))
     config = InternVL().config(folder, published)
     tokenizer = _tokenizer(folder, config.text_config.model_type)
-    found = tokenizer.convert_tokens_to_ids(CONTEXT)
-    if found != config.image_token_id:
-        raise ModelError(f"{folder}: {CONTEXT} is token {found} of the tokenizer, {config.image_token_id} elsewhere")
+    token = tokenizer.convert_tokens_to_ids(CONTEXT)
+    if token != config.image_token_id:
+        raise ModelError(f"{folder}: {CONTEXT} is token {token} of the tokenizer, {config.image_token_id} elsewhere")
     system = published.get("system_message")
     images = GotOcr2ImageProcessorPil(
         size={"height": config.vision_config.image_size[0], "width": config.vision_config.image_size[1]},
@@ -70,8 +70,8 @@ def processor_of(folder: Path) -> QianfanOCRProcessor:
         min_patches=published.get("min_dynamic_patch", 1),
         max_patches=published.get("max_dynamic_patch", 6),
     )
-    said = json.dumps(SYSTEM if system is None else system, ensure_ascii=False)
-    template = _TEMPLATE.replace("SYSTEM", said)
+    literal = json.dumps(SYSTEM if system is None else system, ensure_ascii=False)
+    template = _TEMPLATE.replace("SYSTEM", literal)
     return QianfanOCRProcessor(
         images, tokenizer, config.image_seq_length, template, image_placeholder_token="<image>"
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kvweave.models.source import LAB, LABS, ModelError, first_line, found
+from kvweave.models.source import LAB, LABS, ModelError, first_line, locate
 
 if TYPE_CHECKING:
     from kvweave.models.published import Layout
@@ -58,7 +58,7 @@ def load(
     _check_choice("dtype", dtype, DTYPES)
     _check_choice("attention", attention, ATTENTIONS)
     device = pick_device(device)
-    path, where = found(model)
+    path, where = locate(model)
     keywords = {**where, "trust_remote_code": trust_remote_code}
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     if model in LABS:
@@ -86,7 +86,7 @@ def load_tokenizer(model: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    path, where = found(model)
+    path, where = locate(model)
     with refusals(model):
         layout = _layout(path, where)
         if layout is not None:
@@ -104,7 +104,7 @@ def skeleton(model: str, dtype: str = "auto", trust_remote_code: bool = False) -
     from transformers import AutoConfig
 
     _check_choice("dtype", dtype, DTYPES)
-    path, where = found(model, weights=False)
+    path, where = locate(model, weights=False)
     keywords = {**where, "trust_remote_code": trust_remote_code}
     with refusals(model):
         layout = _layout(path, where)
@@ -184,19 +184,19 @@ def refusals(model: str, attention: str = "auto") -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # whatever a checkpoint holds, transformers may raise
-        said, why = str(error), first_line(error)
-        if "trust_remote_code" in said:
+        text, why = str(error), first_line(error)
+        if "trust_remote_code" in text:
             raise ModelError(
                 f"model={model!r} needs code that it brings along, which would run on this machine: allowed, once "
                 "you have read it, is --trust-remote-code (trust_remote_code=True)"
             ) from error
         if (fault := _torchvision_fault()) is not None:
             raise ModelError(f"model={model!r} cannot be loaded: {fault}") from error
-        if isinstance(error, ImportError) and "torchvision" in said.lower():
+        if isinstance(error, ImportError) and "torchvision" in text.lower():
             raise ModelError(
                 f"model={model!r} has a processor that needs torchvision: pip install 'kvweave[vision]'{_index()}"
             ) from error
-        if attention != "auto" and ("flash" in said.lower() or attention in said):
+        if attention != "auto" and ("flash" in text.lower() or attention in text):
             raise ModelError(f"attention={attention!r} is not available: {why}", "attention") from error
         raise ModelError(f"model={model!r} cannot be loaded: {why}") from error
 

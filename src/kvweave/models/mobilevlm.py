@@ -23,7 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from kvweave.models.published import Layout, local, require, taken
+from kvweave.models.published import Layout, local, pick, require
 from kvweave.models.source import ModelError
 
 _SIDE = 12  # an image is 12 x 12 tokens, whatever its size
@@ -89,11 +89,11 @@ class MobileVLMModel(LlavaModel):
         if input_ids is not None and inputs_embeds is None:
             visual = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(visual, 0))
-            seen = (mm_encoder_outputs or {}).get("image")
-            if seen is None and pixel_values is not None:
-                seen = self.get_image_features(pixel_values, return_dict=True)
-            if seen is not None:
-                features = torch.cat(list(seen.pooler_output)).to(inputs_embeds)  # [images * 144, hidden]
+            states = (mm_encoder_outputs or {}).get("image")
+            if states is None and pixel_values is not None:
+                states = self.get_image_features(pixel_values, return_dict=True)
+            if states is not None:
+                features = torch.cat(list(states.pooler_output)).to(inputs_embeds)  # [images * 144, hidden]
                 if int(visual.sum()) != len(features):
                     raise ValueError(
                         f"{int(visual.sum())} placeholders for {len(features)} tokens of images: allowed is one each"
@@ -133,7 +133,7 @@ class MobileVLM(Layout):
         require(where, published, mm_projector_type="ldpnetv2", vision_tower_type=("clip", None))
         require(where, published, mm_use_im_start_end=(False, None), mm_use_im_patch_token=False)  # absent: True
         require(where, published, mm_vision_select_feature=("patch", None), rope_scaling=None)
-        fields = taken(where, published, *_LLM, optional=_LLM_OPTIONAL)
+        fields = pick(where, published, *_LLM, optional=_LLM_OPTIONAL)
         rope = {"rope_type": "default", "rope_theta": float(published.get("rope_theta", 10000.0))}
         vision = _tower(folder, published.get("mm_vision_tower"))
         require(where, published, mm_hidden_size=vision.hidden_size)
@@ -142,7 +142,7 @@ class MobileVLM(Layout):
             vision_config=vision,
             image_token_index=published["vocab_size"],
             image_seq_length=_SIDE**2,
-            vision_feature_layer=taken(where, published, "mm_vision_select_layer")["mm_vision_select_layer"],
+            vision_feature_layer=pick(where, published, "mm_vision_select_layer")["mm_vision_select_layer"],
             vision_feature_select_strategy="default",  # without the class token
             tie_word_embeddings=False,
         )
@@ -190,5 +190,5 @@ def tower_folder(folder: Path, name: Any) -> Path | None:
 
 
 def _tower(folder: Path, name: Any) -> CLIPVisionConfig:
-    found = tower_folder(folder, name)
-    return CLIPVisionConfig(**_CLIP_CONFIG) if found is None else CLIPVisionConfig.from_pretrained(found)
+    path = tower_folder(folder, name)
+    return CLIPVisionConfig(**_CLIP_CONFIG) if path is None else CLIPVisionConfig.from_pretrained(path)

@@ -121,8 +121,8 @@ class MobileVLMProcessor(ProcessorMixin):
             raise ValueError(f"{len(pictures)} images for {places} {IMAGE} in the text: allowed is one each")
         rows = [self._row(prompt, add_special_tokens) for prompt in prompts]
         read = self.tokenizer.pad({"input_ids": rows}, **padding)
-        seen = self.image_processor(pictures, **(images_kwargs or {})) if pictures else {}
-        return BatchFeature({**read, **seen}, tensor_type=return_tensors)
+        pixels = self.image_processor(pictures, **(images_kwargs or {})) if pictures else {}
+        return BatchFeature({**read, **pixels}, tensor_type=return_tensors)
 
     def _row(self, prompt: str, add_special_tokens: bool) -> list[int]:
         """A prompt's tokens: <s>, and its pieces one by one, an image's placeholders between two."""

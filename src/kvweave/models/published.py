@@ -170,7 +170,7 @@ def require(where: str, values: Mapping[str, Any], **allowed: Any) -> None:
             raise ModelError(f"{where} has {name}={values.get(name)!r}: allowed is {listed}")
 
 
-def taken(where: str, values: Mapping[str, Any], *names: str, optional: Sequence[str] = ()) -> dict[str, Any]:
+def pick(where: str, values: Mapping[str, Any], *names: str, optional: Sequence[str] = ()) -> dict[str, Any]:
     """These entries of a configuration; `optional` ones if they are there.
 
     Raises:

@@ -90,7 +90,7 @@ def _is(path: Path, what: str) -> bool:
         return False
 
 
-def found(model: str, *, weights: bool = True) -> tuple[str, dict[str, Any]]:
+def locate(model: str, *, weights: bool = True) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is to be given, and with which keywords: on the hub, or in this machine's copies of it.
 
     Args:
@@ -147,7 +147,7 @@ def checkpoint_mark(model: str) -> str:
     Raises:
         ModelError: a hub id that cannot be found.
     """
-    path, keywords = found(model)
+    path, keywords = locate(model)
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download

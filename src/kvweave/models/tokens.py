@@ -183,9 +183,9 @@ def _named(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Beginning, end, unknown and padding, from a tokenizer's two configurations; unsaid, <unk> pads."""
     file = folder / "special_tokens_map.json"
     both = {**(read_json(file) if file.is_file() else {}), **{k: v for k, v in config.items() if v is not None}}
-    found = {name: _content(both[name]) for name in _NAMED if both.get(name)}
-    unknown = found.get("unk_token", "<unk>")
-    return {"bos_token": "<s>", "eos_token": "</s>", "unk_token": unknown, "pad_token": unknown, **found}
+    contents = {name: _content(both[name]) for name in _NAMED if both.get(name)}
+    unknown = contents.get("unk_token", "<unk>")
+    return {"bos_token": "<s>", "eos_token": "</s>", "unk_token": unknown, "pad_token": unknown, **contents}
 
 
 def _additional(folder: Path, config: dict[str, Any]) -> list[str]:

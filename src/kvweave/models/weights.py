@@ -24,14 +24,14 @@ def read(folder: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: no weights, or a file that is missing, damaged or holds something else; the message names it.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for file in _shards(folder):
         tensors = _tensors(file)
-        twice = found.keys() & tensors.keys()
+        twice = weights.keys() & tensors.keys()
         if twice:
             raise ModelError(f"{file} holds {min(twice)!r} again: allowed is each tensor once")
-        found |= tensors
-    return found
+        weights |= tensors
+    return weights
 
 
 def read_json(file: Path) -> dict[str, Any]:

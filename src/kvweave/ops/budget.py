@@ -49,8 +49,8 @@ def warn_of_one(budget: Budget) -> None:
         frame, level, ours = sys._getframe(1), 2, ("kvweave.", "dataclasses")
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(ours):
             frame, level = frame.f_back, level + 1
-        said = "budget=1 keeps one token of each prompt: the whole prompt is budget=1.0, a share"
-        warnings.warn(said, UserWarning, stacklevel=level)
+        text = "budget=1 keeps one token of each prompt: the whole prompt is budget=1.0, a share"
+        warnings.warn(text, UserWarning, stacklevel=level)
 
 
 def kl_target(budget: Budget) -> float | None:
@@ -92,12 +92,12 @@ def entries(budget: Budget, length: int, bytes_per_entry: int) -> int:
         bytes_per_entry: of keys and values, over all compressed layers and all rows of the batch.
     """
     if isinstance(budget, str):
-        wanted = parse_bytes(budget) // bytes_per_entry
+        goal = parse_bytes(budget) // bytes_per_entry
     elif isinstance(budget, int):
-        wanted = budget
+        goal = budget
     else:
-        wanted = floor(budget * length)
-    return min(length, max(1, wanted))
+        goal = floor(budget * length)
+    return min(length, max(1, goal))
 
 
 def largest_remainder(shares: Sequence[float], total: int, ceilings: Sequence[int]) -> list[int]:

@@ -42,8 +42,8 @@ def exact(function: Callable[P, T]) -> Callable[P, T]:
 @functools.cache
 def _kinds() -> tuple[str, ...]:
     """Devices that this process may have tensors on."""
-    found = torch.accelerator.current_accelerator()
-    return ("cpu",) if found is None else ("cpu", found.type)
+    device = torch.accelerator.current_accelerator()
+    return ("cpu",) if device is None else ("cpu", device.type)
 
 
 def writable(x: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ def stratified_rows(row_visual: Tensor, count: int, seed: int, layer: int) -> tu
         size = round(count * len(visuals) / rows)
         if len(texts) and len(visuals):
             size = min(max(size, 1), count - 1)
-        drawn = [_one_of_each_run(*of, generator) for of in ((texts, count - size), (visuals, size))]
-        index[n] = np.concatenate([at for at, _ in drawn])
-        weight[n, 0, : count - size], weight[n, 1, count - size :] = (runs for _, runs in drawn)
+        samples = [_one_of_each_run(*of, generator) for of in ((texts, count - size), (visuals, size))]
+        index[n] = np.concatenate([at for at, _ in samples])
+        weight[n, 0, : count - size], weight[n, 1, count - size :] = (runs for _, runs in samples)
         order = index[n].argsort()
         index[n], weight[n] = index[n, order], weight[n][:, order]
     device = row_visual.device

@@ -144,23 +144,23 @@ def fit(
     """
     output = rows.output(values)
     every = rows.counted
-    whole = [_fitted(rows, entries, output, kind, every, settings) for kind in kinds]
+    fits = [_fitted(rows, entries, output, kind, every, settings) for kind in kinds]
     batch, kv_heads = entries.slot.shape[:2]
     winner = torch.full((batch, kv_heads), len(kinds) - 1, device=entries.slot.device)
-    held = every & rows.held_out
+    check = every & rows.held_out
     errors = torch.zeros(2, batch, dtype=output.dtype, device=output.device)
     if gate:
         winner = torch.zeros_like(winner)
-        best = first = error(rows, entries, output, held)
-        proven = held.any(-1)  # [batch, 1]
+        best = first = error(rows, entries, output, check)
+        proven = check.any(-1)  # [batch, 1]
         for number, kind in enumerate(kinds[1:], 1):
-            tried = _fitted(rows, entries, output, kind, every & ~held, settings)
-            wrong = error(rows, tried, output, held)
+            tried = _fitted(rows, entries, output, kind, every & ~check, settings)
+            wrong = error(rows, tried, output, check)
             better = (wrong < 0.99 * best) & proven
             winner, best = torch.where(better, number, winner), torch.where(better, wrong, best)
         errors = torch.stack([first.mean(-1), best.mean(-1)])
-    chosen_values = _of(winner, [x.values for x in whole])
-    chosen_bias = _of(winner, [x.bias for x in whole])
+    chosen_values = _of(winner, [x.values for x in fits])
+    chosen_bias = _of(winner, [x.bias for x in fits])
     step = ((chosen_values - entries.values) * entries.mutable[..., None]).flatten(2).norm(dim=-1)
     own = (entries.values * entries.mutable[..., None]).flatten(2).norm(dim=-1).clamp(min=1e-12)
     return Outcome(replace(entries, values=chosen_values, bias=chosen_bias), winner, errors, (step / own).mean(-1))

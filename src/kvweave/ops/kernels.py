@@ -52,8 +52,8 @@ def _log_sum_exp(
         column = start + tl.arange(0, block_columns)
         k = _tile(base, column, skl, dim, width, column < length)
         products = tl.dot(q, tl.trans(k), input_precision=precision)
-        seen = column[None, :] <= (length - rows + row)[:, None]
-        logits = tl.where(seen & (column < length)[None, :], products * scaling, float("-inf"))
+        visible = column[None, :] <= (length - rows + row)[:, None]
+        logits = tl.where(visible & (column < length)[None, :], products * scaling, float("-inf"))
         larger = tl.maximum(best, tl.max(logits, 1))
         total = total * tl.exp2(best - larger) + tl.sum(tl.exp2(logits - larger[:, None]), 1)
         best = larger
@@ -220,7 +220,7 @@ def nearest(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _merge(
-    x, keep, member, start, weight, own, out, kept, members, dim, heads, sxb, sxh, sxl,
+    x, keep, member, start, weight, own, out, entries, members, dim, heads, sxb, sxh, sxl,
     width: tl.constexpr, block_rows: tl.constexpr,
 ):  # fmt: skip
     """One entry: its own row and, a block after the other, those of its members, which lie side by side."""
@@ -228,29 +228,29 @@ def _merge(
     entry = tl.program_id(0)
     channel = tl.arange(0, width)
     base = x + head // heads * sxb + head % heads * sxh
-    at = tl.load(keep + head * kept + entry)
+    at = tl.load(keep + head * entries + entry)
     original = tl.load(base + at * sxl + channel, mask=channel < dim, other=0.0)
-    first, stop = tl.load(start + head * (kept + 1) + entry), tl.load(start + head * (kept + 1) + entry + 1)
-    total = original.to(tl.float32) * tl.load(own + head * kept + entry)
+    first, stop = tl.load(start + head * (entries + 1) + entry), tl.load(start + head * (entries + 1) + entry + 1)
+    total = original.to(tl.float32) * tl.load(own + head * entries + entry)
     for begin in range(first, stop, block_rows):
         row = begin + tl.arange(0, block_rows)
         source = tl.load(member + head * members + row, mask=row < stop, other=0)
         rows = _tile(base, source, sxl, dim, width, row < stop).to(tl.float32)
         total += tl.sum(rows * tl.load(weight + head * members + row, mask=row < stop, other=0.0)[:, None], 0)
     merged = tl.where(stop > first, total.to(original.dtype), original)  # one without members is a copy
-    tl.store(out + (head * kept + entry) * dim + channel, merged, mask=channel < dim)
+    tl.store(out + (head * entries + entry) * dim + channel, merged, mask=channel < dim)
 
 
 def merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor, weight: Tensor, own: Tensor) -> Tensor:
     """As `merge.merge`, a segment at a time: members are sorted by target, so that no addition is atomic."""
-    batch, kv_heads, kept = keep.shape
+    batch, kv_heads, entries = keep.shape
     x = _rows_apart(x)
     segment, order = target.sort(dim=-1, stable=True)
-    ends = torch.arange(kept + 1, device=x.device).expand(batch, kv_heads, -1).contiguous()
+    ends = torch.arange(entries + 1, device=x.device).expand(batch, kv_heads, -1).contiguous()
     start = torch.searchsorted(segment.contiguous(), ends)
-    out = torch.empty(batch, kv_heads, kept, x.shape[-1], dtype=x.dtype, device=x.device)
-    _merge[kept, batch * kv_heads](
+    out = torch.empty(batch, kv_heads, entries, x.shape[-1], dtype=x.dtype, device=x.device)
+    _merge[entries, batch * kv_heads](
         x, keep.contiguous(), source.gather(-1, order), start, weight.gather(-1, order), own.contiguous(), out,
-        kept, source.shape[-1], x.shape[-1], kv_heads, *x.stride()[:3], block_rows=16, width=_shape(x)["width"],
+        entries, source.shape[-1], x.shape[-1], kv_heads, *x.stride()[:3], block_rows=16, width=_shape(x)["width"],
     )  # fmt: skip
     return out

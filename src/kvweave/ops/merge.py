@@ -57,9 +57,9 @@ def merge_weights(
     Returns:
         [batch, kv_heads, sources] and [batch, kv_heads, kept].
     """
-    kept = kept_mass.shape[-1]
+    entries = kept_mass.shape[-1]
     source_mass, kept_mass = source_mass.to(cosine.dtype), kept_mass.to(cosine.dtype)
-    total = kept_mass + segment_sum(source_mass, target, kept)
+    total = kept_mass + segment_sum(source_mass, target, entries)
     at = target.clamp(min=0)
     if rule in ("average", "pivotal", "weighted"):
         share, own = source_mass / total.gather(-1, at), kept_mass / total
@@ -74,12 +74,12 @@ def merge_weights(
         if source_importance is None or kept_importance is None:
             raise ValueError("merge_rule='importance' needs the tokens' importance")
         raw, raw_own = source_importance, kept_importance
-        nothing = raw_own + segment_sum(raw, target, kept) <= 0  # no importance at all: average
+        nothing = raw_own + segment_sum(raw, target, entries) <= 0  # no importance at all: average
         raw = torch.where(nothing.gather(-1, at), source_mass, raw)
         raw_own = torch.where(nothing, kept_mass, raw_own)
     else:
         raise ValueError(f"merge_rule={rule!r} is unknown: allowed is one of {', '.join(RULES)}")
-    norm = raw_own + segment_sum(raw, target, kept)
+    norm = raw_own + segment_sum(raw, target, entries)
     return raw / norm.gather(-1, at), raw_own / norm
 
 
@@ -128,13 +128,13 @@ def merge(
         from kvweave.ops import kernels
 
         return kernels.merge(x, keep, source, target, weight, own)
-    kept = keep.shape[-1]
+    entries = keep.shape[-1]
     original = take(x, keep)
     sums = F.pad(original.to(weight.dtype) * own[..., None], (0, 0, 0, 1))  # and a place for the evicted
     flat = sums.flatten(0, 2)
     for start in range(0, source.shape[-1], step):
         part = slice(start, start + step)
         rows = take(x, source[..., part]).to(weight.dtype) * weight[..., part, None]
-        flat.index_add_(0, _places(target[..., part], kept), rows.flatten(0, 2))
-    alone = segment_sum(torch.ones_like(weight), target, kept) == 0
-    return torch.where(alone[..., None], original, sums[:, :, :kept].to(x.dtype))
+        flat.index_add_(0, _places(target[..., part], entries), rows.flatten(0, 2))
+    alone = segment_sum(torch.ones_like(weight), target, entries) == 0
+    return torch.where(alone[..., None], original, sums[:, :, :entries].to(x.dtype))

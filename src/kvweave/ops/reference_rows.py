@@ -69,20 +69,20 @@ class ReferenceRows:
         logits = capped(torch.matmul(rows, keys.to(wide).mT) * rule.scaling, rule)
         slot = torch.arange(length - tokens, length, device=keys.device)
         slot = torch.cat([slot, slot.new_full((more,), length - 1)]).repeat_interleave(group)
-        logits = _seen(logits, slot, mask, bias, empty, tokens * group)
+        logits = _visible(logits, slot, mask, bias, empty, tokens * group)
         counts = torch.ones(batch, tokens + more, dtype=torch.bool, device=keys.device)
         if counted is not None:
             counts[:, tokens:] = counted.to(keys.device)
         weight = _weights(counts, tokens, decoded_weight, wide)
         number = counts.cumsum(1) - 1  # of each token among those that count
-        held = counts & (number % 4 == 3)
+        check = counts & (number % 4 == 3)
         return ReferenceRows(
             rows,
             logits,
             slot,
             counts.repeat_interleave(group, 1)[:, None],
             weight.repeat_interleave(group, 1)[:, None],
-            held.repeat_interleave(group, 1)[:, None],
+            check.repeat_interleave(group, 1)[:, None],
             group,
             rule,
         )
@@ -114,14 +114,14 @@ class ReferenceRows:
         hidden = (slot[:, :, None] > self.slot[:, None]) | (slot < 0)[:, :, None]
         return logits.masked_fill(hidden, -torch.inf)
 
-    def error(self, output: Tensor, given: Tensor, rows: Tensor) -> Tensor:
+    def error(self, output: Tensor, reference: Tensor, rows: Tensor) -> Tensor:
         """`err` of SPEC 15.3 over the rows `rows` [batch, 1, rows]: [batch, kv_heads].
 
         Args:
-            output: `O`; given: `O'`, what the entries give, [batch, kv_heads, rows, dim] both.
+            output: `O`; reference: `O'`, what the entries give, [batch, kv_heads, rows, dim] both.
         """
         weight = self.weight * rows
-        wrong = (weight * (output - given).square().sum(-1)).sum(-1)
+        wrong = (weight * (output - reference).square().sum(-1)).sum(-1)
         return wrong / (weight * output.square().sum(-1)).sum(-1).clamp(min=1e-12)
 
 
@@ -140,7 +140,7 @@ def _softmax(logits: Tensor) -> Tensor:
     return torch.softmax(logits.masked_fill(blind, 0), -1).masked_fill(blind, 0)
 
 
-def _seen(
+def _visible(
     logits: Tensor, slot: Tensor, mask: Tensor | None, bias: Tensor | None, empty: Tensor | None, own: int
 ) -> Tensor:
     """Logits [batch, kv_heads, rows, length] with the slots' biases, -inf where a row does not see a slot.
@@ -159,8 +159,8 @@ def _seen(
     if mask is None:
         return (logits + added).masked_fill(ahead, -torch.inf)
     group = own // mask.shape[2]
-    told = _by_token(mask, kv_heads, group, logits.dtype)  # [batch, kv_heads, own, length]
-    logits = torch.cat([logits[:, :, :own] + told, (logits + added)[:, :, own:]], 2)
+    own_mask = _by_token(mask, kv_heads, group, logits.dtype)  # [batch, kv_heads, own, length]
+    logits = torch.cat([logits[:, :, :own] + own_mask, (logits + added)[:, :, own:]], 2)
     return logits if empty is None else logits.masked_fill(empty[:, :, None], -torch.inf)
 
 

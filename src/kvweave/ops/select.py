@@ -183,8 +183,8 @@ def complement(keep: Tensor, length: int) -> Tensor:
     Returns:
         int64 [batch, kv_heads, length - kept].
     """
-    gone = torch.ones(*keep.shape[:-1], length, dtype=torch.bool, device=keep.device).scatter_(-1, keep, False)
-    return places(gone, length - keep.shape[-1])
+    rest = torch.ones(*keep.shape[:-1], length, dtype=torch.bool, device=keep.device).scatter_(-1, keep, False)
+    return places(rest, length - keep.shape[-1])
 
 
 def pool(scores: Tensor, kernel: int) -> Tensor:
@@ -205,7 +205,7 @@ def pool(scores: Tensor, kernel: int) -> Tensor:
     return sums.div_(kernel)
 
 
-def chosen(mask: Tensor) -> Tensor:
+def ragged_places(mask: Tensor) -> Tensor:
     """Ascending positions of a mask's True entries; heads with fewer have -1 in front.
 
     Args:
@@ -213,8 +213,8 @@ def chosen(mask: Tensor) -> Tensor:
     Returns:
         int64 [batch, kv_heads, most].
     """
-    held = mask.sum(-1, keepdim=True)
-    most = int(held.max())
-    rank = (mask.cumsum(-1) - 1 + most - held).masked_fill_(~mask, most)
+    count = mask.sum(-1, keepdim=True)
+    most = int(count.max())
+    rank = (mask.cumsum(-1) - 1 + most - count).masked_fill_(~mask, most)
     columns = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
     return rank.new_full((*mask.shape[:-1], most + 1), -1).scatter_(-1, rank, columns)[..., :most]

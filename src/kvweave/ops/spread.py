@@ -96,9 +96,9 @@ def cross_entropy(
             if len(columns) and len(rows):
                 others = keys[b, h].index_select(1, columns).to(sums.dtype)
                 for part in rows.split(_step(keys, (of.stop - of.start) * len(columns))):
-                    asked = queries[b, of].index_select(1, part)
-                    seen = _seen(rule, b, of, part, columns, keys.shape[2] - queries.shape[2]) if causal else None
-                    sums[b, of, kind] += _entropy(_products(asked, others, rule), seen).flatten(0, 1)
+                    block = queries[b, of].index_select(1, part)
+                    hidden = _hidden(rule, b, of, part, columns, keys.shape[2] - queries.shape[2]) if causal else None
+                    sums[b, of, kind] += _entropy(_products(block, others, rule), hidden).flatten(0, 1)
     counts = torch.stack([(~row_visual).sum(-1), row_visual.sum(-1)], -1)  # [batch, 2]
     both = (counts > 0).all(-1) & over_heads(visual.any(-1) & (~visual).any(-1)).all(-1)
     return over_heads((sums / counts[:, None].clamp(min=1)).sum(-1)).mean(1) * both
@@ -109,7 +109,7 @@ def _both(visual: Tensor) -> tuple[Tensor, Tensor]:
     return (~visual).nonzero().flatten(), visual.nonzero().flatten()
 
 
-def _seen(
+def _hidden(
     rule: AttentionRule, b: int, of: slice, rows: Tensor, columns: Tensor, first: int
 ) -> tuple[Tensor, Tensor | None]:
     """As `_mask`, of some rows and columns; `first` is the first row's own column."""
@@ -124,15 +124,15 @@ def _seen(
     return some(hidden), None if added is None else some(added)
 
 
-def _entropy(logits: Tensor, seen: tuple[Tensor, Tensor | None] | None) -> Tensor:
+def _entropy(logits: Tensor, masks: tuple[Tensor, Tensor | None] | None) -> Tensor:
     """Entropy of the softmax of [kv_heads, group, rows, columns], summed over rows; a row that sees nothing has none.
 
     Args:
-        seen: what rows cannot see, and what is added to their logits, [1 or heads, rows, columns] each.
+        masks: what rows cannot see, and what is added to their logits, [1 or heads, rows, columns] each.
     """
     hidden = None
-    if seen is not None:
-        hidden, added = (None if x is None else x.unflatten(0, (-1, min(logits.shape[1], len(x)))) for x in seen)
+    if masks is not None:
+        hidden, added = (None if x is None else x.unflatten(0, (-1, min(logits.shape[1], len(x)))) for x in masks)
         assert hidden is not None
         logits = logits if added is None else logits.add_(added)
         logits.masked_fill_(hidden, -torch.inf)
@@ -161,7 +161,7 @@ def row_density(
         [batch], over all heads and rows (VL-Cache; SPEC 10.6).
     """
     dense = torch.zeros(queries.shape[:2], dtype=torch.float64, device=keys.device)
-    seen = torch.zeros_like(dense)
+    entries = torch.zeros_like(dense)
     limit = torch.log(torch.tensor(share, dtype=torch.float64)).item() if share > 0 else -torch.inf
     group, rows, length = queries.shape[1] // keys.shape[1], queries.shape[2], keys.shape[2]
     for b, h in _parts(keys, alike=True):
@@ -180,5 +180,5 @@ def row_density(
             logits.masked_fill_(hidden, -torch.inf)
             above = (logits >= logits.amax(-1, keepdim=True) + limit) & ~hidden
             dense[b, of] += above.sum((1, 2))
-            seen[b, of] += (~hidden).sum((1, 2))
-    return over_heads(dense).sum(1) / over_heads(seen).sum(1)
+            entries[b, of] += (~hidden).sum((1, 2))
+    return over_heads(dense).sum(1) / over_heads(entries).sum(1)

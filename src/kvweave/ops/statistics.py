@@ -223,11 +223,11 @@ def received(
         by_row = weights.mean(2) if heads_by == "mean" else weights.amax(2)
         if row_weights is not None:
             by_row = by_row * row_weights[b, h, rows, None]
-        seen = out[b, h, : weights.shape[-1]]
+        out_rows = out[b, h, : weights.shape[-1]]
         if rows_by == "max":
-            torch.maximum(seen, by_row.amax(2), out=seen)
+            torch.maximum(out_rows, by_row.amax(2), out=out_rows)
         else:
-            seen += by_row.sum(2)
+            out_rows += by_row.sum(2)
     return out
 
 

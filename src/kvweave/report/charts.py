@@ -72,7 +72,7 @@ class Grid:
 
 def curves(panels: Sequence[Panel], path: Path) -> None:
     """Score by share of the cache kept, panels side by side; the axis is logarithmic."""
-    drawn, axes = _figure(1, len(panels), (6.4 * len(panels), 5.0), share_y=True)
+    picture, axes = _figure(1, len(panels), (6.4 * len(panels), 5.0), share_y=True)
     for axis, panel in zip(axes, panels, strict=True):
         named = _lines(axis, panel.curves)
         ticks = sorted({x for curve in panel.curves for x in curve.x})
@@ -90,7 +90,7 @@ def curves(panels: Sequence[Panel], path: Path) -> None:
         axis.set_xlabel("share of the cache kept")
         _name_ends(axis, named)
     axes[0].set_ylabel("score, mean over tasks")
-    _save(drawn, path)
+    _save(picture, path)
 
 
 def lengths(lines: Sequence[Curve], path: Path) -> None:
@@ -100,7 +100,7 @@ def lengths(lines: Sequence[Curve], path: Path) -> None:
 
 def quantities(panels: Sequence[Lines], path: Path) -> None:
     """Curves side by side, all axes logarithmic."""
-    drawn, axes = _figure(1, len(panels), (8 if len(panels) == 1 else 6.0 * len(panels), 5.2))
+    picture, axes = _figure(1, len(panels), (8 if len(panels) == 1 else 6.0 * len(panels), 5.2))
     for axis, panel in zip(axes, panels, strict=True):
         named = _lines(axis, panel.curves)
         ticks = sorted({x for line in panel.curves for x in line.x})
@@ -114,26 +114,26 @@ def quantities(panels: Sequence[Lines], path: Path) -> None:
         axis.set_xlabel(panel.x)
         axis.set_ylabel(panel.y)
         _name_ends(axis, named)
-    _save(drawn, path)
+    _save(picture, path)
 
 
 def dots(panels: Sequence[Dots], path: Path) -> None:
     """Means with intervals, one line each."""
     most = max(len(panel.names) for panel in panels)
-    drawn, axes = _figure(1, len(panels), (3.4 + 3.6 * len(panels), 1.3 + 0.3 * most), share_y=True)
+    picture, axes = _figure(1, len(panels), (3.4 + 3.6 * len(panels), 1.3 + 0.3 * most), share_y=True)
     for axis, panel in zip(axes, panels, strict=True):
         _dots(axis, panel)
-    _save(drawn, path)
+    _save(picture, path)
 
 
 def grids(panels: Sequence[Grid], path: Path) -> None:
     """Scores as a table of shades with their numbers, panels side by side."""
     most = max(len(panel.rows) for panel in panels)
     wide = sum(1.6 + 0.85 * len(panel.columns) for panel in panels)
-    drawn, axes = _figure(1, len(panels), (wide, 1.6 + 0.27 * most))
+    picture, axes = _figure(1, len(panels), (wide, 1.6 + 0.27 * most))
     for axis, panel in zip(axes, panels, strict=True):
-        shown = [[float("nan") if cell is None else cell for cell in row] for row in panel.cells]
-        axis.imshow(shown, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        cells = [[float("nan") if cell is None else cell for cell in row] for row in panel.cells]
+        axis.imshow(cells, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for y, row in enumerate(panel.cells):
             for x, cell in enumerate(row):
                 if cell is not None:
@@ -145,25 +145,25 @@ def grids(panels: Sequence[Grid], path: Path) -> None:
         axis.tick_params(length=0)
         axis.grid(visible=False)
         axis.spines[:].set_visible(False)
-    _save(drawn, path)
+    _save(picture, path)
 
 
 def pair(x: tuple[str, Sequence[float]], ys: Sequence[tuple[str, Sequence[float]]], path: Path) -> None:
     """Two quantities by a third, side by side."""
-    drawn, axes = _figure(1, len(ys), (4.6 * len(ys), 3.6))
+    picture, axes = _figure(1, len(ys), (4.6 * len(ys), 3.6))
     for axis, (name, y), colour in zip(axes, ys, _MARKED, strict=False):
         axis.plot(x[1], y, marker="o", color=colour)
         axis.set_ylim(0, 1.15 * max(y))
         axis.set_xlabel(x[0])
         axis.set_title(name, loc="left", fontsize=11)
-    _save(drawn, path)
+    _save(picture, path)
 
 
 def flow(lines: Sequence[Curve], theta: float, scores: Dots, path: Path) -> None:
     """Flow ratios by layer beside the scores of merging by them."""
     from matplotlib.ticker import MaxNLocator
 
-    drawn, (left, right) = _figure(1, 2, (11, 3.8))
+    picture, (left, right) = _figure(1, 2, (11, 3.8))
     named = _lines(left, lines)
     left.axhline(theta, color=_unit(SOFT), linestyle="--", linewidth=1)
     left.annotate(f"theta {theta:g}", (left.get_xlim()[0], theta), (4, 4), textcoords="offset points", size=8)
@@ -173,12 +173,12 @@ def flow(lines: Sequence[Curve], theta: float, scores: Dots, path: Path) -> None
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     _name_ends(left, named)
     _dots(right, scores)
-    _save(drawn, path)
+    _save(picture, path)
 
 
 def outliers(layers: Sequence[dict[str, Any]], visual: Sequence[bool], path: Path) -> None:
     """Deviation of each token, a row a layer; kept tokens stand out, stretches of visual tokens are shaded."""
-    drawn, axes = _figure(len(layers), 1, (11, 0.7 + 1.35 * len(layers)), share_x=True)
+    picture, axes = _figure(len(layers), 1, (11, 0.7 + 1.35 * len(layers)), share_x=True)
     edges = [n for n in range(1, len(visual)) if visual[n] != visual[n - 1]]
     stretches = list(zip([0, *edges], [*edges, len(visual)], strict=True))
     for axis, layer in zip(axes, layers, strict=True):
@@ -193,7 +193,7 @@ def outliers(layers: Sequence[dict[str, Any]], visual: Sequence[bool], path: Pat
         axis.set_ylim(0)
     axes[0].legend(frameon=False, ncols=2, fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.35))
     axes[-1].set_xlabel("token of the prompt; shaded: visual")
-    _save(drawn, path)
+    _save(picture, path)
 
 
 # -------------------------------------------------------------------- parts
@@ -201,23 +201,23 @@ def outliers(layers: Sequence[dict[str, Any]], visual: Sequence[bool], path: Pat
 
 def _lines(axis: Any, lines: Sequence[Curve]) -> list[tuple[Curve, str]]:
     """Marked ones in colour on top, the others quiet behind them; returns each with its colour."""
-    drawn = []
+    ends = []
     for line in (line for line in lines if not line.marked and not line.limit):
         axis.plot(line.x, line.y, color=_QUIET, linewidth=0.9, zorder=2)
-        drawn.append((line, _QUIET))
+        ends.append((line, _QUIET))
     for line in (line for line in lines if line.limit):
         axis.plot(line.x, line.y, color=_LIMIT, linewidth=1.6, linestyle="--", zorder=4)
-        drawn.append((line, _LIMIT))
+        ends.append((line, _LIMIT))
     marked = [line for line in lines if line.marked]
     for line, colour, marker in zip(marked, _MARKED, _MARKERS, strict=False):
         axis.plot(line.x, line.y, color=colour, marker=marker, markersize=5, linewidth=2, zorder=5)
         if line.low:
             axis.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0, zorder=3)
-        drawn.append((line, colour))
-    return drawn
+        ends.append((line, colour))
+    return ends
 
 
-def _name_ends(axis: Any, drawn: Sequence[tuple[Curve, str]]) -> None:
+def _name_ends(axis: Any, lines: Sequence[tuple[Curve, str]]) -> None:
     """Each curve's name at its right end, moved apart where they would lie on each other; limits are set before."""
     to_axis = axis.transData + axis.transAxes.inverted()
     gap = 1.2 * _NAME_SIZE / (axis.get_window_extent().height / axis.figure.dpi * 72)
@@ -226,7 +226,7 @@ def _name_ends(axis: Any, drawn: Sequence[tuple[Curve, str]]) -> None:
         x, y = max(zip(line.x, line.y, strict=True))
         return float(to_axis.transform((float(x), float(y)))[1])
 
-    ends = sorted((height(line), line.name, colour) for line, colour in drawn)
+    ends = sorted((height(line), line.name, colour) for line, colour in lines)
     places = _apart([place for place, _, _ in ends], gap)
     for (_, name, colour), place in zip(ends, places, strict=True):
         ink = _unit(SOFT) if colour == _QUIET else colour
@@ -263,8 +263,8 @@ def _figure(
 ) -> Any:
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=size, layout="constrained", facecolor=_unit(GROUND))
-    axes = drawn.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y).ravel()
+    picture = Figure(figsize=size, layout="constrained", facecolor=_unit(GROUND))
+    axes = picture.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y).ravel()
     for axis in axes:
         axis.set_facecolor(_unit(GROUND))
         axis.grid(color=_unit(LINE), zorder=0)
@@ -272,12 +272,12 @@ def _figure(
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(_unit(SOFT))
         axis.tick_params(colors=_unit(INK), labelsize=9)
-    return drawn, axes
+    return picture, axes
 
 
-def _save(drawn: Any, path: Path) -> None:
+def _save(picture: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=130)
+    picture.savefig(path, dpi=130)
 
 
 def _unit(colour: Colour) -> tuple[float, float, float]:

@@ -87,8 +87,8 @@ class Answer:
     @property
     def columns(self) -> list[str]:
         """Columns of a table of its layers: those in which some layer has something to say."""
-        told = [layer.cells for layer in self.layers if layer.compressed]
-        return [name for name in Layer(0, "", True).cells if any(cells[name] for cells in told)]
+        grids = [layer.cells for layer in self.layers if layer.compressed]
+        return [name for name in Layer(0, "", True).cells if any(cells[name] for cells in grids)]
 
     @property
     def runs(self) -> list[tuple[str, Layer]]:
@@ -163,27 +163,27 @@ class Run:
         }
 
     def _answer(self, answer: Answer) -> dict[str, Any]:
-        told = asdict(answer)
-        for layer in told["layers"]:
+        entry = asdict(answer)
+        for layer in entry["layers"]:
             layer.pop("fate")
-        told["bytes_per_token"] = answer.cache_bytes / len(self.tokens)
-        told["right"] = None if self.right is None else answer.text == self.right
-        told["same_as_full"] = answer.text == self.full.text
-        return told
+        entry["bytes_per_token"] = answer.cache_bytes / len(self.tokens)
+        entry["right"] = None if self.right is None else answer.text == self.right
+        entry["same_as_full"] = answer.text == self.full.text
+        return entry
 
 
 def layers_of(report: dict[str, Any], fates: list[Any]) -> list[Layer]:
     """`Session.report` and `Generation.fates` as the page shows them."""
-    known = {name for name in Layer.__dataclass_fields__ if name not in ("index", "fate")}
-    left = iter(fates)
+    names = {name for name in Layer.__dataclass_fields__ if name not in ("index", "fate")}
+    rest = iter(fates)
     layers = []
-    for told in report["layers"]:
-        fate = next(left) if told["compressed"] else None
+    for entry in report["layers"]:
+        fate = next(rest) if entry["compressed"] else None
         layers.append(
             Layer(
-                index=told["layer"],
+                index=entry["layer"],
                 fate=fate.tolist() if fate is not None else None,
-                **{name: finite(value) for name, value in told.items() if name in known},
+                **{name: finite(value) for name, value in entry.items() if name in names},
             )
         )
     return layers

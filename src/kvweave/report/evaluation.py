@@ -52,9 +52,9 @@ def html(
 
 def _data(summary: dict[str, Any], protocols: Mapping[str, str], shown: Shown) -> dict[str, Any]:
     """What the page's script draws."""
-    asked = dict.fromkeys(row["protocol"] for row in summary["means"])
+    names = dict.fromkeys(row["protocol"] for row in summary["means"])
     return {
-        "protocols": [{"name": name, "label": protocols[name]} for name in asked],
+        "protocols": [{"name": name, "label": protocols[name]} for name in names],
         "tasks": list(dict.fromkeys(row["task"] for row in summary["scores"])),
         "means": [{name: _short(value) for name, value in row.items()} for row in summary["means"]],
         "scores": [
@@ -76,24 +76,24 @@ def _short(value: Any) -> Any:
 
 def _memory(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Mean bytes of a sample's cache, by method and budget."""
-    found: dict[tuple[str, float], list[float]] = {}
+    sizes: dict[tuple[str, float], list[float]] = {}
     for row in summary["scores"]:
         if row["bytes"] is not None:
-            found.setdefault((row["method"], row["budget"]), []).append(row["bytes"])
+            sizes.setdefault((row["method"], row["budget"]), []).append(row["bytes"])
     return [
         {"method": method, "budget": budget, "bytes": sum(all_) / len(all_), "text": size(sum(all_) / len(all_))}
-        for (method, budget), all_ in found.items()
+        for (method, budget), all_ in sizes.items()
     ]
 
 
 def _speed(runs: Sequence[Run]) -> dict[str, dict[str, float | None]]:
     """Mean over samples of tokens a second, and of milliseconds of prefill, by method; "full" among them."""
-    found: dict[str, list[Any]] = {}
+    answers: dict[str, list[Any]] = {}
     for run in runs:
         for name, answer in [("full", run.full), *((answer.method, answer) for answer in run.answers)]:
-            found.setdefault(_label(name), []).append(answer.speed)
+            answers.setdefault(_label(name), []).append(answer.speed)
     speeds: dict[str, dict[str, float | None]] = {}
-    for name, all_ in found.items():
+    for name, all_ in answers.items():
         rates = [speed.tokens_per_second for speed in all_ if speed.tokens_per_second is not None]
         speeds[name] = {
             "tokens": round(sum(rates) / len(rates), 1) if rates else None,
@@ -113,9 +113,9 @@ def _sample(run: Run) -> dict[str, Any]:
     """A question with its images, and what each method kept of their cells."""
     methods = []
     for answer in run.answers:
-        seen = shares(answer, len(run.tokens))
+        share = shares(answer, len(run.tokens))
         cells = [
-            [[round(float(seen.kept[at]), 2), round(float(seen.merged[at]), 2)] for at in grid.tokens]
+            [[round(float(share.kept[at]), 2), round(float(share.merged[at]), 2)] for at in grid.tokens]
             for grid in run.grids
         ]
         methods.append({"name": _label(answer.method), "text": answer.text, "cells": cells})

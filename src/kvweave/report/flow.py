@@ -12,21 +12,21 @@ _SERIES = (
 )
 
 
-def figure(measured: dict[str, Any], path: Path) -> None:
+def figure(measures: dict[str, Any], path: Path) -> None:
     """Draw `kvweave flow`'s numbers to a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    layers = measured["layers"]
-    drawn = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = drawn.subplots()
+    layers = measures["layers"]
+    picture = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = picture.subplots()
     for name, colour, marker, label in _SERIES:
-        known = [(layer["layer"], layer[name]) for layer in layers if layer[name] is not None]
-        if known:
-            x, y = zip(*known, strict=True)
+        points = [(layer["layer"], layer[name]) for layer in layers if layer[name] is not None]
+        if points:
+            x, y = zip(*points, strict=True)
             wide = 2.4 if name == "literal" else 1.4
             axes.plot(x, y, marker=marker, color=_unit(colour), linewidth=wide, label=label, zorder=3)
-    theta = measured["theta"]
+    theta = measures["theta"]
     axes.axhline(theta, color=_unit(SOFT), linestyle="--", linewidth=1)
     axes.annotate(
         f"theta {theta:g}: above it a layer is cross-modal", (0.01, theta), (0, 4), textcoords="offset points",
@@ -36,15 +36,15 @@ def figure(measured: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("layer")
     axes.set_ylabel("flow ratio")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    prompt = measured["prompt"]
+    prompt = measures["prompt"]
     axes.set_title(
-        f"{measured['model']}: {prompt['tokens']} tokens, {prompt['visual']} visual", loc="left", color=_unit(INK)
+        f"{measures['model']}: {prompt['tokens']} tokens, {prompt['visual']} visual", loc="left", color=_unit(INK)
     )
     axes.grid(axis="y", color=_unit(LINE))
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines[1:]:
         axes.legend(frameon=False, loc="upper right", ncols=3)
-    drawn.savefig(path, dpi=150)
+    picture.savefig(path, dpi=150)
 
 
 def _unit(colour: Colour) -> tuple[float, float, float]:

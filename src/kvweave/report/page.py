@@ -142,6 +142,6 @@ def data_uri(image: "Image") -> str:
     shown = image.convert("RGB")
     shown.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     kind = "PNG" if image.width * image.height <= _SMALL else "JPEG"
-    held = io.BytesIO()
-    shown.save(held, kind, quality=85)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(held.getvalue()).decode()}"
+    buffer = io.BytesIO()
+    shown.save(buffer, kind, quality=85)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

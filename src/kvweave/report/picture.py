@@ -137,26 +137,26 @@ class _Canvas:
     def board(self, run: Run, answer: Answer, y: int) -> int:
         """The prompt, each token by what became of it."""
         self.reach(y + 100)
-        seen = shares(answer, len(run.tokens))
-        y = self.legend(answer, seen, y + 8)
+        parts = shares(answer, len(run.tokens))
+        y = self.legend(answer, parts, y + 8)
         columns = {1: 2, 2: 2, 3: 3, 4: 4}.get(len(run.grids), 6 if len(run.grids) <= 24 else 8)
         wide = (_WIDTH - 2 * _MARGIN - (columns - 1) * _GAP) // columns
         row: list[Piece] = []
         for piece in pieces(run.tokens, run.grids):
             if piece.grid is None:
-                y = self.row(run, row, seen, y, wide)
+                y = self.row(run, row, parts, y, wide)
                 row = []
-                y = self.words(run, piece.words[-_MOST_AT_THE_END:], seen, _MARGIN, y, _WIDTH - 2 * _MARGIN) + _GAP
+                y = self.words(run, piece.words[-_MOST_AT_THE_END:], parts, _MARGIN, y, _WIDTH - 2 * _MARGIN) + _GAP
                 continue
             row.append(piece)
             if len(row) == columns:
-                y = self.row(run, row, seen, y, wide)
+                y = self.row(run, row, parts, y, wide)
                 row = []
-        return self.row(run, row, seen, y, wide)
+        return self.row(run, row, parts, y, wide)
 
-    def legend(self, answer: Answer, seen: Shares, y: int) -> int:
+    def legend(self, answer: Answer, parts: Shares, y: int) -> int:
         x = self.text((_MARGIN, y), _cut(answer.method, 26, 800, bold=True), 26, bold=True) + 36
-        kept, merged = float(seen.kept.mean()), float(seen.merged.mean())
+        kept, merged = float(parts.kept.mean()), float(parts.merged.mean())
         for name, colour, share in (
             ("kept", KEPT, kept),
             ("merged", _mix(GROUND, MERGED, 0.55), merged),
@@ -166,24 +166,24 @@ class _Canvas:
             x = self.text((x + 32, y + 2), f"{name} {abs(share):.0%}", 22) + 32
         return y + 58
 
-    def row(self, run: Run, row: Sequence[Piece], seen: Shares, y: int, wide: int) -> int:
+    def row(self, run: Run, row: Sequence[Piece], parts: Shares, y: int, wide: int) -> int:
         """Pieces side by side, images in line; y below them."""
         if not row:
             return y
-        shown = [piece.words[-_MOST_WORDS:] for piece in row]
-        above = max(self.words(run, words, seen, 0, 0, wide, measure=True) for words in shown)
-        pictures = [_picture(run, piece.grid, seen, wide) for piece in row if piece.grid is not None]
+        texts = [piece.words[-_MOST_WORDS:] for piece in row]
+        above = max(self.words(run, words, parts, 0, 0, wide, measure=True) for words in texts)
+        pictures = [_picture(run, piece.grid, parts, wide) for piece in row if piece.grid is not None]
         below = max(picture.height for picture in pictures)
         self.reach(y + above + below + 80)
-        for n, (words, picture) in enumerate(zip(shown, pictures, strict=True)):
+        for n, (words, picture) in enumerate(zip(texts, pictures, strict=True)):
             x = _MARGIN + n * (wide + _GAP)
-            high = self.words(run, words, seen, 0, 0, wide, measure=True)
-            self.words(run, words, seen, x, y + above - high, wide)
+            high = self.words(run, words, parts, 0, 0, wide, measure=True)
+            self.words(run, words, parts, x, y + above - high, wide)
             self.image.paste(picture, (x, y + above + 6))
         return y + above + below + 6 + _GAP
 
     def words(
-        self, run: Run, places: Sequence[int], seen: Shares, x: int, y: int, wide: int, measure: bool = False
+        self, run: Run, places: Sequence[int], parts: Shares, x: int, y: int, wide: int, measure: bool = False
     ) -> int:
         """Tokens of text as chips, wrapped; y below them."""
         font, left, line = _font(17, False), x, 28
@@ -196,7 +196,7 @@ class _Canvas:
             if x > left and x + length > left + wide:
                 x, y = left, y + line
             if not measure:
-                kept, merged = float(seen.kept[place]), float(seen.merged[place])
+                kept, merged = float(parts.kept[place]), float(parts.merged[place])
                 paper = _mix(_mix(GROUND, MERGED, 0.3 * merged), KEPT, 0.38 * kept)
                 self.draw.rounded_rectangle((x, y, x + length, y + 23), 5, paper)
                 self.draw.line((x + 3, y + 23, x + length - 3, y + 23), _mix(paper, KEPT, kept), 2)
@@ -205,33 +205,33 @@ class _Canvas:
         return y + line if places else y
 
 
-def _picture(run: Run, grid: Grid, seen: Shares, wide: int) -> Image.Image:
+def _picture(run: Run, grid: Grid, parts: Shares, wide: int) -> Image.Image:
     """An image with each visual token's cell drawn as it was treated."""
     source = None if grid.image is None else run.images[grid.image].convert("RGB")
     aspect = grid.rows / grid.columns if source is None else source.height / source.width
     high = max(1, round(wide * aspect))
     if source is None:
-        drawn = Image.new("RGB", (wide, high), KEPT)
+        image = Image.new("RGB", (wide, high), KEPT)
     else:
-        drawn = source.resize((wide, high), Image.Resampling.NEAREST if source.width <= _SMALL else None)
-    pen = ImageDraw.Draw(drawn, "RGBA")
+        image = source.resize((wide, high), Image.Resampling.NEAREST if source.width <= _SMALL else None)
+    pen = ImageDraw.Draw(image, "RGBA")
     edges_x = [round(n * wide / grid.columns) for n in range(grid.columns + 1)]
     edges_y = [round(n * high / grid.rows) for n in range(grid.rows + 1)]
     boxes = []
     for n, place in enumerate(grid.tokens):
         row, column = divmod(n, grid.columns)
         box = (edges_x[column], edges_y[row], edges_x[column + 1] - 1, edges_y[row + 1] - 1)
-        boxes.append((box, float(seen.kept[place])))
-        gone = 1 - seen.kept[place]
-        pen.rectangle(box, (*GROUND, round(255 * 0.88 * gone)))
-        pen.rectangle(box, (*MERGED, round(255 * 0.42 * seen.merged[place])))
+        boxes.append((box, float(parts.kept[place])))
+        evicted = 1 - parts.kept[place]
+        pen.rectangle(box, (*GROUND, round(255 * 0.88 * evicted)))
+        pen.rectangle(box, (*MERGED, round(255 * 0.42 * parts.merged[place])))
     line = max(1, round(min(4, wide / grid.columns / 12)))
     for box, kept in boxes:
         if wide / grid.columns > 12:
             pen.rectangle(box, None, (*GROUND, 128), 1)
         if kept:
             pen.rectangle(box, None, (*KEPT, round(255 * kept)), line)
-    return drawn
+    return image
 
 
 def _verdict(run: Run, answer: Answer) -> tuple[str, Colour]:

@@ -94,8 +94,8 @@ def _by_flash(
         mask: [batch, columns], or None.
     """
     if slots.has_positions:
-        seen = slots.shown(mask)
-        mask = None if seen is None else seen[:, 0]
+        visible = slots.shown(mask)
+        mask = None if visible is None else visible[:, 0]
     return attention(query, *(tensors or slots.tensors), mask), None
 
 
@@ -113,11 +113,11 @@ def _by_part(
     weights = [o[1] for o in outs if o[1] is not None]  # [batch, heads, new, slots], where they were asked for
     together = block.in_order(_together(weights, 0), 1) if weights else None
     out = block.in_order(torch.cat([o[0] for o in outs], 2), 2)
-    shown = [m for m in masks if m is not None]
-    if query.shape[2] == 1 or len(shown) < len(masks):
+    own_masks = [m for m in masks if m is not None]
+    if query.shape[2] == 1 or len(own_masks) < len(masks):
         return (out, together), None
-    hidden = False if shown[0].dtype == torch.bool else torch.finfo(shown[0].dtype).min
-    return (out, together), block.in_order(_together(shown, hidden), 1)
+    hidden = False if own_masks[0].dtype == torch.bool else torch.finfo(own_masks[0].dtype).min
+    return (out, together), block.in_order(_together(own_masks, hidden), 1)
 
 
 def _together(parts: list[Tensor], empty: float) -> Tensor:
@@ -145,6 +145,14 @@ def _read(
     return _by_part(attention, query, mask, heads, _to_block)
 
 
+def _left_behind(link: Link, value: Tensor) -> bool:
+    """Attention reads other values than those that were handed out with the keys."""
+    tensors = link.block.tensors
+    if link.apart or tensors is None or torch.compiler.is_compiling():
+        return False
+    return value.shape != tensors[1].shape or value.data_ptr() != tensors[1].data_ptr()
+
+
 def _weighs_slots(mask: Tensor | None) -> bool:
     """A mask that the module made itself: it adds other numbers than masks do, to each head's logits others."""
     if mask is None or mask.dim() != 4 or mask.shape[1] == 1 or not mask.is_floating_point():
@@ -153,13 +161,13 @@ def _weighs_slots(mask: Tensor | None) -> bool:
 
 
 def reader_of(
-    base: str, found: Callable[..., Any] | None, own: Callable[[type], Any], passed: Callable[..., None]
+    base: str, original: Callable[..., Any] | None, own: Callable[[type], Any], passed: Callable[..., None]
 ) -> Any:
     """What models find under an implementation's name: it reads the keys that carry a link, and passes on the others.
 
     Args:
         base: the name.
-        found: the function that stood there; None: `own` says which one a class of modules calls.
+        original: the function that stood there; None: `own` says which one a class of modules calls.
         passed: is told of modules whose keys carry no link.
     """
 
@@ -172,7 +180,7 @@ def reader_of(
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        function = found or own(type(module))
+        function = original or own(type(module))
         link: Link | None = getattr(key, "_kvweave", None)
         if link is None:
             if not torch.compiler.is_compiling():
@@ -187,7 +195,7 @@ def reader_of(
 def read(attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, link: Link) -> Any:
     """Attention to a compressed layer, which is then told what was read."""
     layer, block, options = link.layer, link.block, attention.options
-    if not layer.why and link.left_behind(value):  # what a head reads may be of several heads' tokens
+    if not layer.why and _left_behind(link, value):  # what a head reads may be of several heads' tokens
         layer.why = "values are transformed after the cache"
     elif not layer.why and not block.has_positions and _weighs_slots(mask):
         layer.why = "attention adds a bias of each head's own"

@@ -21,7 +21,7 @@ from kvweave.seam.export import export
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.probes import CHUNK, read_probes
 from kvweave.seam.profiles import working
-from kvweave.seam.question import asked
+from kvweave.seam.question import open_question
 from kvweave.seam.reader import unwrapped
 from kvweave.seam.report import described, layer_kinds
 from kvweave.seam.saved import read, write
@@ -254,7 +254,7 @@ class CompressedCache(Cache):
         Raises:
             ValueError: there is no context or half of one, it waits for `compress`, or its tokens are not known.
         """
-        return asked(self, ids)
+        return open_question(self, ids)
 
     @property
     def waits(self) -> bool:
@@ -282,9 +282,9 @@ class CompressedCache(Cache):
         turn = self.shared.turn
         if turn.end is None or self.decoded < 0:
             raise ValueError("compress: the cache holds no whole prompt: allowed is one that a model has read")
-        asked = None if probes is None else read_probes(probes, processor, probe_tokens, replay_chunk)
+        probe_set = None if probes is None else read_probes(probes, processor, probe_tokens, replay_chunk)
         session = None if self.session is None else self.session()
-        if asked is not None:
+        if probe_set is not None:
             if not turn.on_request or turn.deferred is not None or self.decoded:
                 raise ValueError(
                     f"probes={probes!r} is not allowed: the cache was cut already, or a reply has begun; allowed is "
@@ -292,7 +292,7 @@ class CompressedCache(Cache):
                 )
             if session is None:
                 raise ValueError("probes: no model is attached to this cache: allowed is after kvweave.attach(model)")
-            session.answer_probes(self, asked)
+            session.answer_probes(self, probe_set)
         elif not turn.on_request or turn.deferred is not None:
             raise ValueError(
                 "compress: the cache was cut already; allowed is CompressedCache(config, method, hold=True)"
@@ -413,11 +413,11 @@ class CompressedCache(Cache):
         one comes.
         """
         self.settle()
-        seen, removed = self.get_seq_length(), int(tokens_to_remove)
-        removed = max(removed, -seen)
+        total, removed = self.get_seq_length(), int(tokens_to_remove)
+        removed = max(removed, -total)
         super().crop(removed)
-        length = min(removed, seen) if removed > 0 else seen + removed
-        if length < seen:
+        length = min(removed, total) if removed > 0 else total + removed
+        if length < total:
             self.shared.crop(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

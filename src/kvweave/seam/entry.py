@@ -68,8 +68,8 @@ def compress(
         raise ValueError(f"probes={probes!r} is not allowed with every={every}: allowed is 'template'")
     if probes is not None and kl_target(chosen.budget) is not None:
         raise ValueError(f"budget={chosen.budget!r} is not allowed with probes: allowed is a number")
-    asked = None if probes is None else read_probes(probes, processor, probe_tokens, replay_chunk)
-    return Session(model, chosen, visual=visual, trace=trace, probes=asked, processor=processor, bounds=bounds)
+    probe_set = None if probes is None else read_probes(probes, processor, probe_tokens, replay_chunk)
+    return Session(model, chosen, visual=visual, trace=trace, probes=probe_set, processor=processor, bounds=bounds)
 
 
 def attach(model: Any) -> Session:

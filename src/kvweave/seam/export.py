@@ -58,7 +58,7 @@ def export(
     for place, ((keys, values), rotation) in enumerate(zip(entries, rotations(model), strict=True)):
         turned = keys if rotation is None else rotation.turned(keys, slots - following).to(keys.dtype)
         tensors |= {f"k{place}": turned.contiguous(), f"v{place}": values.contiguous()}
-    known = {
+    facts = {
         "format": FORMAT,
         "slots": slots,
         "next_position": following,
@@ -68,13 +68,13 @@ def export(
         "method": cache.method.spelling(),
         "model": mark(model),
     }
-    text, goal = json.dumps(known | {"digest": saved.NO_DIGEST}, sort_keys=True), Path(path)
+    text, goal = json.dumps(facts | {"digest": saved.NO_DIGEST}, sort_keys=True), Path(path)
     named = goal.is_dir()
     unnamed = goal / f".{uuid.uuid4().hex}" if named else goal
     digest = saved.write(unnamed, tensors, {HEADER: text})
     if named:
         os.replace(unnamed, goal / f"{digest}.safetensors")
-    return known | {"digest": digest}
+    return facts | {"digest": digest}
 
 
 def mark(model: PreTrainedModel) -> str:
@@ -95,13 +95,13 @@ def _row(cache: "CompressedCache", row: int | None) -> int:
 
 def _settled(cache: "CompressedCache") -> Tensor:
     """Real tokens among all columns, bool [batch, columns], of a cache of which no part is still to come."""
-    turn, seen = cache.shared.turn, cache.get_seq_length()
+    turn, length = cache.shared.turn, cache.get_seq_length()
     ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
     end = turn.end if turn.declared is None else turn.declared
     if any(layer.unread or layer.prompt_cut.pending for layer in ours):
         raise ValueError("export: a forward pass is filling the cache; allowed is between two of them")
-    if end is not None and seen < end:
-        raise ValueError(f"export: {seen} of the prompt's {end} tokens are cached; allowed is a whole prompt")
+    if end is not None and length < end:
+        raise ValueError(f"export: {length} of the prompt's {end} tokens are cached; allowed is a whole prompt")
     if cache.waits:
         raise ValueError(
             f"export: the cut of {cache.method.name} waits; allowed is after cache.cut_waiting(), cache.compress() "
@@ -113,7 +113,7 @@ def _settled(cache: "CompressedCache") -> Tensor:
         )
     assert cache.prompt is not None
     valid = cache.prompt.valid
-    return F.pad(valid, (0, int(seen) - valid.shape[1]), value=True)  # decoded into fixed buffers
+    return F.pad(valid, (0, int(length) - valid.shape[1]), value=True)  # decoded into fixed buffers
 
 
 def _entries(layer: Any, place: int, row: int, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,16 +120,16 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
         cache.settle()
     if turn.state is State.WAITING:
         cache.cut_if_due()  # candidates of assisted decoding have been taken back by now
-    seen, new = cache.get_seq_length(), call.new
-    running.before = seen
-    end = prompt_end(session, cache, seen, new)
-    prompted = end is not None and seen < end
+    past, new = cache.get_seq_length(), call.new
+    running.before = past
+    end = prompt_end(session, cache, past, new)
+    prompted = end is not None and past < end
     if shared.stream is not None:
-        begin_stream(session, shared.stream, seen + new)
+        begin_stream(session, shared.stream, past + new)
     elif prompted and session.asks(shared.needs):
         turn.hold()
     if (turn.on_request or prompted) and not running.aside and shared.stream is None:
-        turn.append_ids(call.ids, seen)
+        turn.append_ids(call.ids, past)
     cache.session = weakref.ref(session)
     drafts = turn.state is State.WAITING and shared.method.redecode and not turn.on_request
     if drafts and not prompted and not running.aside:
@@ -140,12 +140,12 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
     shared.attached, shared.filled = True, False
     if session.tensor_parallel:
         shared.spread_over(session.base)
-    prompt = prompt_of(session, cache, call, seen, seen + new if end is None else end)
+    prompt = prompt_of(session, cache, call, past, past + new if end is None else end)
     noting = shared.stream is not None and shared.stream.asks and not running.aside
     turn.begin(
         prompt,
         end,
-        seen,
+        past,
         generating=running.prompted,
         masked=call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.dim() == 2),
         last_position=call.last_position() if noting or (turn.on_request and prompted) else None,
@@ -153,7 +153,7 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
         narrow=may_be_narrow(session, cache, new),
     )
     if (turn.on_request or shared.method.defer) and turn.end is not None:
-        count_decoded(session, cache, call.ids, seen, new)
+        count_decoded(session, cache, call.ids, past, new)
 
 
 def note_rotary(session: "Session", module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ def note_rotary(session: "Session", module: Any, args: tuple[Any, ...], kwargs: 
 # -------------------------------------------------------------------- what its columns are
 
 
-def prompt_end(session: "Session", cache: CompressedCache, seen: int, new: int) -> int | None:
+def prompt_end(session: "Session", cache: CompressedCache, past: int, new: int) -> int | None:
     """Logical length at which the prompt ends that a forward pass belongs to; None: it decodes."""
     running = session.running
     if running.aside:
@@ -181,32 +181,32 @@ def prompt_end(session: "Session", cache: CompressedCache, seen: int, new: int) 
         return running.request.length
     if cache.shared.turn.declared is not None:
         return cache.shared.turn.declared
-    return seen + new if new > 1 or seen == 0 else None
+    return past + new if new > 1 or past == 0 else None
 
 
-def prompt_of(session: "Session", cache: CompressedCache, call: Call, seen: int, end: int) -> Prompt:
+def prompt_of(session: "Session", cache: CompressedCache, call: Call, past: int, end: int) -> Prompt:
     """What is known of all columns once a forward pass has appended its own.
 
     Args:
-        seen: columns before; end: where the prompt ends.
+        past: columns before; end: where the prompt ends.
     """
     assert call.inputs is not None
     batch, new = call.inputs.shape[:2]
     device, prompt = call.inputs.device, cache.shared.turn.prompt
-    visual = _visual(session, cache, call, seen, min(end, seen + new))
+    visual = _visual(session, cache, call, past, min(end, past + new))
     mask = None if call.mask is None else call.seen_columns(compiled=cache.is_compileable)
     valid = torch.ones(batch, new, dtype=torch.bool, device=device)
     if mask is not None:
         valid = mask[:, -new:].bool().to(device)
-        decoding = seen >= end and session.running.prompted  # behind the prompt it says nothing new of the others
-        if seen and prompt is not None and mask.shape[1] >= seen + new and not decoding:
-            prompt = Prompt(prompt.visual[:, :seen], mask.bool().to(device)[:, :seen])
-    if not seen or prompt is None:
+        decoding = past >= end and session.running.prompted  # behind the prompt it says nothing new of the others
+        if past and prompt is not None and mask.shape[1] >= past + new and not decoding:
+            prompt = Prompt(prompt.visual[:, :past], mask.bool().to(device)[:, :past])
+    if not past or prompt is None:
         return Prompt(visual, valid)
-    return prompt.extended(visual, valid, seen)
+    return prompt.extended(visual, valid, past)
 
 
-def _visual(session: "Session", cache: CompressedCache, call: Call, seen: int, end: int) -> Tensor:
+def _visual(session: "Session", cache: CompressedCache, call: Call, past: int, end: int) -> Tensor:
     """Modalities, bool [batch, new]: as the user said, else from what the model was given."""
     assert call.inputs is not None
     batch, new = call.inputs.shape[:2]
@@ -216,45 +216,45 @@ def _visual(session: "Session", cache: CompressedCache, call: Call, seen: int, e
     users = session.visual
     if users is not None and users.shape[1] < end:
         raise ValueError(f"visual has {users.shape[1]} columns, and the prompt has {end}: allowed is as many")
-    known = None if users is None else users[:, seen : seen + new]
-    if known is None:
-        known = visual_mask(config, call.ids, call.kwargs)
-    if known is None and session.running.visual is not None:  # what the outer generate was given
-        known = session.running.visual[:, seen : seen + new]
-    if known is None:
-        if method.uses_modality and visual_token_ids(config) and not seen:
+    marks = None if users is None else users[:, past : past + new]
+    if marks is None:
+        marks = visual_mask(config, call.ids, call.kwargs)
+    if marks is None and session.running.visual is not None:  # what the outer generate was given
+        marks = session.running.visual[:, past : past + new]
+    if marks is None:
+        if method.uses_modality and visual_token_ids(config) and not past:
             guard.warn(
                 f"{method.name} goes by modality, and embeddings alone do not tell which tokens are visual: "
                 "all count as text unless kvweave.compress(..., visual=mask) says otherwise"
             )
         return torch.zeros(batch, new, dtype=torch.bool, device=device)
     images = given_images(call.kwargs) if method.uses_modality else []
-    if images and not bool(known.any()):
+    if images and not bool(marks.any()):
         guard.warn(
             f"{method.name} goes by modality, and no token was recognised as visual although "
             f"{', '.join(images)} was given: all count as text unless kvweave.compress(..., visual=mask) says "
             "otherwise"
         )
-    known = known.to(device)
-    if known.shape[0] != batch:  # beams and samples repeat the rows that generate was given
-        if batch % known.shape[0]:
-            raise ValueError(f"visual has {known.shape[0]} rows, which does not fit a batch of {batch}")
-        known = known.repeat_interleave(batch // known.shape[0], 0)
-    missing = known.new_zeros(batch, max(0, new - known.shape[1]))  # decoded tokens behind the prompt: text
-    return torch.cat([known, missing], 1)[:, -new:]
+    marks = marks.to(device)
+    if marks.shape[0] != batch:  # beams and samples repeat the rows that generate was given
+        if batch % marks.shape[0]:
+            raise ValueError(f"visual has {marks.shape[0]} rows, which does not fit a batch of {batch}")
+        marks = marks.repeat_interleave(batch // marks.shape[0], 0)
+    missing = marks.new_zeros(batch, max(0, new - marks.shape[1]))  # decoded tokens behind the prompt: text
+    return torch.cat([marks, missing], 1)[:, -new:]
 
 
-def count_decoded(session: "Session", cache: CompressedCache, ids: Tensor | None, seen: int, new: int) -> None:
+def count_decoded(session: "Session", cache: CompressedCache, ids: Tensor | None, past: int, new: int) -> None:
     """Tell the cache which of a forward pass's columns are decoded tokens of replies that have not ended."""
     end, prompt = cache.shared.turn.end or 0, cache.prompt
-    first = max(seen, end)
-    if prompt is None or first >= min(seen + new, end + cache.shared.awaited):
+    first = max(past, end)
+    if prompt is None or first >= min(past + new, end + cache.shared.awaited):
         return
-    live = prompt.valid[:, first : seen + new]
+    live = prompt.valid[:, first : past + new]
     ended = torch.zeros_like(live)
     if ids is not None:
         stops = torch.tensor(_stops(session), device=ids.device)
-        ended = torch.isin(ids[:, first - seen :], stops).to(live.device)
+        ended = torch.isin(ids[:, first - past :], stops).to(live.device)
     cache.shared.turn.count(first - end, live, ended, cache.shared.awaited)
 
 

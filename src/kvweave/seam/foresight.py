@@ -63,7 +63,7 @@ def _smallest(cache: CompressedCache, cost: Callable[[list[int]], list[float]]) 
     assert target is not None
     tried = [sorted({max(1, int(share * n)) for share in SHARES if share < 1} | {n}) for n in lengths]
     low, high = [0] * len(tried), [len(budgets) - 1 for budgets in tried]
-    found = [0.0] * len(tried)
+    errors = [0.0] * len(tried)
     while any(a < b for a, b in zip(low, high, strict=True)):
         middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
         costs = cost([budgets[at] for budgets, at in zip(tried, middle, strict=True)])
@@ -71,10 +71,10 @@ def _smallest(cache: CompressedCache, cost: Callable[[list[int]], list[float]]) 
             if low[row] >= high[row]:
                 continue
             if kl <= target:
-                high[row], found[row] = at, kl
+                high[row], errors[row] = at, kl
             else:
                 low[row] = at + 1
-    return [budgets[at] for budgets, at in zip(tried, high, strict=True)], found
+    return [budgets[at] for budgets, at in zip(tried, high, strict=True)], errors
 
 
 def _cost(

@@ -152,10 +152,10 @@ def _drafting_from_the_cut(session: "Session", part: Any) -> Callable[..., Any]:
 
         def get_candidates(input_ids: Tensor, *more: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
             ids, logits = draft(input_ids, *more, **settings)
-            known = input_ids.shape[1]
-            if known > most or ids.shape[1] <= most:
+            length = input_ids.shape[1]
+            if length > most or ids.shape[1] <= most:
                 return ids, logits
-            return ids[:, :most], None if logits is None or known == most else logits[:, : most - known]
+            return ids[:, :most], None if logits is None or length == most else logits[:, : most - length]
 
         candidates.get_candidates = get_candidates
         return candidates

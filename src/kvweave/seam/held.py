@@ -130,7 +130,7 @@ class HeldLayer(DynamicLayer):
         assert self.block is not None
         assert self._valid is not None
         self.block = in_fixed_buffers(self.block, tokens, self._seen, self._valid)
-        self.fixed = tuple(part for part in self.block.parts if isinstance(part, FixedSlots))
+        self.fixed = self.block.fixed
 
     def settle(self) -> None:
         """Leave the fixed buffers."""
@@ -172,16 +172,16 @@ class HeldLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; a positive number is the length to crop to (older transformers)."""
         removed = int(tokens_to_remove)  # older transformers count it on the device
-        gone = self.seen - removed if removed > 0 else -removed
-        if gone <= 0 or self.block is None:
+        removals = self.seen - removed if removed > 0 else -removed
+        if removals <= 0 or self.block is None:
             return
-        column = self.seen - gone
+        column = self.seen - removals
         if column <= 0:
             self.reset()
             return
         self.settle()
         self.block = self.block.before(column, self._seen)
-        self.prompt_cut.crop(gone, column)
+        self.prompt_cut.crop(removals, column)
         self._seen = column
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -6,7 +6,7 @@ see each head's own keys and values; what they keep is one set of tokens for all
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,8 @@ class Expansion:
 
 def expansions(model: nn.Module) -> dict[int, Expansion]:
     """By layer, what its heads make of latents, of those that hold any."""
-    return {m.layer_idx: Expansion.of(m) for m in model.modules() if lookup.expands_latents(m)}  # type: ignore[misc]
+    modules: Iterator[Any] = model.modules()
+    return {m.layer_idx: Expansion.of(m) for m in modules if lookup.expands_latents(m)}
 
 
 def introduce(by_layer: dict[int, Expansion], cache: "CompressedCache") -> None:
@@ -106,8 +107,8 @@ def check(method: Method, model: Any) -> None:
         return
     kind = type(model).__name__
     if method.needs_heads:
-        made = {name: method_class(name)().on_model(lambda: None) for name in list_methods()}
-        allowed = ", ".join(name for name, other in made.items() if not other.needs_heads)
+        methods = {name: method_class(name)().on_model(lambda: None) for name in list_methods()}
+        allowed = ", ".join(name for name, other in methods.items() if not other.needs_heads)
         raise ValueError(
             f"{method.needs_heads}, which is not allowed with {kind}: its heads share one latent a token (MLA), "
             f"and whole tokens stay or go; allowed is one of {allowed}"

@@ -33,13 +33,6 @@ class Link:
     block: Block
     apart: bool
 
-    def left_behind(self, value: Tensor) -> bool:
-        """Attention reads other values than those that were handed out with the keys."""
-        tensors = self.block.tensors
-        if self.apart or tensors is None or torch.compiler.is_compiling():
-            return False
-        return value.shape != tensors[1].shape or value.data_ptr() != tensors[1].data_ptr()
-
 
 class CompressedLayer(HeldLayer):
     """One layer's keys and values, compressed once the prompt that fills it ends."""

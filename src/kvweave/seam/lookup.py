@@ -92,7 +92,8 @@ def expands_latents(module: nn.Module) -> bool:
 
 def expansion(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """From latents and rotary keys, [batch, 1, tokens, dim] each, to keys and values [batch, heads, tokens, dim]."""
-    return functools.partial(type(module).expand_kv, module)  # type: ignore[attr-defined]
+    kind: Any = type(module)
+    return functools.partial(kind.expand_kv, module)
 
 
 def replace_expansion(module: nn.Module, by: Callable[..., Any]) -> Callable[[], Any]:

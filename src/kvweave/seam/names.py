@@ -179,33 +179,6 @@ class Request:
         self.length: int | None = max(lengths, default=None)
         self.stops = self._stops(model)
 
-    def give_pictures_behind(self, model: Any, start: int, visual: Tensor) -> None:
-        """Leave out pictures whose tokens lie before column `start`; positions are still those of the whole.
-
-        Args:
-            visual: bool [batch, length]; a run of them is a picture.
-        Raises:
-            ValueError: nothing tells which are which.
-        """
-        pixels, grids = self.kwargs.get("pixel_values"), self.kwargs.get("image_grid_thw")
-        old, new = _runs(visual[:, :start]), _runs(visual[:, start:])  # pictures, by row of the batch
-        pictures = len(pixels if grids is None else grids) if isinstance(pixels, Tensor) else 0
-        if pictures == sum(new):
-            return
-        if pictures != sum(old) + sum(new) or self.kwargs.get("pixel_values_videos") is not None:
-            raise ValueError(
-                f"{pictures} pictures are given, and of {sum(old) + sum(new)} in the conversation the cache has read "
-                f"{sum(old)}: allowed is all, or the new ones"
-            )
-        wanted = torch.cat([torch.arange(a + b) >= a for a, b in zip(old, new, strict=True)])
-        of_pixels = wanted
-        if isinstance(grids, Tensor):
-            if keepers_of_offsets(model):
-                self.kwargs["position_ids"] = model._prepare_position_ids_for_generation(self.ids, self.arguments())
-            self.kwargs["image_grid_thw"] = grids[wanted.to(grids.device)]
-            of_pixels = wanted.repeat_interleave(grids.prod(-1).cpu())
-        self.kwargs["pixel_values"] = pixels[of_pixels.to(pixels.device)]  # type: ignore[index, union-attr]
-
     def setting(self, name: str) -> Any:
         """A setting of generation, as the call or else the configuration says."""
         value = self.kwargs.get(name)
@@ -225,13 +198,6 @@ class Request:
         if stops is None:
             stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         return listed(stops)
-
-
-def _runs(mask: Tensor) -> list[int]:
-    """Runs of True in each row of bool [batch, columns]."""
-    begins = mask.clone()
-    begins[:, 1:] &= ~mask[:, :-1]
-    return begins.sum(1).tolist()
 
 
 def listed(stops: Any) -> list[int]:

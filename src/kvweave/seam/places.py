@@ -22,33 +22,33 @@ class Places:
     last: Tensor | None = None
     ahead: Tensor | None = None
 
-    def note(self, given: Tensor | None, seen: int, new: int, like: Tensor) -> None:
-        """Note a pass's position ids, [..., batch or 1, new], behind `seen` columns; None: those of the columns.
+    def note(self, ids: Tensor | None, past: int, new: int, like: Tensor) -> None:
+        """Note a pass's position ids, [..., batch or 1, new], behind `past` columns; None: those of the columns.
 
         Args:
             like: of the batch that it is, on its device.
         """
-        if given is None:
-            given = torch.arange(seen, seen + new, device=like.device)[None]
-        elif given.dim() > 2:
-            given = given[-3:].amax(0)  # time, height and width; a fourth axis, in front, counts columns
-        given = given.to(like.device).expand(len(like), -1)
-        before = self.of(seen)
-        if seen:
-            self.ids = None if before is None else torch.cat([before, given], 1)
+        if ids is None:
+            ids = torch.arange(past, past + new, device=like.device)[None]
+        elif ids.dim() > 2:
+            ids = ids[-3:].amax(0)  # time, height and width; a fourth axis, in front, counts columns
+        ids = ids.to(like.device).expand(len(like), -1)
+        before = self.of(past)
+        if past:
+            self.ids = None if before is None else torch.cat([before, ids], 1)
         else:
-            self.ids = given
+            self.ids = ids
 
     def of(self, columns: int) -> Tensor | None:
         """The positions of the first `columns`, [batch, columns], those of decoded tokens written out."""
-        known = self.ids
-        if known is None:
+        ids = self.ids
+        if ids is None:
             return None
-        behind = columns - known.shape[1]
+        behind = columns - ids.shape[1]
         if behind <= 0:
-            return known[:, :columns]
-        further = torch.arange(1, behind + 1, device=known.device)
-        return torch.cat([known, known.amax(1, keepdim=True) + further], 1)
+            return ids[:, :columns]
+        further = torch.arange(1, behind + 1, device=ids.device)
+        return torch.cat([ids, ids.amax(1, keepdim=True) + further], 1)
 
     def note_ahead(self, ahead: Tensor | None, rows: int) -> None:
         """As in the attribute, [prompts, 1], of those that `generate` was given, each repeated to `rows` in all."""

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _ANGLE = 1e-3  # error of an angle at positions up to `_FAR`
 _CHANGING = {"dynamic", "longrope"}
 #: What multiplies a query by its position, as configurations or their rotary parameters call it.
 _SCALED = ("attn_temperature_tuning", "llama_4_scaling_beta", "log_scaling_alpha")
-_KNOWN: "weakref.WeakKeyDictionary[nn.Module, tuple[Rotation | None, ...]]" = weakref.WeakKeyDictionary()
+_ROTATIONS: "weakref.WeakKeyDictionary[nn.Module, tuple[Rotation | None, ...]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ def rotations(model: PreTrainedModel) -> "tuple[Rotation | None, ...]":
     Raises:
         ValueError: positions that are no pure rotation, or that show elsewhere than in the keys.
     """
-    if model not in _KNOWN:
-        _KNOWN[model] = _asked(model)
-    return _KNOWN[model]
+    if model not in _ROTATIONS:
+        _ROTATIONS[model] = _measure(model)
+    return _ROTATIONS[model]
 
 
 def _not_by_rotation(config: Any) -> str:
@@ -71,7 +72,7 @@ def _not_by_rotation(config: Any) -> str:
     return "alibi=True adds a bias by distance; allowed is rotary" if getattr(config, "alibi", False) else ""
 
 
-def _asked(model: PreTrainedModel) -> "tuple[Rotation | None, ...]":
+def _measure(model: PreTrainedModel) -> "tuple[Rotation | None, ...]":
     decoder = model.config.get_text_config(decoder=True)
     if why := _not_by_rotation(decoder):
         raise ValueError(f"positions of {type(model).__name__} are no pure rotation: {why}")
@@ -87,15 +88,17 @@ def _asked(model: PreTrainedModel) -> "tuple[Rotation | None, ...]":
     places = torch.tensor([[0], [_NEAR], [far]], device=model.device)
     cache = DynamicCache(config=decoder)
     step = {"attention_mask": torch.ones_like(places), "position_ids": places, names.CACHE: cache, "use_cache": True}
-    with torch.no_grad(), _listening(stack, decoder) as heard:
+    with torch.no_grad(), _listening(stack, decoder) as tables:
         stack.forward(input_ids=torch.full_like(places, decoder.vocab_size // 2), **step)  # no session notes it
-    found = [_rotation(layer.keys, heard.get(place, []), (_NEAR, far)) for place, layer in enumerate(cache.layers)]
-    for place, rotation in enumerate(found):
+    rotations = [
+        _rotation(layer.keys, tables.get(place, []), (_NEAR, far)) for place, layer in enumerate(cache.layers)
+    ]
+    for place, rotation in enumerate(rotations):
         if isinstance(rotation, str):
             raise ValueError(
                 f"positions of {type(model).__name__} are no pure rotation: keys of layer {place} {rotation}"
             )
-    return tuple(rotation for rotation in found if not isinstance(rotation, str))
+    return tuple(rotation for rotation in rotations if not isinstance(rotation, str))
 
 
 def _rotation(keys: Tensor, tables: list[Any], places: tuple[int, int]) -> "Rotation | str | None":
@@ -115,14 +118,14 @@ def _rotation(keys: Tensor, tables: list[Any], places: tuple[int, int]) -> "Rota
 
     if same(lambda place: first):
         return None
-    for known in tables:
-        near, rest, far = (known(n) for n in (places[0], places[1] - places[0], places[1]))
+    for pair in tables:
+        near, rest, far = (pair(n) for n in (places[0], places[1] - places[0], places[1]))
         together = phase_difference(rest[0], rest[1], near[0], -near[1])
         if max(float((a - b).abs().max()) for a, b in zip(together, far, strict=True)) > _ANGLE:
             return "are turned by angles that do not add up"
         for interleaved in (False, True):
-            rotation = Rotation(known, interleaved)
-            if same(lambda place, rotation=rotation: rotation.turned(first, place)):  # type: ignore[misc]
+            rotation = Rotation(pair, interleaved)
+            if same(partial(rotation.turned, first)):
                 return rotation
     return (
         "are not turned by the rotary tables that the layer is given; allowed is rotary position embedding, or none"
@@ -143,12 +146,12 @@ def _listening(stack: nn.Module, config: Any) -> Iterator[dict[int, list[Any]]]:
 
             def tables(positions: int) -> tuple[Tensor, Tensor]:
                 with torch.no_grad():
-                    made = module(
+                    cos_sin = module(
                         *(_at(x, positions) for x in args), **{k: _at(x, positions) for k, x in kwargs.items()}
                     )
-                known = lookup.rotary_tables({names.ROTARY: made}, config)
-                assert known is not None
-                return unit_tables(*(x[0, 0].float() for x in known))
+                pair = lookup.rotary_tables({names.ROTARY: cos_sin}, config)
+                assert pair is not None
+                return unit_tables(*(x[0, 0].float() for x in pair))
 
             makers[id(out[0])] = tables, out
 

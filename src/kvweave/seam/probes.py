@@ -62,8 +62,8 @@ def read_probes(probes: Any, processor: Any, tokens: int, chunk: int = CHUNK) ->
             if processor is None:
                 return Probes(chunk=chunk)
             pictures = getattr(processor, "default_probes", DEFAULT[:1])
-            asked = [_ids(probe, processor) for probe in pictures]
-            return Probes(asked, tokens, chunk=chunk, instruction=_ids(INSTRUCTION, processor))
+            ids = [_ids(probe, processor) for probe in pictures]
+            return Probes(ids, tokens, chunk=chunk, instruction=_ids(INSTRUCTION, processor))
         case "default":
             probes = getattr(processor, "default_probes", DEFAULT)
         case str():

@@ -43,10 +43,10 @@ def _look_before_cut(session: "Session", cache: CompressedCache) -> None:
     assert session.probes is not None
     assert cache.prompt is not None
     (template,), valid = session.probes.fed, cache.prompt.valid
-    asked = _padded([template] * len(valid), valid.device)
+    ids = _pad([template] * len(valid), valid.device)
     pending: list[Pending] = []
     with session.running.going_aside():
-        step = _first(session.base, cache, asked)
+        step = _first(session.base, cache, ids)
         aside(session.base, cache, step, look=lambda: pending.extend(cache.ready(probing=len(template))))
     with torch.no_grad():
         cache.cut_stream(pending)
@@ -60,9 +60,9 @@ def answer(session: "Session", cache: CompressedCache, probes: Probes | None) ->
     """
     if cache.decoded:
         raise ValueError("probes: the prompt came with tokens behind it: allowed is a forward pass of the prompt")
-    asked = probes or read_probes("replay", session.processor, Probes.most)
+    probe_set = probes or read_probes("replay", session.processor, Probes.most)
     with session.running.going_aside():
-        answer_probes(session.base, cache, asked)
+        answer_probes(session.base, cache, probe_set)
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ def answer_probes(model: nn.Module, cache: CompressedCache, probes: Probes) -> N
     Raises:
         ValueError: the prompt is to be said again, and its token ids are not known.
     """
-    started, spent = time.perf_counter(), 0
+    start, tokens = time.perf_counter(), 0
     passes = _passes(cache, probes)
     with _progress(len(passes)) as step:
-        for asked in passes:
-            spent += _answer(model, cache, asked)
+        for probe in passes:
+            tokens += _answer(model, cache, probe)
             step()
-    told = {"count": len(passes), "tokens": spent, "seconds": round(time.perf_counter() - started, 3)}
-    cache.shared.turn.note_probes(told | ({"instructed": bool(probes.instruction)} if probes.chunk else {}))
+    facts = {"count": len(passes), "tokens": tokens, "seconds": round(time.perf_counter() - start, 3)}
+    cache.shared.turn.note_probes(facts | ({"instructed": bool(probes.instruction)} if probes.chunk else {}))
     with torch.no_grad():
         cache.cut_waiting()
 
@@ -106,15 +106,15 @@ def _passes(cache: CompressedCache, probes: Probes) -> list[_Pass]:
     again: list[_Pass] = []
     answered = probes.answered
     if probes.chunk:
-        shown = prompt.visual & prompt.valid
-        answered = answered if bool(shown.any()) else ()
-        again = [_padded(said, device) for said in _said_again(cache, probes)]
-    fed = [_padded([probe] * rows, device) for probe in probes.fed]
-    asked = [_padded([probe] * rows, device, probes.most) for probe in answered]
+        pictures = prompt.visual & prompt.valid
+        answered = answered if bool(pictures.any()) else ()
+        again = [_pad(rows_of_ids, device) for rows_of_ids in _replay_ids(cache, probes)]
+    fed = [_pad([probe] * rows, device) for probe in probes.fed]
+    asked = [_pad([probe] * rows, device, probes.most) for probe in answered]
     return again + fed + asked
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device, most: int = 1) -> _Pass:
+def _pad(rows: Sequence[Sequence[int]], device: torch.device, most: int = 1) -> _Pass:
     """Rows of unequal lengths, padded behind, where nothing real sees it."""
     longest = max(map(len, rows))
     tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
@@ -122,17 +122,17 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device, most: int = 1) 
     return _Pass(tokens, torch.arange(longest, device=device) < lengths[:, None], most)
 
 
-def _said_again(cache: CompressedCache, probes: Probes) -> list[list[list[int]]]:
+def _replay_ids(cache: CompressedCache, probes: Probes) -> list[list[list[int]]]:
     """For each chunk of the prompts' texts what each row is fed; a shorter prompt has nothing left in the end."""
-    turn, seen = cache.shared.turn, cache.get_seq_length()
-    if turn.ids is None or turn.ids.shape[1] < seen:
+    turn, length = cache.shared.turn, cache.get_seq_length()
+    if turn.ids is None or turn.ids.shape[1] < length:
         raise ValueError(
             "probes='replay' needs the token ids of the whole prompt, and it came as embeddings, or with a reply "
             "that was decoded into fixed buffers: allowed is input_ids, other probes, or kvzip's replay=false"
         )
     assert turn.prompt is not None
-    texts = turn.prompt.valid[:, :seen] & ~turn.prompt.visual[:, :seen]
-    rows = [ids[text].tolist() for ids, text in zip(turn.ids[:, :seen].to(texts.device), texts, strict=True)]
+    texts = turn.prompt.valid[:, :length] & ~turn.prompt.visual[:, :length]
+    rows = [ids[text].tolist() for ids, text in zip(turn.ids[:, :length].to(texts.device), texts, strict=True)]
     return [
         [
             [*probes.instruction, *row[max(0, start - _OVERLAP) : start + probes.chunk]] if start < len(row) else []
@@ -142,13 +142,13 @@ def _said_again(cache: CompressedCache, probes: Probes) -> list[list[list[int]]]
     ]
 
 
-def _answer(model: nn.Module, cache: CompressedCache, asked: _Pass) -> int:
+def _answer(model: nn.Module, cache: CompressedCache, probe: _Pass) -> int:
     """One pass and the greedy answer to it, what they looked at noted; returns how many columns they had."""
     turn = cache.shared.turn
-    turn.expect(asked.tokens.shape[1], asked.most)
+    turn.expect(probe.tokens.shape[1], probe.most)
     for layer in cache.compressed_layers:
         if layer.prompt_cut.waiting is not None:
-            layer.prompt_cut.waiting.expect(asked.tokens.shape[1] + asked.most)
+            layer.prompt_cut.waiting.expect(probe.tokens.shape[1] + probe.most)
 
     def ended() -> bool:
         """In all rows."""
@@ -159,19 +159,19 @@ def _answer(model: nn.Module, cache: CompressedCache, asked: _Pass) -> int:
         for layer in cache.compressed_layers:
             layer.count_attention(turn.counted)
 
-    columns = aside(model, cache, _first(model, cache, asked), asked.most, ended=ended, look=look)
+    columns = aside(model, cache, _first(model, cache, probe), probe.most, ended=ended, look=look)
     turn.expect(0, 0)
     return columns
 
 
-def _first(model: nn.Module, cache: CompressedCache, asked: _Pass) -> dict[str, Any]:
+def _first(model: nn.Module, cache: CompressedCache, probe: _Pass) -> dict[str, Any]:
     """The inputs of the pass."""
-    turn, last, tokens = cache.shared.turn, cache.shared.turn.places.last, asked.tokens
+    turn, last, tokens = cache.shared.turn, cache.shared.turn.places.last, probe.tokens
     assert turn.prompt is not None
     step: dict[str, Any] = {"input_ids": tokens, CACHE: cache, "use_cache": True, "return_dict": True}
     if "logits_to_keep" in Signature.of(model).parameters:
         step["logits_to_keep"] = 1
-    mask = torch.cat([turn.prompt.valid[:, : cache.get_seq_length()], asked.live], 1)
+    mask = torch.cat([turn.prompt.valid[:, : cache.get_seq_length()], probe.live], 1)
     if last is not None or not bool(mask.all()):
         step["attention_mask"] = mask.long()
     if last is not None:

@@ -49,9 +49,9 @@ def check_profiles(method: Method, model: PreTrainedModel) -> None:
         ValueError: it was, or cannot be read.
     """
     for path in method.profiles:
-        made, own = Profile.read(path).fingerprint, model_mark(model)
-        if made != own:
+        mark, own = Profile.read(path).fingerprint, model_mark(model)
+        if mark != own:
             raise ValueError(
-                f"profile={path!r} was made with another model ({made}, and this {type(model).__name__} is {own}): "
+                f"profile={path!r} was made with another model ({mark}, and this {type(model).__name__} is {own}): "
                 "allowed is this model's own, which kvweave calibrate makes"
             )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def asked(cache: "CompressedCache", ids: Tensor | None) -> Iterator[dict[str, Any]]:
+def open_question(cache: "CompressedCache", ids: Tensor | None) -> Iterator[dict[str, Any]]:
     """Inside, what comes is appended whole; afterwards it is forgotten, whatever happened to the cache.
 
     Args:
@@ -53,18 +53,18 @@ def _check(cache: "CompressedCache") -> None:
 
 def _behind(cache: "CompressedCache", ids: Tensor) -> dict[str, Any]:
     """What to give `generate` so that these tokens come behind what the cache has read."""
-    turn, seen = cache.shared.turn, cache.get_seq_length()
+    turn, length = cache.shared.turn, cache.get_seq_length()
     assert turn.prompt is not None
     rows = len(turn.prompt.valid)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != rows or not ids.shape[1]:
         what = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"question: ids of {what} are not allowed: allowed is a tensor [{rows}, tokens]")
-    if turn.ids is None or turn.ids.shape[1] < seen:
+    if turn.ids is None or turn.ids.shape[1] < length:
         raise ValueError(
             "question(ids): the tokens before the question are not known, since they came as embeddings or hold a "
             "reply: allowed is cache.question(), with the whole conversation given to the model inside"
         )
-    before, valid = turn.ids[:, :seen].to(ids.device), turn.prompt.valid[:, :seen].to(ids.device)
+    before, valid = turn.ids[:, :length].to(ids.device), turn.prompt.valid[:, :length].to(ids.device)
     mask = torch.cat([valid, torch.ones_like(ids, dtype=torch.bool)], 1).long()
     return {"input_ids": torch.cat([before, ids], 1), "attention_mask": mask, CACHE: cache}
 

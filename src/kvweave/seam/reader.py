@@ -55,19 +55,19 @@ class Reader:
 
     Attributes:
         base: the implementation's name.
-        found: the function that stood under it; None: each module's own file has one.
+        original: the function that stood under it; None: each module's own file has one.
         users: how many sessions want it.
     """
 
     def __init__(self, base: str) -> None:
-        self.base, self.found, self.users = base, lookup.registered(base), 0
+        self.base, self.original, self.users = base, lookup.registered(base), 0
         self._own: dict[type, Callable[..., Any]] = {}
-        self.function = reader_of(base, self.found, self.own, _pass_on)
+        self.function = reader_of(base, self.original, self.own, _pass_on)
 
     def own(self, kind: type) -> Callable[..., Any]:
         """The function that modules of this class would have called."""
-        if self.found is not None:
-            return self.found
+        if self.original is not None:
+            return self.original
         if kind not in self._own:
             function = lookup.eager_function(kind)
             if function is None:
@@ -126,7 +126,7 @@ def attach(base: str, model: nn.Module) -> None:
             _READERS[base] = Reader(base)
             lookup.register(base, _READERS[base].function)
         _READERS[base].users += 1
-        if _READERS[base].found is None:  # known before a step is compiled
+        if _READERS[base].original is None:  # known before a step is compiled
             for kind in {type(module) for module in model.modules()}:
                 if lookup.eager_function(kind) is not None:
                     _READERS[base].own(kind)
@@ -141,4 +141,4 @@ def detach(base: str) -> None:
             return
         del _READERS[base]
         if lookup.registered(base) is reader.function:  # nobody has put another there meanwhile
-            lookup.register(base, reader.found)
+            lookup.register(base, reader.original)

@@ -18,9 +18,9 @@ def described(cache: "CompressedCache") -> dict[str, Any]:
     """What the last cut did, JSON-able."""
     method, turn = cache.shared.method, cache.shared.turn
     layers = [_layer(place, kind, cache.layers[place]) for place, kind in enumerate(cache.kinds)]
-    done = [layer for layer in layers if layer["compressed"]]
-    totals: dict[str, Any] = {name: sum(layer[name] for layer in done) for name in _SUMS}
-    totals["layers"] = len(done)
+    compressed = [layer for layer in layers if layer["compressed"]]
+    totals: dict[str, Any] = {name: sum(layer[name] for layer in compressed) for name in _SUMS}
+    totals["layers"] = len(compressed)
     records = [record for record in (layer.record for layer in cache.compressed_layers) if record is not None]
     streams = [layer.prompt_cut for layer in cache.compressed_layers if isinstance(layer.prompt_cut, StreamCut)]
     if streams:
@@ -38,9 +38,9 @@ def described(cache: "CompressedCache") -> dict[str, Any]:
         report["works_as"] = method.spelling()
     for record in records:
         report |= record.words
-    if cache.shared.stream is not None and done:
-        report |= {name: max(layer[name] for layer in done) for name in ("cuts", "seen")}
-        report["held"] = math.ceil(sum(layer["kept"] for layer in done) / len(done))
+    if cache.shared.stream is not None and compressed:
+        report |= {name: max(layer[name] for layer in compressed) for name in ("cuts", "seen")}
+        report["held"] = math.ceil(sum(layer["kept"] for layer in compressed) / len(compressed))
         report["peak_entries"] = math.ceil(cache.shared.stream.peak)
     if turn.choice:
         report["auto"] = turn.choice
@@ -50,10 +50,10 @@ def described(cache: "CompressedCache") -> dict[str, Any]:
 def _layer(place: int, kind: str, layer: Any) -> dict[str, Any]:
     record = layer.record if isinstance(layer, CompressedLayer) and layer.compressed else None
     if record is not None:
-        told = record.described()
+        facts = record.described()
         if isinstance(layer.prompt_cut, StreamCut):
-            told |= {"seen": told["length"], **layer.prompt_cut.counted(record)}
-        return {"layer": place, "kind": kind, "compressed": True, **told}
+            facts |= {"seen": facts["length"], **layer.prompt_cut.counted(record)}
+        return {"layer": place, "kind": kind, "compressed": True, **facts}
     why = layer.why if isinstance(layer, CompressedLayer) else ""
     return {"layer": place, "kind": why or kind, "compressed": False}
 

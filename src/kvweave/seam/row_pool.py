@@ -92,8 +92,8 @@ class RowPool(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of its buffers."""
-        held = (x for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
-        return sum(x.numel() * x.element_size() for x in held)
+        tensors = (x for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
+        return sum(x.numel() * x.element_size() for x in tensors)
 
     def slots_with(self, lengths: list[int]) -> int:
         """Slots of its buffers, in each head of each layer, once rows of these lengths have come as well.
@@ -131,10 +131,10 @@ class RowPool(Cache):
         """Let a row go; the last one takes its place and its number."""
         last = len(self.cursors) - 1
         if row != last:
-            held = self.cursors[last]
+            end = self.cursors[last]
             for layer in self.layers:
-                layer.keys[row, :, :held] = layer.keys[last, :, :held]
-                layer.values[row, :, :held] = layer.values[last, :, :held]
+                layer.keys[row, :, :end] = layer.keys[last, :, :end]
+                layer.values[row, :, :end] = layer.values[last, :, :end]
         self.cursors[row], self.ends[row], self._positions[row] = self.cursors[-1], self.ends[-1], self._positions[-1]
         for of_rows in (self.cursors, self.ends, self._positions):
             of_rows.pop()

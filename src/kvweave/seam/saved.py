@@ -125,12 +125,12 @@ def _moved(x: Any, device: torch.device) -> Any:
 
 def _devices(model: nn.Module) -> dict[int, torch.device]:
     """Where the decoder's layers are, by number."""
-    found: dict[int, torch.device] = {}
+    devices: dict[int, torch.device] = {}
     for module in model.modules():
         number, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
         if isinstance(number, int) and weight is not None and weight.device.type != "meta":
-            found.setdefault(number, weight.device)
-    return found
+            devices.setdefault(number, weight.device)
+    return devices
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, str]:

@@ -71,7 +71,7 @@ class Session:
         self._undo: list[Callable[[], Any]] = []
         self._inside = False  # of a `with` block
         self._used = method is None
-        self._said: set[str] = set()
+        self._warnings: set[str] = set()
 
     # ------------------------------------------------------------ attaching and detaching
 
@@ -179,8 +179,8 @@ class Session:
 
     def warn(self, about: str, text: str) -> None:
         """Warn, once of each thing."""
-        if about not in self._said:
-            self._said.add(about)
+        if about not in self._warnings:
+            self._warnings.add(about)
             guard.warn(text)
 
     # ------------------------------------------------------------ what happens while the model runs

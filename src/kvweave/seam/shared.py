@@ -24,7 +24,7 @@ class Shared:
         hold: the cache was made to hold prompts whole until `CompressedCache.compress` is called.
         turn: when it is cut.
         attached: a model that knows how to read this cache is running.
-        known: views' statistics by what they are of, for caches that are filled with one and the same prompt.
+        memo: views' statistics by what they are of, for caches that are filled with one and the same prompt.
         heads: processes that share each layer's heads, where the model is tensor parallel.
         query_heads: of a layer, in all of them.
         filled: some layer has been given keys since the forward pass began.
@@ -39,7 +39,7 @@ class Shared:
     hold: bool = False
     turn: Turn = field(default_factory=Turn)
     attached: bool = False
-    known: dict[Any, dict[Any, Any]] | None = None
+    memo: dict[Any, dict[Any, Any]] | None = None
     heads: Heads = HERE
     query_heads: int = 0
     room: int | None = None
@@ -109,7 +109,7 @@ class Shared:
             probed=bool(turn.probes) or (self.stream is not None and self.stream.asks),
             rotary=turn.rotary if self.needs.rotary else None,
             interleaved=turn.interleaved,
-            known=self.known,
+            memo=self.memo,
             stream=self.stream,
         )
 

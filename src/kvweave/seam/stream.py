@@ -35,13 +35,13 @@ def may_be_narrow(session: "Session", cache: "CompressedCache", new: int) -> boo
     )
 
 
-def note_tables(cache: "CompressedCache", tables: tuple[Tensor, Tensor], seen: int, *, interleaved: bool) -> None:
-    """Keep a pass's rotary tables, [batch or 1, new, rotary_dim], of the columns from `seen` on."""
+def note_tables(cache: "CompressedCache", tables: tuple[Tensor, Tensor], past: int, *, interleaved: bool) -> None:
+    """Keep a pass's rotary tables, [batch or 1, new, rotary_dim], of the columns from `past` on."""
     stream, turn = cache.shared.stream, cache.shared.turn
     if stream is None or turn.prompt is None:
-        turn.append_rotary(*tables, seen, interleaved=interleaved)
+        turn.append_rotary(*tables, past, interleaved=interleaved)
     else:
-        stream.tables.append(*tables, seen, len(turn.prompt.valid), interleaved=interleaved)
+        stream.tables.append(*tables, past, len(turn.prompt.valid), interleaved=interleaved)
 
 
 def check_request(request: Request, stream: Stream | None) -> None:

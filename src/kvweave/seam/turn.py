@@ -105,7 +105,7 @@ class Turn:
         self,
         prompt: Prompt,
         end: int | None,
-        seen: int,
+        past: int,
         *,
         generating: bool = False,
         masked: bool = False,
@@ -118,17 +118,17 @@ class Turn:
         Args:
             prompt: what is known of all columns, the new ones included.
             end: where the prompt ends that they belong to; None: they are decoded.
-            seen: columns before.
+            past: columns before.
             generating: inside a `generate` that knows its prompt, whose mask only grows by what it adds.
             masked: with a mask that `prompt` does not speak of.
             last_position: of the prompt's last tokens; noting: note it whatever is filled.
             narrow: the model may make a mask of the new columns alone, where it hides no slot.
         """
         self.prompt = prompt
-        prompted = end is not None and seen < end
+        prompted = end is not None and past < end
         ended = self.end if end is None else end  # of another cache than the one that `generate` was given
-        self.look(decoding=generating and ended is not None and seen >= ended, masked=masked)
-        self.narrow = narrow and not masked and self._shows_slots(prompt.valid[:, :seen])
+        self.look(decoding=generating and ended is not None and past >= ended, masked=masked)
+        self.narrow = narrow and not masked and self._shows_slots(prompt.valid[:, :past])
         if noting or (self.on_request and prompted):
             self.places.last = last_position
         if end is not None and not self.frozen:
@@ -144,21 +144,21 @@ class Turn:
         valid = self.prompt.valid.new_ones(self.prompt.valid.shape[0], tokens)
         self.prompt = self.prompt.extended(torch.zeros_like(valid), valid)
 
-    def append_ids(self, ids: Tensor | None, seen: int) -> None:
-        """Add a forward pass's tokens [batch, new] behind `seen` columns; None, or a gap: not all are known."""
-        before = None if self.ids is None else self.ids[:, :seen]
-        if ids is None or (seen and (before is None or before.shape[1] < seen)):
+    def append_ids(self, ids: Tensor | None, past: int) -> None:
+        """Add a forward pass's tokens [batch, new] behind `past` columns; None, or a gap: not all are known."""
+        before = None if self.ids is None else self.ids[:, :past]
+        if ids is None or (past and (before is None or before.shape[1] < past)):
             self.ids = None
         else:
-            self.ids = ids if not seen or before is None else torch.cat([before.to(ids.device), ids], 1)
+            self.ids = ids if not past or before is None else torch.cat([before.to(ids.device), ids], 1)
 
-    def append_rotary(self, cos: Tensor, sin: Tensor, seen: int, *, interleaved: bool) -> None:
-        """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `seen` columns."""
+    def append_rotary(self, cos: Tensor, sin: Tensor, past: int, *, interleaved: bool) -> None:
+        """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `past` columns."""
         tables = [paired_tables(table, interleaved=interleaved) for table in (cos, sin)]
         if self.prompt is not None:
             tables = [table.expand(self.prompt.valid.shape[0], -1, -1) for table in tables]
-        if self.rotary is not None and seen:
-            tables = [torch.cat([old[:, :seen], new], 1) for old, new in zip(self.rotary, tables, strict=True)]
+        if self.rotary is not None and past:
+            tables = [torch.cat([old[:, :past], new], 1) for old, new in zip(self.rotary, tables, strict=True)]
         self.recall_rotary((tables[0], tables[1]), interleaved=interleaved)
 
     def recall_rotary(self, tables: tuple[Tensor, Tensor] | None, *, interleaved: bool) -> None:
@@ -253,8 +253,8 @@ class Turn:
     def crop(self, length: int) -> None:
         """Forget the columns from `length` on; at least one is left."""
         if self.prompt is not None:
-            seen, self.prompt = self.prompt.length, self.prompt.cropped(length)
-            if self.end is not None and length < self.end <= seen:  # what is left is all that there is of the prompt
+            past, self.prompt = self.prompt.length, self.prompt.cropped(length)
+            if self.end is not None and length < self.end <= past:  # what is left is all that there is of the prompt
                 self.end = None if self.on_request and self.deferred is None else length  # and is no whole one
                 self.state = State.CUT if self.state is State.WAITING else self.state
         if self.cut is not None:

@@ -53,7 +53,7 @@ def test_a_packed_question_reads_as_if_it_were_alone(tiny_language, packed):
     with torch.inference_mode():
         mask = _mask(batch.groups, torch.float32)
         together = states(batch.tokens, features, attention_mask=mask, position_ids=batch.places)
-        together, count = together.flatten(0, 1)[batch.asked], 0
+        together, count = together.flatten(0, 1)[batch.behind], 0
         for row, (made, asked) in enumerate(zip(albums, questions, strict=True)):
             for question in asked:
                 ask = prompt(tokenizer, made.captions(), question)

@@ -103,12 +103,12 @@ def prepare(processor: Any, examples: Sequence[Example], protocol: str) -> Batch
     tails = [_tails(processor, [examples[n] for n in row], ids) for row, ids in _zip(rows.values(), inputs)]
     rounds = []
     for turn in range(max(map(len, rows.values()))):
-        asked = [min(turn, len(row) - 1) for row in rows.values()]
+        turns = [min(turn, len(row) - 1) for row in rows.values()]
         rounds.append(
             Round(
-                [row[at] for row, at in zip(rows.values(), asked, strict=True)],
-                [tail[at] for tail, at in zip(tails, asked, strict=True)],
-                frozenset(n for n, at in enumerate(asked) if at < turn),
+                [row[at] for row, at in zip(rows.values(), turns, strict=True)],
+                [tail[at] for tail, at in zip(tails, turns, strict=True)],
+                frozenset(n for n, at in enumerate(turns) if at < turn),
             )
         )
     cut = _without(inputs, [len(tail[0]) for tail in tails], _tokenizer(processor).pad_token_id or 0)
@@ -159,9 +159,9 @@ def _tokenizer(processor: Any) -> Any:
 
 def _without(inputs: dict[str, Tensor], counts: list[int], pad: int) -> dict[str, Tensor]:
     """Prompts without so many tokens at their ends, padded on the left again."""
-    gone = torch.tensor(counts)
-    columns = inputs["input_ids"].shape[1] - int(gone.min())
-    source = torch.arange(columns) - (gone - gone.min())[:, None]  # [batch, columns]
+    counts_of = torch.tensor(counts)
+    columns = inputs["input_ids"].shape[1] - int(counts_of.min())
+    source = torch.arange(columns) - (counts_of - counts_of.min())[:, None]  # [batch, columns]
     fills = {"input_ids": pad}
     return inputs | {
         name: inputs[name].gather(1, source.clamp(min=0)).masked_fill(source < 0, fills.get(name, 0))
@@ -186,8 +186,8 @@ def prefill(model: Any, batch: Batch, max_new_tokens: int, turn: int = 0) -> Pre
         if not any(questions):
             return talk.prompted(max_new_tokens)
         tokens = talk.after(questions, min(map(len, questions)), max_new_tokens).sequences
-        asked = torch.arange(tokens.shape[1], device=tokens.device) < talk.ends_of(questions)[:, None]
-        return tokens.masked_fill(asked & torch.isin(tokens, talk.ends), -1)
+        is_question = torch.arange(tokens.shape[1], device=tokens.device) < talk.ends_of(questions)[:, None]
+        return tokens.masked_fill(is_question & torch.isin(tokens, talk.ends), -1)
 
     with torch.inference_mode():
         return Prefill.recorded(model, decode)
@@ -224,26 +224,28 @@ def answer(
         method = replace(method, redecode=True)
     asks = probed and not isinstance(method, Full | Oracle)  # who goes by no attention asks nothing
     probing = {"probes": "default" if asks else None, "processor": processor}  # kvzip has instructions of its own
-    found: dict[int, Answer] = {}
+    results: dict[int, Answer] = {}
     with torch.inference_mode(), compress(model, method, **probing) as session:
         talk = _Talk(model, batch, session=session, shared=shared, memory=memory)
         for round_ in batch.rounds:
             replies = talk.replies(round_.questions, max_new_tokens)
             texts = [text.strip() for text in processor.batch_decode(replies, skip_special_tokens=True)]
-            said = [replace(held, text=text) for held, text in zip(talk.held, texts, strict=True)]
+            answers = [replace(blank, text=text) for blank, text in zip(talk.blanks, texts, strict=True)]
             if refer:
                 first, logits = talk.expected(round_.questions, replies)
-                made = [Reference.of(reply, first, rows) for reply, rows in zip(replies, logits, strict=True)]
-                said = [replace(one, reference=reference) for one, reference in zip(said, made, strict=True)]
-            elif any(references):
-                given = [references[n] for n in round_.examples]
-                _, logits = talk.expected(round_.questions, [one.tokens if one else [] for one in given])
-                said = [
-                    one if reference is None else replace(one, fidelity=compared(reference, reply, rows))
-                    for one, reference, reply, rows in zip(said, given, replies, logits, strict=True)
+                baselines = [Reference.of(reply, first, rows) for reply, rows in zip(replies, logits, strict=True)]
+                answers = [
+                    replace(one, reference=reference) for one, reference in zip(answers, baselines, strict=True)
                 ]
-            found |= {n: said[row] for row, n in enumerate(round_.examples) if row not in round_.again}
-    return [found[n] for n in range(len(batch.examples))]
+            elif any(references):
+                goals = [references[n] for n in round_.examples]
+                _, logits = talk.expected(round_.questions, [one.tokens if one else [] for one in goals])
+                answers = [
+                    one if reference is None else replace(one, fidelity=compared(reference, reply, rows))
+                    for one, reference, reply, rows in zip(answers, goals, replies, logits, strict=True)
+                ]
+            results |= {n: answers[row] for row, n in enumerate(round_.examples) if row not in round_.again}
+    return [results[n] for n in range(len(batch.examples))]
 
 
 def _foreseen(model: Any, batch: Batch, max_new_tokens: int, first: Prefill) -> list[Tensor]:
@@ -264,7 +266,7 @@ class _Talk:
     """A model that reads a batch's prompts, and is asked again and again.
 
     Attributes:
-        held: for each row an answer without its text: what the cache held of the prompt.
+        blanks: for each row an answer without its text: what the cache held of the prompt.
     """
 
     def __init__(
@@ -278,27 +280,29 @@ class _Talk:
         memory: Sequence[Tensor] = (),
     ) -> None:
         """Args: cache: to be filled; None: the session makes one. memory: as in `Prefill.replayed`."""
-        self.model, self.session, self.given, self.shared, self.memory = model, session, cache, shared, memory
+        self.model, self.session, self.blank_cache, self.shared, self.memory = model, session, cache, shared, memory
         self.inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
         self.batch, self.start = self.inputs["input_ids"].shape
         self.ends = _ends(model)
-        self.held: list[Answer] = []
+        self.blanks: list[Answer] = []
 
     @property
     def cache(self) -> Any:
-        return self.given if self.session is None else self.session.cache
+        return self.blank_cache if self.session is None else self.session.cache
 
     def prompted(self, max_new_tokens: int) -> Tensor:
         """Tokens of the prompts and what follows them."""
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
-        if self.given is not None:
-            settings[CACHE] = self.given
+        if self.blank_cache is not None:
+            settings[CACHE] = self.blank_cache
         if self.shared is None:
             tokens = self.model.generate(**self.inputs, **settings)
         else:
-            seen = {name: tensor for name, tensor in self.inputs.items() if not name.startswith("pixel_values")}
+            text_inputs = {
+                name: tensor for name, tensor in self.inputs.items() if not name.startswith("pixel_values")
+            }
             with self.shared.replayed(self.model, self.memory):
-                tokens = self.model.generate(**seen, **settings)
+                tokens = self.model.generate(**text_inputs, **settings)
         return tokens
 
     def replies(self, questions: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -334,13 +338,13 @@ class _Talk:
         """
         cache = self._at_the_prompts_end()
         longest, start = max(map(len, tails)), self.start + shared
-        whole = torch.tensor([tail[:shared] for tail in tails], device=self.model.device)
+        prefix = torch.tensor([tail[:shared] for tail in tails], device=self.model.device)
         rest = [tail[shared:] + [-1] * (longest - len(tail)) for tail in tails]
         following = torch.tensor(rest, device=self.model.device, dtype=torch.long).reshape(self.batch, -1)
         ended = [_Ended(self.ends, self.ends_of(tails))]
         return self.model.generate(
-            input_ids=torch.cat([self.inputs["input_ids"], whole], 1),
-            attention_mask=torch.cat([self.inputs["attention_mask"], torch.ones_like(whole)], 1),
+            input_ids=torch.cat([self.inputs["input_ids"], prefix], 1),
+            attention_mask=torch.cat([self.inputs["attention_mask"], torch.ones_like(prefix)], 1),
             past_key_values=cache,
             do_sample=False,
             max_new_tokens=longest - shared + free,
@@ -358,7 +362,7 @@ class _Talk:
 
     def _at_the_prompts_end(self) -> CompressedCache:
         """The cache as the prompts left it, frozen: cropped back to there, or filled anew where it cannot be."""
-        asked_before = bool(self.held)
+        asked_before = bool(self.blanks)
         if not (asked_before and _rewound(self.cache, self.start)):
             self.prompted(1)
         self.cache.freeze()
@@ -371,7 +375,7 @@ class _Talk:
         layers = [layer for layer in report["layers"] if layer["compressed"]]
         rows = [layer.get("rows", [layer]) for layer in layers]  # a batch of one is described by its layer
         size = report["totals"]["bytes"] / self.batch
-        self.held = [
+        self.blanks = [
             Answer("", rows[0][n]["length"], [layer[n]["kept"] for layer in rows], size) for n in range(self.batch)
         ]
 

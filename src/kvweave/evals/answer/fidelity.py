@@ -53,10 +53,10 @@ class Reference:
         if not path.is_file():
             return None
         try:
-            held = load_file(path)
+            tensors = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}; delete the whole folder, and it is made again") from None
-        return cls(held["tokens"].tolist(), int(held["first"]), held["ids"], held["log_probs"])
+        return cls(tensors["tokens"].tolist(), int(tensors["first"]), tensors["ids"], tensors["log_probs"])
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def compared(reference: Reference, tokens: list[int], logits: Tensor) -> Fidelit
         return None
     mine = logits.float().log_softmax(-1).cpu()
     theirs, ids = reference.log_probs, reference.ids.long()
-    found = mine.gather(-1, ids)
-    kl = torch.where(theirs > -torch.inf, theirs.exp() * (theirs - found), 0.0).sum(-1)
+    log_probs = mine.gather(-1, ids)
+    kl = torch.where(theirs > -torch.inf, theirs.exp() * (theirs - log_probs), 0.0).sum(-1)
     if ids.shape[-1] < mine.shape[-1]:
-        rest, own_rest = (_rest(x) for x in (theirs, found))
+        rest, own_rest = (_rest(x) for x in (theirs, log_probs))
         kl = kl + rest * (rest.log() - own_rest.log())
     top1 = (mine.argmax(-1) == ids[:, 0]).float().mean()
     return Fidelity(max(0.0, float(kl.mean())), float(top1), tokens == reference.tokens, count)

@@ -63,9 +63,9 @@ def _paid(layer: RecordedLayer, start: int, going: Tensor) -> Tensor:
         return torch.zeros(batch, kv_heads, start, device=keys.device)
     queries = torch.cat([call[0] for call in layer.calls[1:]], 2)  # [batch, heads, decoded, dim]
     decoded = queries.shape[2]
-    seen = (positions[:, :1, None] >= 0).expand(batch, 1, decoded, length)
-    ahead = torch.ones(decoded, length, dtype=torch.bool, device=seen.device).tril(length - decoded)
-    mask = seen & ahead
+    visible = (positions[:, :1, None] >= 0).expand(batch, 1, decoded, length)
+    ahead = torch.ones(decoded, length, dtype=torch.bool, device=visible.device).tril(length - decoded)
+    mask = visible & ahead
     rule = layer.calls[1][1]
     rule = replace(rule, mask=lambda low, high: mask[:, :, low:high])
     apart = torch.diag_embed(going[:, :decoded])  # each token a kind of row of its own

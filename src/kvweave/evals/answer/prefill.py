@@ -29,7 +29,7 @@ Call = tuple[Tensor, AttentionRule, Tensor | None]
 
 
 @dataclass(frozen=True)
-class _Whole(Full):
+class _Full(Full):
     """The full cache, its rotary tables noted for methods that turn keys."""
 
     needs = Needs(rotary=True)
@@ -39,18 +39,18 @@ class RecordedLayer(CompressedLayer):
     """A layer that keeps all that it is given.
 
     Attributes:
-        given: keys and values [batch, kv_heads, length, dim] of the prompt.
+        states: keys and values [batch, kv_heads, length, dim] of the prompt.
         calls: of attention, the prompt's first, then one for each decoded token.
     """
 
     def __init__(self, index: int, shared: Shared) -> None:
         super().__init__(index, shared)
-        self.given: tuple[Tensor, Tensor] | None = None
+        self.states: tuple[Tensor, Tensor] | None = None
         self.calls: list[Call] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.given is None:
-            self.given = key_states, value_states
+        if self.states is None:
+            self.states = key_states, value_states
         return super().update(key_states, value_states, *args, **kwargs)
 
     def after_attention(self, queries: Tensor, rule: AttentionRule, mask: Tensor | None) -> None:
@@ -69,7 +69,7 @@ class Prefill:
         rotary, interleaved: as in `Turn`.
         tokens: int64 [batch, prompt + answer], what `generate` returned.
         start: columns of the prompt.
-        known: statistics that methods asked for, kept for the next ones and other budgets.
+        memo: statistics that methods asked for, kept for the next ones and other budgets.
     """
 
     layers: list[Any]
@@ -78,7 +78,7 @@ class Prefill:
     interleaved: bool
     tokens: Tensor
     start: int
-    known: dict[Any, dict[Any, Any]] = field(default_factory=dict)
+    memo: dict[Any, dict[Any, Any]] = field(default_factory=dict)
 
     @classmethod
     def recorded(cls, model: Any, answer: Callable[..., Tensor]) -> "Prefill":
@@ -87,7 +87,7 @@ class Prefill:
         Args:
             answer: calls `model.generate` with the keywords that it is given; returns the tokens.
         """
-        method = _Whole()
+        method = _Full()
         cache = CompressedCache(model.config, method)
         for place, layer in enumerate(cache.layers):
             if isinstance(layer, CompressedLayer):
@@ -120,10 +120,10 @@ class Prefill:
     @property
     def nbytes(self) -> int:
         """Bytes of the recorded keys, values and queries."""
-        held = [
-            x for layer in self.recorded_layers for x in (*(layer.given or ()), *(call[0] for call in layer.calls))
+        tensors = [
+            x for layer in self.recorded_layers for x in (*(layer.states or ()), *(call[0] for call in layer.calls))
         ]
-        return sum(x.nbytes for x in held)
+        return sum(x.nbytes for x in tensors)
 
     @contextmanager
     def replayed(self, model: Any, memory: Sequence[Tensor] = ()) -> Iterator[None]:
@@ -155,7 +155,7 @@ class Prefill:
     @torch.no_grad()
     def _fill(self, cache: CompressedCache, memory: Sequence[Tensor]) -> None:
         """What the forward pass would have done to an empty cache."""
-        cache.shared.known = self.known
+        cache.shared.memo = self.memo
         if cache.shared.needs.rotary:
             cache.shared.turn.recall_rotary(self.rotary, interleaved=self.interleaved)
         remembered = iter(memory)
@@ -165,8 +165,8 @@ class Prefill:
                 continue
             target = cache.layers[place]
             target.prompt_cut.memory = next(remembered, None)
-            if layer.given is not None:
-                target.update(*layer.given)
+            if layer.states is not None:
+                target.update(*layer.states)
                 target.prompt_cut.rotated = layer.prompt_cut.rotated
                 if layer.calls:
                     target.after_attention(*layer.calls[0])

@@ -63,14 +63,14 @@ def compare(
         ModelError: kvweave cannot compress the model.
     """
     check_compressible(subject.model, methods[0])
-    asked = [None, *methods]
-    made: list[list[Generation]] = [[] for _ in asked]
+    all_methods = [None, *methods]
+    generations_of: list[list[Generation]] = [[] for _ in all_methods]
     for _ in range(repeats):
-        for method, generations in zip(asked, made, strict=True):
-            given = subject.model, subject.processor, subject.inputs
-            generations.append(generate(*given, method, max_new_tokens))
+        for method, generations in zip(all_methods, generations_of, strict=True):
+            parts = subject.model, subject.processor, subject.inputs
+            generations.append(generate(*parts, method, max_new_tokens))
             on_answer(_named(method))
-    behind = _decode_behind(subject, asked, long, on_answer) if long else None
+    behind = _decode_behind(subject, all_methods, long, on_answer) if long else None
     config = subject.model.config
     tokens = tokens_of(subject.processor, config, subject.inputs)
     grids = grids_of(subject.processor, config, subject.inputs, tokens, len(subject.images))
@@ -81,10 +81,10 @@ def compare(
         images=subject.images,
         tokens=tokens,
         grids=grids,
-        full=answer_of(made[0], "full cache", "", made[1][-1].report["totals"]["bytes_before"]),
+        full=answer_of(generations_of[0], "full cache", "", generations_of[1][-1].report["totals"]["bytes_before"]),
         answers=[
             answer_of(generations, method.spelling(), method.name)
-            for method, generations in zip(methods, made[1:], strict=True)
+            for method, generations in zip(methods, generations_of[1:], strict=True)
         ],
         command=command,
         machine=machine(str(subject.model.device)),
@@ -108,16 +108,16 @@ def words(subject: Subject) -> torch.Tensor:
 
 
 def _decode_behind(
-    subject: Subject, asked: Sequence[Method | None], length: int, on_answer: Callable[[str], None]
+    subject: Subject, methods: Sequence[Method | None], length: int, on_answer: Callable[[str], None]
 ) -> Long:
     """Time decoding behind the prompt's own words, repeated: what they say matters to no speed."""
     text = words(subject)
     text = text.repeat(-(-length // len(text)))[:length][None]
     inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
     speeds = []
-    for method in asked:
-        made = generate(subject.model, subject.processor, inputs, method, _LONG_STEPS, _LONG_STEPS)
-        speeds.append(_speed([made]))
+    for method in methods:
+        run = generate(subject.model, subject.processor, inputs, method, _LONG_STEPS, _LONG_STEPS)
+        speeds.append(_speed([run]))
         on_answer(f"{_named(method)}, behind {length:,} tokens")
     return Long(length, speeds)
 
@@ -201,11 +201,11 @@ def grids_of(processor: Any, config: Any, inputs: Any, tokens: Sequence[Token], 
     vision = getattr(config, "vision_config", None)
     merge = getattr(getattr(processor, "image_processor", None), "merge_size", None)
     merge = merge or getattr(vision, "spatial_merge_size", None) or 1
-    given = None if shapes is None else [(t, h, w) for t, h, w in shapes.tolist()]
+    sizes = None if shapes is None else [(t, h, w) for t, h, w in shapes.tolist()]
     pixels, patch = inputs.get("pixel_values"), getattr(processor, "patch_size", None)
-    if given is None and patch and pixels is not None and pixels.ndim == 4:  # LLaVA's: a token for each patch
-        given, merge = [(1, pixels.shape[-2] // patch, pixels.shape[-1] // patch)] * len(pixels), 1
-    return grids([token.visual for token in tokens], images, given, merge)
+    if sizes is None and patch and pixels is not None and pixels.ndim == 4:  # LLaVA's: a token for each patch
+        sizes, merge = [(1, pixels.shape[-2] // patch, pixels.shape[-1] // patch)] * len(pixels), 1
+    return grids([token.visual for token in tokens], images, sizes, merge)
 
 
 def unknown_words(processor: Any, inputs: Any) -> int:

@@ -45,9 +45,9 @@ def flow(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) -> dic
         report = _cut(model, batch, prefill(model, batch, 1), FlowMM(budget=LEAST, flow_rows=0))  # every layer is cut
         for layer in report["layers"]:
             if layer["compressed"]:
-                told = sums.setdefault(layer["layer"], dict.fromkeys(_RATIOS, 0.0))
+                total = sums.setdefault(layer["layer"], dict.fromkeys(_RATIOS, 0.0))
                 for name in _RATIOS:
-                    told[name] += (layer.get(name) or 0.0) / len(examples)
+                    total[name] += (layer.get(name) or 0.0) / len(examples)
     return {"layers": [{"layer": n, **ratios} for n, ratios in sums.items()], "prompts": len(examples)}
 
 
@@ -121,13 +121,13 @@ def outliers(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) ->
     visual = torch.zeros_like(ids, dtype=torch.bool) if visual is None else visual
     views = [_view(layer, visual.to(model.device)) for layer in shared.recorded_layers]
     method = FlashCache(budget=_KEPT)
-    found = [method.outliers(view) for view in views]
+    masks = [method.outliers(view) for view in views]
     length = shared.start
-    weights = [float(weight) for _, weight in found]
+    weights = [float(weight) for _, weight in masks]
     kept = method.allocate(weights, int(_KEPT * length), length)
-    drawn = set(torch.linspace(0, len(views) - 1, min(_DRAWN, len(views))).round().int().tolist())
+    picks = set(torch.linspace(0, len(views) - 1, min(_DRAWN, len(views))).round().int().tolist())
     layers = []
-    for n, ((deviation, weight), view, count) in enumerate(zip(found, views, kept, strict=True)):
+    for n, ((deviation, weight), view, count) in enumerate(zip(masks, views, kept, strict=True)):
         keep, each = method.plan(_with_mean(view, int(_KEPT * length)), count).keep[0, 0], deviation[0, 0]
         layer: dict[str, Any] = {
             "layer": n,
@@ -136,7 +136,7 @@ def outliers(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) ->
             "count": len(keep),
             "visual": float(visual[0, keep.cpu()].float().mean()),
         }
-        if n in drawn:
+        if n in picks:
             layer |= {"deviation": [round(x, 6) for x in each.tolist()], "kept": keep.tolist()}
         layers.append(layer)
     return {"layers": layers, "visual": visual[0].tolist(), "length": length, "question": example.question}
@@ -144,8 +144,8 @@ def outliers(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) ->
 
 def _view(layer: RecordedLayer, visual: Tensor) -> LayerView:
     """One unpadded prompt's layer."""
-    assert layer.given is not None
-    keys, values = layer.given
+    assert layer.states is not None
+    keys, values = layer.states
     shape = keys.shape[:3]
     positions = torch.arange(shape[2], device=keys.device).expand(shape)
     ones = torch.ones(shape, device=keys.device)

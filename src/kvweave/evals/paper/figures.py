@@ -30,13 +30,13 @@ _OF_TASK = ("metric", "samples", "length")
 _USUAL = {"failed": 0, "equal": True}
 
 
-def rounded(data: Any) -> Any:
+def round_data(data: Any) -> Any:
     """JSON-able data with four decimals, or four digits of what is smaller than one."""
     if isinstance(data, float):
         return float(f"{data:.4g}") if abs(data) < 1 else round(data, 4)
     if isinstance(data, Mapping):
-        return {name: rounded(value) for name, value in data.items()}
-    return [rounded(value) for value in data] if isinstance(data, list | tuple) else data
+        return {name: round_data(value) for name, value in data.items()}
+    return [round_data(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def packed(sheets: Iterable[Mapping[str, Any]]) -> Figures:
@@ -49,7 +49,7 @@ def packed(sheets: Iterable[Mapping[str, Any]]) -> Figures:
     for sheet in sheets:
         for kind in _KEYS:
             for row in sheet.get(kind, ()):
-                _put(figures, kind, rounded(row))
+                _put(figures, kind, round_data(row))
     return figures
 
 

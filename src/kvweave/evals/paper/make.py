@@ -48,7 +48,7 @@ def make(recipes: Sequence[Recipe], subject: Subject, progress: Progress | None 
     results: dict[str, Result] = {}
     if parts:
         study = Study.of(*parts)
-        done = run(
+        cells = run(
             study,
             subject.out,
             batch=subject.batch,
@@ -57,7 +57,7 @@ def make(recipes: Sequence[Recipe], subject: Subject, progress: Progress | None 
             command=subject.command,
             progress=progress,
         )
-        results = {str(result["cell"]): result for result in done}
+        results = {str(result["cell"]): result for result in cells}
     seconds = time.perf_counter() - start
     return [_sheet(recipe, subject, plans[recipe.name], results, seconds) for recipe in recipes]
 
@@ -65,20 +65,20 @@ def make(recipes: Sequence[Recipe], subject: Subject, progress: Progress | None 
 def _sheet(
     recipe: Recipe, subject: Subject, plan: Sequence[Evaluation], results: dict[str, Result], seconds: float
 ) -> Sheet:
-    given: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for part in plan:
         own = [results[str(cell.key)] for cell in part.cells()]
         base = part.labels[1] if recipe.methods else "snapkv"
-        told = summarise(part, own, baseline=base, command=subject.command, seconds=round(seconds, 1))
-        given["summary"] = _together(given["summary"], told) if "summary" in given else told
+        summary = summarise(part, own, baseline=base, command=subject.command, seconds=round(seconds, 1))
+        parts["summary"] = _together(parts["summary"], summary) if "summary" in parts else summary
     if recipe.measure is not None:
-        given["measured"] = _measured(recipe, subject)
-    return recipe.lay_out(recipe, subject, **given)
+        parts["measured"] = _measured(recipe, subject)
+    return recipe.lay_out(recipe, subject, **parts)
 
 
 def _together(summary: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Two protocols' summaries as one."""
-    return {name: [*summary[name], *other[name]] if name != "about" else told for name, told in summary.items()}
+    return {name: [*summary[name], *other[name]] if name != "about" else value for name, value in summary.items()}
 
 
 def _measured(recipe: Recipe, subject: Subject) -> dict[str, Any]:
@@ -99,6 +99,6 @@ def _measured(recipe: Recipe, subject: Subject) -> dict[str, Any]:
         there = store.read_object(path, conditions=dict, measured=dict)
         if there["conditions"] == conditions:
             return dict(there["measured"])
-    measured = recipe.measure(subject, tasks, [method.name for method in recipe.parsed().values()])
-    store.write_json(path, {"conditions": conditions, "measured": measured})
-    return measured
+    measures = recipe.measure(subject, tasks, [method.name for method in recipe.parsed().values()])
+    store.write_json(path, {"conditions": conditions, "measured": measures})
+    return measures

@@ -15,19 +15,19 @@ def printed(table: str, model: str, data: str) -> dict[str, float]:
     """
     if not (table and data and _MODEL.lower() in model.lower()):
         return {}
-    given = read(table)
+    figures = read(table)
     if table == "table1":
-        rows = given["scores"][_MODEL]
+        rows = figures["scores"][_MODEL]
         return {
             f"{method}, {task}": value / 100
             for method, values in rows.items()
-            for task, value in zip(given["tasks"], values, strict=True)
+            for task, value in zip(figures["tasks"], values, strict=True)
         }
     if table == "table3":
         return {
             f"theta {theta:g}, {task}": value / 100
             for task in ("TextNeedleInAHaystack", "ALFRED")
-            for theta, value in zip(given["theta"], given[task], strict=True)
+            for theta, value in zip(figures["theta"], figures[task], strict=True)
         }
     names = {
         "full": "full",
@@ -39,7 +39,7 @@ def printed(table: str, model: str, data: str) -> dict[str, float]:
     return {
         f"{name}, {task}": value / 100
         for key, name in names.items()
-        for task, value in zip(given["tasks"], given[key], strict=True)
+        for task, value in zip(figures["tasks"], figures[key], strict=True)
     }
 
 

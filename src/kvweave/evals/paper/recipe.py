@@ -53,7 +53,7 @@ class Recipe:
     marked: tuple[str, ...] = ()
     printed: str = ""
 
-    def narrowed(self, methods: str) -> "Recipe":
+    def with_methods(self, methods: str) -> "Recipe":
         """With these methods, in the command line's spelling, in place of all that are registered.
 
         Raises:
@@ -65,18 +65,18 @@ class Recipe:
     def parsed(self, protocol: str = "seen") -> dict[str, Method]:
         """The methods by the names that a reader sees; with the question unseen nothing can wait for its answer."""
         named = self.methods or {name: name for name in (*list_methods(), "oracle")}
-        methods = {shown: parse_method(spelling) for spelling, shown in named.items()}
+        methods = {title: parse_method(spelling) for spelling, title in named.items()}
         if protocol == "seen":
             return methods
-        return dict(_undeferred(shown, method) for shown, method in methods.items())
+        return dict(_undeferred(title, method) for title, method in methods.items())
 
     def shown(self, protocol: str = "seen") -> dict[str, str]:
         """A method's row in the tables, by its label."""
         return {label(method): name for name, method in self.parsed(protocol).items()}
 
 
-def _undeferred(shown: str, method: Method) -> tuple[str, Method]:
+def _undeferred(title: str, method: Method) -> tuple[str, Method]:
     options = method.to_dict()
     if not options.get("defer"):
-        return shown, method
-    return f"{shown}, not deferred", method_from_dict(options | {"defer": 0})
+        return title, method
+    return f"{title}, not deferred", method_from_dict(options | {"defer": 0})

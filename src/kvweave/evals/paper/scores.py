@@ -107,14 +107,14 @@ def by_variant(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
             at = 1.0 if m == FULL else budget
             beside = [_share(own.get(f"{names[m]}, {task}")) for task in tasks] if own else []
             test = tests.get(m)
-            told = "–" if test is None else f"{test['difference']:+.2f}, {_p(test['p'])}"
+            difference = "–" if test is None else f"{test['difference']:+.2f}, {_p(test['p'])}"
             rows.append(
                 [
                     names[m],
                     interval(means[m, at]),
                     *(_share(scores[m, at, t]["score"]) for t in tasks),
                     *beside,
-                    told,
+                    difference,
                 ]
             )
         first = next(iter(m for m in names if m != FULL))
@@ -150,8 +150,8 @@ def _sheet(
     if summary["failed"]:
         notes.append(f"{len(summary['failed'])} answers are missing and have no score.")
     own = {"scores": summary["scores"], "means": summary["means"], "tests": summary["tests"]}
-    told = about(summary)
-    return Sheet(recipe.name, recipe.title, recipe.shows, tables, notes, own, draw, told[:3])
+    facts = about(summary)
+    return Sheet(recipe.name, recipe.title, recipe.shows, tables, notes, own, draw, facts[:3])
 
 
 def _names(recipe: Recipe, protocol: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvweave.evals.paper.figures import rounded
+from kvweave.evals.paper.figures import round_data
 from kvweave.evals.run import store
 
 
@@ -61,7 +61,7 @@ class Sheet:
         paths = [folder / f"{self.stem}.{kind}" for kind in ("json", "md", "png")]
         tables = [{"title": table.title, "head": table.head, "rows": table.rows} for table in self.tables]
         words = {"name": self.name, "title": self.title, "shows": self.shows, "notes": [*self.notes, *self.about]}
-        store.write_json(paths[0], rounded({**words, "tables": tables, **self.data}), indent=None)
+        store.write_json(paths[0], round_data({**words, "tables": tables, **self.data}), indent=None)
         store.write_text(paths[1], self.markdown())
         if self.draw is None:
             return paths[:2]

@@ -30,9 +30,9 @@ class Study(Evaluation):
 
     def cells(self) -> list[Cell]:
         """The full cache first; then task by task, so that a prompt is read, and filled in, once for all methods."""
-        found = {json.dumps(cell.key): cell for part in self.parts for cell in part.cells()}
-        places = {json.dumps(_place(cell)): n for n, cell in enumerate(found.values())}
-        return sorted(found.values(), key=lambda cell: (cell.label != "full", places[json.dumps(_place(cell))]))
+        cells = {json.dumps(cell.key): cell for part in self.parts for cell in part.cells()}
+        places = {json.dumps(_place(cell)): n for n, cell in enumerate(cells.values())}
+        return sorted(cells.values(), key=lambda cell: (cell.label != "full", places[json.dumps(_place(cell))]))
 
     def claim(self, out: Path) -> None:
         """Make `out` the folder of this model and these tasks, or find that it is; other tables may join.
@@ -43,11 +43,11 @@ class Study(Evaluation):
         path, mine = out / "study.json", self.conditions()
         if path.exists():
             there = store.read_object(path, tasks=dict)
-            known = {name: there["tasks"].get(name, task) for name, task in mine["tasks"].items()}
+            tasks = {name: there["tasks"].get(name, task) for name, task in mine["tasks"].items()}
             different = [name for name in mine if name != "tasks" and there.get(name) != mine[name]]
             named = [f"{name} {difference(there.get(name), mine[name])}" for name in different]
-            if known != mine["tasks"]:
-                named.append(f"tasks {difference(known, mine['tasks'])}")
+            if tasks != mine["tasks"]:
+                named.append(f"tasks {difference(tasks, mine['tasks'])}")
             if named:
                 raise ValueError(
                     f"out={str(out)!r} holds results of other options, which are not mixed: {'; '.join(named)}. "
@@ -58,8 +58,8 @@ class Study(Evaluation):
 
     def conditions(self) -> dict[str, Any]:
         """What the numbers of a cell depend on beside the cell: alike for all tables in a folder."""
-        told = json.loads(json.dumps({k: v for k, v in self.to_dict().items() if k not in _EXTENT}))
-        return told | {"tasks": {task.name: json.loads(json.dumps(task.to_dict())) for task in self.tasks}}
+        facts = json.loads(json.dumps({k: v for k, v in self.to_dict().items() if k not in _EXTENT}))
+        return facts | {"tasks": {task.name: json.loads(json.dumps(task.to_dict())) for task in self.tasks}}
 
 
 def _place(cell: Cell) -> Mapping[str, Any]:

@@ -66,12 +66,12 @@ def decoding(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) ->
     batch = prepare(processor, _longest(processor, examples), "seen")
     shared = prefill(model, batch, 2)
     inputs = _without_pixels(batch.inputs, model)
-    held: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     runs = {}
     for name in methods:
         for budget in BUDGETS:
             method = Full() if budget == 1 else get_method(name, budget=budget)
-            runs[f"{name} {budget:g}"] = partial(_decode, model, inputs, shared, method, held, f"{name} {budget:g}")
+            runs[f"{name} {budget:g}"] = partial(_decode, model, inputs, shared, method, sizes, f"{name} {budget:g}")
     medians = rounds(runs)
     rows = []
     for name in methods:
@@ -80,7 +80,7 @@ def decoding(subject: Subject, tasks: Sequence[Task], methods: Sequence[str]) ->
                 "method": name,
                 "budget": budget,
                 "milliseconds": 1e3 * medians[f"{name} {budget:g}"],
-                "bytes": held[f"{name} {budget:g}"],
+                "bytes": sizes[f"{name} {budget:g}"],
             }
             for budget in BUDGETS
         ]
@@ -103,14 +103,14 @@ def _images(example: Example) -> int:
 
 
 def _decode(
-    model: Any, inputs: dict[str, Tensor], shared: Prefill, method: Method, held: dict[str, Any], name: str
+    model: Any, inputs: dict[str, Tensor], shared: Prefill, method: Method, sizes: dict[str, Any], name: str
 ) -> float:
     """Median seconds from one token to the next."""
     steps = Arrivals(partial(clock, model.device))
     lengths = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
     with torch.inference_mode(), compress(model, method) as session, shared.replayed(model):
         model.generate(**inputs, do_sample=False, streamer=steps, **lengths)
-    held[name] = session.report["totals"]["bytes"]
+    sizes[name] = session.report["totals"]["bytes"]
     times = steps.times[2:]  # the prompt, the token of the prefill
     return statistics.median(after - before for before, after in itertools.pairwise(times))
 
@@ -201,7 +201,7 @@ def _prefill(model: Any, inputs: dict[str, Tensor]) -> float:
 
 def _cut(model: Any, inputs: dict[str, Tensor], shared: Prefill, method: Method) -> float:
     """Seconds to fill a cache with a known prefill and cut it, statistics included."""
-    shared.known.clear()
+    shared.memo.clear()
     with torch.inference_mode(), compress(model, method), shared.replayed(model):
         start = clock(model.device)
         model(**_without_pixels(inputs, model), logits_to_keep=1, use_cache=True)

@@ -55,7 +55,7 @@ class Cell:
         }
 
     @property
-    def whole(self) -> bool:
+    def is_full(self) -> bool:
         """Its cache is the full one, which others are held against."""
         return self.label == FULL
 
@@ -113,7 +113,7 @@ class Evaluation:
     def cells(self) -> list[Cell]:
         """All cells: the full cache first, then task by task, so that a prompt is read once for all methods."""
         places = [(protocol, task, seed) for protocol in self.protocols for task in self.tasks for seed in self.seeds]
-        whole = [Cell(*place, FULL, Full()) for place in places]
+        full = [Cell(*place, FULL, Full()) for place in places]
         cut = [
             Cell(*place, label(method), seeded(replace(method, budget=budget), place[2]))
             for place in places
@@ -121,7 +121,7 @@ class Evaluation:
             if label(method) != FULL
             for budget in self.budgets
         ]
-        return whole + cut
+        return full + cut
 
     @property
     def labels(self) -> list[str]:
@@ -212,15 +212,15 @@ def parse_methods(texts: Sequence[str]) -> tuple[Method, ...]:
             spellings[-1] += f",{piece}"  # a further option of the method before it
         elif piece:
             spellings.append(piece)
-    found: dict[str, Method] = {}
+    methods: dict[str, Method] = {}
     for spelling in spellings or list_methods():
         if re.search(r"[:,]\s*budget\s*=", spelling):
             raise ValueError(f"methods={spelling!r} is not allowed: budgets are given once for all, by --budgets")
         method = parse_method(spelling)
-        if label(method) in found:
+        if label(method) in methods:
             raise ValueError(f"methods={spelling!r} is named twice: allowed is once")
-        found[label(method)] = method
-    return tuple(found.values())
+        methods[label(method)] = method
+    return tuple(methods.values())
 
 
 def parse_budgets(texts: Sequence[str]) -> tuple[float | int, ...]:
@@ -229,7 +229,7 @@ def parse_budgets(texts: Sequence[str]) -> tuple[float | int, ...]:
     Raises:
         ValueError: no budget, or one in bytes, which count a whole batch.
     """
-    found: list[float | int] = []
+    budgets: list[float | int] = []
     for piece in (piece.strip() for text in texts for piece in text.split(",")):
         if not piece:
             continue
@@ -238,7 +238,7 @@ def parse_budgets(texts: Sequence[str]) -> tuple[float | int, ...]:
             raise ValueError(
                 f"budgets={piece!r} is not allowed: bytes count a whole batch; allowed is a share in (0, 1] or tokens"
             )
-        if any(budget == other and type(budget) is not type(other) for other in found):
+        if any(budget == other and type(budget) is not type(other) for other in budgets):
             raise ValueError(f"budgets={piece!r} is not allowed here: 1 is one token, 1.0 is all; name one of them")
-        found.append(budget)
-    return tuple(dict.fromkeys(found))
+        budgets.append(budget)
+    return tuple(dict.fromkeys(budgets))

@@ -25,13 +25,13 @@ _SAMPLE = {"id": str, "answer": str, "prediction": str, "scores": dict, "length"
 _FIDELITY = {"kl": _NUMBER, "top1": _NUMBER, "same": (bool,)}
 
 
-def finished(cell: Cell, out: Path) -> Result | None:
+def full_result(cell: Cell, out: Path) -> Result | None:
     """The result of a cell that was computed before, with no sample left to ask or to try again."""
-    result = begun(cell, out)
+    result = partial_result(cell, out)
     return None if result is None or result["failed"] or result["missing"] else result
 
 
-def begun(cell: Cell, out: Path) -> Result | None:
+def partial_result(cell: Cell, out: Path) -> Result | None:
     """What is there of a cell's result.
 
     Raises:

@@ -46,14 +46,14 @@ def read_object(path: Path, **needed: type | tuple[type, ...]) -> dict[str, Any]
     Raises:
         ValueError: it is damaged, or an entry is missing or of another type; the message names both.
     """
-    found = read_json(path)
-    if not isinstance(found, dict):
+    value = read_json(path)
+    if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: it holds no object; delete it, and it is made again")
     for name, kind in needed.items():
-        if not isinstance(found.get(name), kind):
-            lost = "is missing" if name not in found else f"is {brief(found[name])}"
+        if not isinstance(value.get(name), kind):
+            lost = "is missing" if name not in value else f"is {brief(value[name])}"
             raise ValueError(f"{path} is damaged: {name!r} {lost}; delete it, and it is made again")
-    return found
+    return value
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from kvweave.evals.answer.fidelity import Reference
 from kvweave.evals.answer.prefill import Prefill
 from kvweave.evals.run import processes, store
 from kvweave.evals.run.plan import FULL, Cell, Evaluation
-from kvweave.evals.run.results import Result, begun, finished
+from kvweave.evals.run.results import Result, full_result, partial_result
 from kvweave.evals.scores.metrics import METRICS
 from kvweave.evals.tasks.tasks import Example
 from kvweave.methods import Method
@@ -24,8 +24,8 @@ from kvweave.ops.budget import entries
 Progress = Callable[[Result, int, int, bool], None]
 #: Hears what a cell at work in this process has come to: how many of its samples are done, of how many.
 Tick = Callable[[Cell, int, int], None]
-_HELD = 2**30  # bytes of prompts that a worker keeps, read, for the next methods
-_SHARED = 2**31  # and of their prefills
+_BATCH_BYTES = 2**30  # bytes of prompts that a worker keeps, read, for the next methods
+_PREFILL_BYTES = 2**31  # and of their prefills
 
 
 def run(
@@ -63,15 +63,15 @@ def run(
     device = models.pick_device(device)
     evaluation.claim(out)
     cells = evaluation.cells()
-    results = {n: done for n, cell in enumerate(cells) if (done := finished(cell, out)) is not None}
+    results = {n: done for n, cell in enumerate(cells) if (done := full_result(cell, out)) is not None}
     for count, result in enumerate(results.values(), 1):
         if progress:
             progress(result, count, len(cells), True)
     about = {"command": command, "batch": batch, "cpu": store.cpu(), "device": device, "versions": store.versions()}
     worker = Worker(evaluation, out, batch, device, about)
     phases = [  # what is compressed is held against the full cache's answers
-        {n: cell for n, cell in enumerate(cells) if n not in results and cell.whole == whole}
-        for whole in (True, False)
+        {n: cell for n, cell in enumerate(cells) if n not in results and cell.is_full == full}
+        for full in (True, False)
     ]
     for n, result in _computed(worker, phases, workers, ray, tick):
         results[n] = result
@@ -108,17 +108,17 @@ class Worker:
         """The cell's result, written to its file batch by batch."""
         start = time.perf_counter()
         examples, prepared = self._examples(cell)
-        before = begun(cell, self.out) or {"samples": [], "seconds": 0.0}
+        before = partial_result(cell, self.out) or {"samples": [], "seconds": 0.0}
         samples = {sample["id"]: sample for sample in before["samples"]}
-        asked = [example for example in examples if example.id not in samples]
+        rest = [example for example in examples if example.id not in samples]
         failed: list[dict[str, Any]] = []
         result = self._result(cell, examples, samples, failed, before["seconds"])
-        for batch in batches(asked, cell.protocol, self.batch):
-            for example, said in zip(batch, self._answers(cell, batch, prepared), strict=True):
-                if isinstance(said, str):
-                    failed.append({"id": example.id, "error": said})
+        for batch in batches(rest, cell.protocol, self.batch):
+            for example, outcome in zip(batch, self._answers(cell, batch, prepared), strict=True):
+                if isinstance(outcome, str):
+                    failed.append({"id": example.id, "error": outcome})
                 else:
-                    samples[example.id] = said
+                    samples[example.id] = outcome
             seconds = before["seconds"] + time.perf_counter() - start
             result = self._result(cell, examples, samples, failed, seconds)
             store.write_json(cell.path(self.out), result)
@@ -134,15 +134,15 @@ class Worker:
         failed: list[dict[str, Any]],
         seconds: float,
     ) -> Result:
-        done = [samples[example.id] for example in examples if example.id in samples]
+        answers = [samples[example.id] for example in examples if example.id in samples]
         return {
             "cell": cell.key,
             "method": cell.method.to_dict(),
             "metrics": list(cell.task.metrics),
-            "samples": done,
+            "samples": answers,
             "failed": list(failed),
-            "missing": len(examples) - len(done) - len(failed),
-            **_measured(cell, done),
+            "missing": len(examples) - len(answers) - len(failed),
+            **_measured(cell, answers),
             "seconds": round(seconds, 3),
             **self.about,
         }
@@ -171,41 +171,41 @@ class Worker:
         try:
             batch = self._prepared(processor, examples, cell.protocol, prepared)
             references = [Reference.load(cell.reference(self.out, example.id)) for example in examples]
-            said = answer(
+            answers = answer(
                 model,
                 processor,
                 cell.method,
                 batch,
                 cell.task.max_new_tokens,
                 self._prefill(cell, batch),
-                references=references if self.fidelity and not cell.whole else (),
-                refer=self.fidelity and cell.whole,
+                references=references if self.fidelity and not cell.is_full else (),
+                refer=self.fidelity and cell.is_full,
                 probed=cell.protocol == "probed",
             )
-            for example, one in zip(examples, said, strict=True):
+            for example, one in zip(examples, answers, strict=True):
                 if one.reference is not None:
                     one.reference.save(cell.reference(self.out, example.id))
-            return [_scored(cell.task.metrics, example, one) for example, one in zip(examples, said, strict=True)]
+            return [_scored(cell.task.metrics, example, one) for example, one in zip(examples, answers, strict=True)]
         except Exception as error:
             if len(examples) == 1:
                 return [f"{type(error).__name__}: {error}"]
         return [one for example in examples for one in self._answers(cell, [example], {})]
 
     def _prepared(
-        self, processor: Any, examples: Sequence[Example], protocol: str, held: dict[tuple[str, ...], Batch]
+        self, processor: Any, examples: Sequence[Example], protocol: str, memo: dict[tuple[str, ...], Batch]
     ) -> Batch:
         key = tuple(example.id for example in examples)
-        batch = held.get(key) or prepare(processor, examples, protocol)
-        if key not in held and sum(other.nbytes for other in held.values()) + batch.nbytes <= _HELD:
-            held[key] = batch
+        batch = memo.get(key) or prepare(processor, examples, protocol)
+        if key not in memo and sum(other.nbytes for other in memo.values()) + batch.nbytes <= _BATCH_BYTES:
+            memo[key] = batch
         return batch
 
     def _prefill(self, cell: Cell, batch: Batch) -> Prefill | None:
         """The batch's prefill, where there is room for it; the full cache's one answer needs none."""
         key = tuple(example.id for example in batch.examples)
-        if key not in self._prefills and not cell.whole:
+        if key not in self._prefills and not cell.is_full:
             model = self._model()[0]
-            room = _SHARED - sum(held.nbytes for held in self._prefills.values())
+            room = _PREFILL_BYTES - sum(other.nbytes for other in self._prefills.values())
             if _prefill_bytes(model.config, batch, model.dtype.itemsize) > room:
                 return None
             self._prefills[key] = prefill(model, batch, cell.task.max_new_tokens)
@@ -235,16 +235,16 @@ def batches(examples: Sequence[Example], protocol: str, size: int) -> list[list[
     return [[example for row in rows[at : at + size] for example in row] for at in range(0, len(rows), size)]
 
 
-def _scored(metrics: Sequence[str], example: Example, said: Answer) -> dict[str, Any]:
+def _scored(metrics: Sequence[str], example: Example, reply: Answer) -> dict[str, Any]:
     return {
         "id": example.id,
         "answer": example.answer,
-        "prediction": said.text,
-        "scores": {name: METRICS[name](said.text, example.answer, example.choices) for name in metrics},
-        "length": said.length,
-        "kept": said.kept,
-        "bytes": said.bytes,
-        "fidelity": asdict(said.fidelity) if said.fidelity else None,
+        "prediction": reply.text,
+        "scores": {name: METRICS[name](reply.text, example.answer, example.choices) for name in metrics},
+        "length": reply.length,
+        "kept": reply.kept,
+        "bytes": reply.bytes,
+        "fidelity": asdict(reply.fidelity) if reply.fidelity else None,
     }
 
 

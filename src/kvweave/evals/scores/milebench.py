@@ -36,13 +36,13 @@ def rouge(prediction: str, answer: str, choices: Sequence[str] = ()) -> float:
     """
     from rouge import Rouge
 
-    said, right = normalised(prediction), normalised(answer)
+    reply, right = normalised(prediction), normalised(answer)
     if not right.strip("."):
         raise ValueError(f"answer={answer!r} has no words to compare with")
-    if not said.strip("."):
+    if not reply.strip("."):
         return 0.0
-    with _recursion(2 * len(said.split()) + 2 * len(right.split())):
-        return float(Rouge().get_scores(said, right)[0]["rouge-l"]["f"])
+    with _recursion(2 * len(reply.split()) + 2 * len(right.split())):
+        return float(Rouge().get_scores(reply, right)[0]["rouge-l"]["f"])
 
 
 def contains(prediction: str, answer: str, choices: Sequence[str] = ()) -> float:
@@ -72,29 +72,29 @@ def _letter(place: int) -> str:
     return chr(ord("A") + place)
 
 
-def _chosen(said: str, texts: Sequence[str]) -> str:
+def _chosen(reply: str, texts: Sequence[str]) -> str:
     """The letter that a prediction is read as, or several of them, which are never right.
 
     Nothing at all counts as C. Then the first place decides where a letter and its text stand together; then where a
     text stands, spaces aside (a text with a character that means something to `re` is found there but not
     recognised); then a letter alone; and at last every letter of the prediction that is one of the choices'.
     """
-    if said == "":
+    if reply == "":
         return "C"
     letters = [_letter(place) for place in range(len(texts))]
     both = [re.escape(normalised(f"{letter} {text}")) for letter, text in zip(letters, texts, strict=True)]
-    found = re.search("|".join(both), said, re.DOTALL)
-    if found:
-        return found[0][:1].upper()
+    match = re.search("|".join(both), reply, re.DOTALL)
+    if match:
+        return match[0][:1].upper()
     bare = [normalised(text).replace(" ", "") for text in texts]
-    found = re.search("|".join(map(re.escape, bare)), said.replace(" ", ""), re.DOTALL)
-    if found:
+    match = re.search("|".join(map(re.escape, bare)), reply.replace(" ", ""), re.DOTALL)
+    if match:
         for letter, text in zip(letters, bare, strict=True):
-            if found[0] == text and not re.search(r"[\\.^$*+?{}\[\]|()]", text):
+            if match[0] == text and not re.search(r"[\\.^$*+?{}\[\]|()]", text):
                 return letter
-    if len(said) <= 2 and said.upper() in letters:
-        return said.upper()
-    return "".join(character.upper() for character in said if character.upper() in letters)
+    if len(reply) <= 2 and reply.upper() in letters:
+        return reply.upper()
+    return "".join(character.upper() for character in reply if character.upper() in letters)
 
 
 @contextmanager

@@ -33,8 +33,8 @@ def words(prediction: str, answer: str, choices: Sequence[str] = ()) -> float:
 
 def parts(prediction: str, answer: str, choices: Sequence[str] = ()) -> float:
     """Share of the answer's parts, commas between them, whose words stand in the prediction as in `words`."""
-    wanted = answer.split(", ")
-    return sum(words(prediction, part) for part in wanted) / len(wanted)
+    pieces = answer.split(", ")
+    return sum(words(prediction, part) for part in pieces) / len(pieces)
 
 
 def choice(prediction: str, answer: str, choices: Sequence[str]) -> float:
@@ -49,13 +49,13 @@ def choice(prediction: str, answer: str, choices: Sequence[str]) -> float:
     """
     if answer not in choices:
         raise ValueError(f"answer={answer!r} is not among its choices: {', '.join(choices)}")
-    said = _LEAD.sub("", prediction.strip())
-    letter = _LETTER.match(said)
+    reply = _LEAD.sub("", prediction.strip())
+    letter = _LETTER.match(reply)
     place = ord((letter[1] or letter[2]).upper()) - ord("A") if letter else len(choices)
     if place < len(choices):
         return float(choices[place] == answer)
     texts = {text: split(text) for text in choices}
-    named = [text for text, found in texts.items() if found and _within(found, split(said))]
+    named = [text for text, pieces in texts.items() if pieces and _within(pieces, split(reply))]
     longest = [
         text
         for text in named
@@ -64,5 +64,5 @@ def choice(prediction: str, answer: str, choices: Sequence[str]) -> float:
     return float(longest == [answer])
 
 
-def _within(part: Sequence[str], whole: Sequence[str]) -> bool:
-    return bool(part) and any(whole[at : at + len(part)] == part for at in range(len(whole) - len(part) + 1))
+def _within(part: Sequence[str], text: Sequence[str]) -> bool:
+    return bool(part) and any(text[at : at + len(part)] == part for at in range(len(text) - len(part) + 1))

@@ -110,8 +110,8 @@ def _resampled(tasks: Sequence[Sequence[float]]) -> Floats:
     random = np.random.default_rng(_SEED)
     means = np.zeros(RESAMPLES)
     for scores in tasks:
-        drawn = random.integers(len(scores), size=(RESAMPLES, len(scores)))
-        means += np.asarray(scores, dtype=np.float64)[drawn].mean(1)
+        samples = random.integers(len(scores), size=(RESAMPLES, len(scores)))
+        means += np.asarray(scores, dtype=np.float64)[samples].mean(1)
     return means / len(tasks)
 
 

@@ -40,8 +40,8 @@ def write_outputs(evaluation: Evaluation, results: Sequence[dict[str, Any]], out
         name = result["cell"]["task"]
         if name in tasks:
             entry = _entry(evaluation, result["cell"])
-            found = _written(folder / entry / name, entry, tasks[name], samples[name], result)
-            evals.setdefault(entry, {}).setdefault(_category(name), {})[name] = found
+            rows = _written(folder / entry / name, entry, tasks[name], samples[name], result)
+            evals.setdefault(entry, {}).setdefault(_category(name), {})[name] = rows
     if not evals:
         return None
     store.write_json(folder / "result.json", evals)
@@ -66,9 +66,9 @@ def _written(
     folder: Path, entry: str, task: MileBenchTask, samples: Sequence[Sample], result: dict[str, Any]
 ) -> dict[str, Any]:
     """One task's files; what `eval.json` holds, nothing if samples are missing."""
-    said = {sample["id"]: sample["prediction"] for sample in result["samples"]}
+    replies = {sample["id"]: sample["prediction"] for sample in result["samples"]}
     seed = result["cell"]["seed"]
-    done = [(sample, said[key]) for sample in samples if (key := f"{task.name}/{seed}/{sample.id}") in said]
+    pairs = [(sample, replies[key]) for sample in samples if (key := f"{task.name}/{seed}/{sample.id}") in replies]
     settings = {"max_new_tokens": task.max_new_tokens, "do_sample": False}
     predictions = [
         {
@@ -80,30 +80,30 @@ def _written(
             "pred_response": prediction,
             "gen_kwargs": settings,
         }
-        for sample, prediction in sorted(done, key=lambda pair: len(pair[0].images))
+        for sample, prediction in sorted(pairs, key=lambda pair: len(pair[0].images))
     ]
     store.write_json(folder / "pred.json", predictions, indent=4)
-    if len(done) < len(samples):
+    if len(pairs) < len(samples):
         return {}
-    metric, scores = _official(task, done)
+    metric, scores = _official(task, pairs)
     levels: dict[str, list[float]] = {level: [] for level in _LEVELS}
-    for (sample, _), score in zip(done, scores, strict=True):
+    for (sample, _), score in zip(pairs, scores, strict=True):
         levels[sample.quantity].append(score)
-    found = {
+    facts = {
         metric: float(np.mean(scores)),
         "image_quantity_level-Accuracy": {name: float(np.mean(x)) if x else 0 for name, x in levels.items()},
         "image_quantity_level-Result": {name: [sum(x), len(x)] for name, x in levels.items()},
     }
-    store.write_json(folder / "eval.json", found)
+    store.write_json(folder / "eval.json", facts)
     each = [
         {"id": str(sample.id), "score": str(round(score, 3) if metric == "Rouge-L f" else int(score))}
-        for (sample, _), score in zip(done, scores, strict=True)
+        for (sample, _), score in zip(pairs, scores, strict=True)
     ]
     store.write_json(folder / "eval_score.json", each, indent=4)
-    return found
+    return facts
 
 
-def _official(task: MileBenchTask, done: Sequence[tuple[Sample, str]]) -> tuple[str, list[float]]:
+def _official(task: MileBenchTask, pairs: Sequence[tuple[Sample, str]]) -> tuple[str, list[float]]:
     """The metric's name in `eval.json`, and each sample's score, as MileBench's scorer picks and computes them."""
     name, score = {
         "rouge": ("Rouge-L f", milebench.rouge),
@@ -111,7 +111,7 @@ def _official(task: MileBenchTask, done: Sequence[tuple[Sample, str]]) -> tuple[
         "needle": ("Accuracy", milebench.needle),
         "contains": ("Accuracy", milebench.contains),
     }[task.official]
-    return name, [score(prediction, sample.response, sample.choices) for sample, prediction in done]
+    return name, [score(prediction, sample.response, sample.choices) for sample, prediction in pairs]
 
 
 def _table(evals: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -120,8 +120,8 @@ def _table(evals: dict[str, dict[str, dict[str, Any]]]) -> str:
     for entry, categories in evals.items():
         row: dict[str, Any] = {"Model": entry}
         for tasks in categories.values():
-            for name, found in tasks.items():
-                row |= {f"{name} ({m})": round(100 * x, 2) for m, x in found.items() if isinstance(x, float)}
+            for name, lines in tasks.items():
+                row |= {f"{name} ({m})": round(100 * x, 2) for m, x in lines.items() if isinstance(x, float)}
         rows.append(row)
     text = io.StringIO()
     columns = list(dict.fromkeys(column for row in rows for column in row))

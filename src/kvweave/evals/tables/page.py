@@ -35,15 +35,15 @@ def write_page(
             speed nor flow is shown.
     """
     remarks = [" ".join([note, *items]) for note, items in notes(summary)]
-    shown = Shown()
+    page = Shown()
     if samples:
         failed = {failure["id"] for failure in summary["failed"]}
         try:
-            shown = _shown(evaluation, samples, device, failed)
+            page = _shown(evaluation, samples, device, failed)
         except Exception as error:  # the numbers are there, whatever a picture or a prompt did to us
             remarks.append(f"No sample could be shown: {type(error).__name__}: {error}")
             warnings.warn(remarks[-1], stacklevel=2)
-    store.write_text(out / NAME, html(summary, PROTOCOLS, about(summary), remarks, shown))
+    store.write_text(out / NAME, html(summary, PROTOCOLS, about(summary), remarks, page))
     return out / NAME
 
 
@@ -76,8 +76,8 @@ def _shown(evaluation: Evaluation, samples: int, device: str, failed: Collection
 
 def _run(name: str, model: Any, processor: Any, example: Example, methods: Sequence[Method], longest: int) -> Run:
     """The sample, answered with each method."""
-    given = [piece["image"] for turn in example.messages for piece in turn["content"] if piece["type"] == "image"]
-    images = [open_picture(image) if isinstance(image, str) else image for image in given]
+    sources = [piece["image"] for turn in example.messages for piece in turn["content"] if piece["type"] == "image"]
+    images = [open_picture(image) if isinstance(image, str) else image for image in sources]
     inputs = encode(processor, example.messages)
     subject = Subject(name, model, processor, inputs, images, example.question, example.answer)
     return compare(subject, methods, longest, _REPEATS.get(name, 1), "")
@@ -86,7 +86,7 @@ def _run(name: str, model: Any, processor: Any, example: Example, methods: Seque
 def _flow(model: Any, processor: Any, example: Example) -> list[dict[str, float]]:
     """FlowMM's three ratios of each compressed layer."""
     inputs = encode(processor, example.messages)
-    made = generate(model, processor, inputs, FlowMM(budget=LEAST, flow_rows=0), max_new_tokens=1)  # all are cut
+    run = generate(model, processor, inputs, FlowMM(budget=LEAST, flow_rows=0), max_new_tokens=1)  # all are cut
     return [
         {
             "layer": layer["layer"],
@@ -94,6 +94,6 @@ def _flow(model: Any, processor: Any, example: Example) -> list[dict[str, float]
             "balanced": layer.get("flow_balanced", 0.0),
             "nosink": layer.get("flow_nosink", 0.0),
         }
-        for layer in made.report["layers"]
+        for layer in run.report["layers"]
         if layer["compressed"]
     ]

@@ -40,10 +40,10 @@ def summarise(
     for protocol in evaluation.protocols:
         for method in evaluation.labels:
             for budget in _budgets(evaluation, method):
-                found = {task.name: _by_id(cells[protocol, method, budget, task.name]) for task in evaluation.tasks}
-                overall = estimate([list(by_id.values()) for by_id in found.values()])
+                by_task = {task.name: _by_id(cells[protocol, method, budget, task.name]) for task in evaluation.tasks}
+                overall = estimate([list(by_id.values()) for by_id in by_task.values()])
                 place = {"protocol": protocol, "method": method, "budget": budget}
-                counts = {"samples": sum(map(len, found.values()))}
+                counts = {"samples": sum(map(len, by_task.values()))}
                 counts["failed"] = sum(
                     len(result["failed"])
                     for task in evaluation.tasks
@@ -57,7 +57,7 @@ def summarise(
                     continue
                 at = budget if baseline != FULL else 1.0
                 other = {task.name: _by_id(cells[protocol, baseline, at, task.name]) for task in evaluation.tasks}
-                compared = compare(found, other)
+                compared = compare(by_task, other)
                 if compared is not None:
                     tests.append({**place, "baseline": baseline, **asdict(compared)})
     for protocol in evaluation.protocols:
@@ -112,15 +112,15 @@ def _by_id(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _fidelity(tasks: Sequence[Sequence[dict[str, Any]]]) -> Row:
     """Means over tasks, with intervals, of what is known of each sample's fidelity to the full cache."""
-    known = [
+    rows_with = [
         [sample["fidelity"] for result in results for sample in result["samples"] if sample["fidelity"]]
         for results in tasks
     ]
     row: Row = {
-        name: _numbers(estimate([[float(one[name]) for one in task] for task in known], shares=name != "kl"))
+        name: _numbers(estimate([[float(one[name]) for one in task] for task in rows_with], shares=name != "kl"))
         for name in ("kl", "top1", "same")
     }
-    return {**row, "samples": sum(map(len, known))}
+    return {**row, "samples": sum(map(len, rows_with))}
 
 
 def _numbers(overall: Any) -> Row:
@@ -210,7 +210,7 @@ def about(summary: dict[str, Any]) -> list[str]:
 
 def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of each table, as text."""
-    found = []
+    texts = []
     for protocol in dict.fromkeys(row["protocol"] for row in summary["means"]):
         where = PROTOCOLS[protocol]
         means = [row for row in summary["means"] if row["protocol"] == protocol]
@@ -219,7 +219,7 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
         at = {(row["method"], row["budget"]): row for row in means}
         rows = [[m, *(interval(at.get((m, b)) or at.get((m, 1.0))) for b in budgets)] for m in methods]
         title = f"Mean over tasks by budget, 95 % interval ({where})"
-        found.append((title, ["method", *map(percent, budgets)], rows))
+        texts.append((title, ["method", *map(percent, budgets)], rows))
 
         tests = {(r["method"], r["budget"]): r for r in summary["tests"] if r["protocol"] == protocol}
         if tests:
@@ -227,13 +227,13 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
             rows = [[m, *(_difference(tests.get((m, b))) for b in budgets)] for m in compared]
             base = next(iter(tests.values()))["baseline"]
             title = f"Difference to {base} on the same samples, 95 % interval, p ({where})"
-            found.append((title, ["method", *map(percent, budgets)], rows))
+            texts.append((title, ["method", *map(percent, budgets)], rows))
 
-        held = {(r["method"], r["budget"]): r for r in summary["fidelity"] if r["protocol"] == protocol}
-        for name, title in _FIDELITY.items() if held else ():
+        measures = {(r["method"], r["budget"]): r for r in summary["fidelity"] if r["protocol"] == protocol}
+        for name, title in _FIDELITY.items() if measures else ():
             compared = [method for method in methods if method != FULL]
-            rows = [[m, *(interval(held.get((m, b), {}).get(name)) for b in budgets)] for m in compared]
-            found.append((f"{title}, 95 % interval ({where})", ["method", *map(percent, budgets)], rows))
+            rows = [[m, *(interval(measures.get((m, b), {}).get(name)) for b in budgets)] for m in compared]
+            texts.append((f"{title}, 95 % interval ({where})", ["method", *map(percent, budgets)], rows))
 
         budget = _DETAIL if _DETAIL in budgets else budgets[0]
         scores = [row for row in summary["scores"] if row["protocol"] == protocol]
@@ -244,8 +244,8 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
         besides = list(dict.fromkeys((row["task"], name) for row in scores for name in row["besides"]))
         rows = [[*row, *(_besides(by_task.get((row[0], task)), name) for task, name in besides)] for row in rows]
         head = ["method", *tasks, *(f"{task}, {name}" for task, name in besides)]
-        found.append((f"By task at {percent(budget)} ({where})", head, rows))
-    return found
+        texts.append((f"By task at {percent(budget)} ({where})", head, rows))
+    return texts
 
 
 def _by_score(means: Sequence[Row]) -> list[str]:
@@ -258,28 +258,28 @@ def _by_score(means: Sequence[Row]) -> list[str]:
 
 def notes(summary: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """What a reader must know, with items: whether budgets were equal, what the tests are, what failed."""
-    found: list[tuple[str, list[str]]] = []
+    groups: list[tuple[str, list[str]]] = []
     if summary["unequal"]:
         cells = [", ".join(f"{name} {value}" for name, value in cell.items()) for cell in summary["unequal"]]
-        found.append(("Kept slots, measured in the cache, differ from floor(budget x length) in:", cells))
+        groups.append(("Kept slots, measured in the cache, differ from floor(budget x length) in:", cells))
     else:
         equal = "Kept slots, measured in the cache, equal floor(budget x length) in every sample (mean over layers)."
-        found.append((equal, []))
+        groups.append((equal, []))
     if summary["tests"]:
         tests = (
             f"Differences: intervals by a paired bootstrap within tasks ({RESAMPLES} resamples); p by the exact sign "
             "test on the samples that differ (McNemar's for right and wrong), after Holm's correction for all "
             "comparisons of a protocol"
         )
-        found.append((f"{tests}.", []))
+        groups.append((f"{tests}.", []))
     if summary["failed"]:
         alike: dict[str, list[str]] = {}
         for failure in summary["failed"]:
             where = f"{failure['protocol']} {failure['method']} at {percent(failure['budget'])}"
             alike.setdefault(f"{failure['id']}: {failure['error']}", []).append(where)
         each = [f"{what} ({'; '.join(where)})" for what, where in alike.items()]
-        found.append((f"{len(summary['failed'])} answers are missing, and have no score:", each))
-    return found
+        groups.append((f"{len(summary['failed'])} answers are missing, and have no score:", each))
+    return groups
 
 
 def _range(values: Iterable[float]) -> str:

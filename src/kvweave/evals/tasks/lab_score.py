@@ -58,8 +58,8 @@ def answers(
 
     if max_new_tokens is None:
         max_new_tokens = max((longest_answer(sample.task) for sample in samples), default=LONGEST_ANSWER)
-    asked = [sample.messages() for sample in samples]
-    return answered(model, processor, asked, batch_size, max_new_tokens, on_batch, **generate)
+    conversations = [sample.messages() for sample in samples]
+    return answered(model, processor, conversations, batch_size, max_new_tokens, on_batch, **generate)
 
 
 def answered(
@@ -76,16 +76,16 @@ def answered(
 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    given: list[str] = []
+    replies: list[str] = []
     for first in range(0, len(conversations), batch_size):
         inputs = encode(processor, *conversations[first : first + batch_size]).to(model.device)
         with torch.inference_mode():
             tokens = model.generate(**inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False} | generate)
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        given += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        replies += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         if on_batch:
-            on_batch(len(given))
-    return given
+            on_batch(len(replies))
+    return replies
 
 
 def evaluate(
@@ -111,18 +111,18 @@ def evaluate(
 
     make = make or lab_tasks
     tasks, images = tuple(tasks), tuple(images)
-    total, done = count * len(tasks) * len(images), 0
+    total, count_so_far = count * len(tasks) * len(images), 0
     scores: dict[str, dict[str, Any]] = {}
     for number in images:
         for task in make(tasks, count, number):
-            asked = task.examples(seed)
-            report = None if progress is None else partial(_report, progress, done, total)
-            conversations = [example.messages for example in asked]
-            given = answered(model, processor, conversations, batch, task.max_new_tokens, report, **generate)
+            examples = task.examples(seed)
+            report = None if progress is None else partial(_report, progress, count_so_far, total)
+            conversations = [example.messages for example in examples]
+            replies = answered(model, processor, conversations, batch, task.max_new_tokens, report, **generate)
             scores.setdefault(str(number), {})[task.name] = asdict(
-                _score([one.answer for one in asked], given, task.metrics[0])
+                _score([one.answer for one in examples], replies, task.metrics[0])
             )
-            done += count
+            count_so_far += count
     return {"seed": seed, "count": count, "scores": scores}
 
 
@@ -130,16 +130,16 @@ def _report(progress: Callable[[int, int], None], before: int, total: int, answe
     progress(before + answered, total)
 
 
-def score(samples: Sequence[Sample], given: Sequence[str]) -> Score:
+def score(samples: Sequence[Sample], replies: Sequence[str]) -> Score:
     """Compare answers with those of hold-out samples; ValueError for training samples or unequal lengths."""
     require_holdout(samples)
-    if len(samples) != len(given) or not samples:
-        raise ValueError(f"{len(given)} answers for {len(samples)} samples")
-    return _score([sample.answer for sample in samples], given)
+    if len(samples) != len(replies) or not samples:
+        raise ValueError(f"{len(replies)} answers for {len(samples)} samples")
+    return _score([sample.answer for sample in samples], replies)
 
 
-def _score(answers: Sequence[str], given: Sequence[str], metric: str = "exact") -> Score:
-    right = sum(METRICS[metric](said, answer, ()) == 1 for answer, said in zip(answers, given, strict=True))
-    overlap = sum(rouge_l(said, answer) for answer, said in zip(answers, given, strict=True))
-    low, high = wilson(right, len(given))
-    return Score(len(given), right, right / len(given), overlap / len(given), low, high)
+def _score(answers: Sequence[str], replies: Sequence[str], metric: str = "exact") -> Score:
+    right = sum(METRICS[metric](reply, answer, ()) == 1 for answer, reply in zip(answers, replies, strict=True))
+    overlap = sum(rouge_l(reply, answer) for answer, reply in zip(answers, replies, strict=True))
+    low, high = wilson(right, len(replies))
+    return Score(len(replies), right, right / len(replies), overlap / len(replies), low, high)

@@ -67,14 +67,14 @@ class KVWeave(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests."""
-        found: dict[int, str] = {}
+        texts: dict[int, str] = {}
         alike: dict[str, list[int]] = {}
         for n, request in enumerate(requests):
             alike.setdefault(repr(sorted(request.args[2].items())), []).append(n)
         for numbers in alike.values():
             for some in _batched(numbers, self.batch_size):
-                found |= zip(some, self._answers([requests[n] for n in some]), strict=True)
-        return [found[n] for n in range(len(requests))]
+                texts |= zip(some, self._answers([requests[n] for n in some]), strict=True)
+        return [texts[n] for n in range(len(requests))]
 
     def _answers(self, requests: list[Instance]) -> list[str]:
         """Answers to requests with the same settings."""
@@ -84,13 +84,13 @@ class KVWeave(lmms):
         examples = []
         for request in requests:
             _, messages_of, _, number, task, split = request.args
-            told = ChatMessages(messages=messages_of(self.task_dict[task][split][number]))
-            examples.append(Example(f"{task}/{split}/{number}", told.to_hf_messages(), "", ""))
+            chat = ChatMessages(messages=messages_of(self.task_dict[task][split][number]))
+            examples.append(Example(f"{task}/{split}/{number}", chat.to_hf_messages(), "", ""))
         batch = prepare(self.processor, examples, "seen")
-        said = answer(self.model, self.processor, self.method, batch, settings.get("max_new_tokens", _LONGEST))
+        answers = answer(self.model, self.processor, self.method, batch, settings.get("max_new_tokens", _LONGEST))
         stops = settings.get("until") or []
         pattern = "|".join(re.escape(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop)
-        return [re.split(pattern, one.text, maxsplit=1)[0] if pattern else one.text for one in said]
+        return [re.split(pattern, one.text, maxsplit=1)[0] if pattern else one.text for one in answers]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError(

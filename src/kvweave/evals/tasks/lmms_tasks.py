@@ -95,5 +95,5 @@ if __name__ == "__main__":
     parser.add_argument("data", type=Path, help="folder in MileBench's layout")
     parser.add_argument("folder", type=Path, help="where to write, for --include_path")
     parser.add_argument("--count", type=int, help="the first so many samples of each task")
-    given = parser.parse_args()
-    print("\n".join(write_tasks(given.data, given.folder, Options(count=given.count))))
+    arguments = parser.parse_args()
+    print("\n".join(write_tasks(arguments.data, arguments.folder, Options(count=arguments.count))))

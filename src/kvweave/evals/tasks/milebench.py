@@ -98,12 +98,12 @@ class MileBenchTask:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Those that its file names, else MileBench's and the strict one."""
-        said = self._meta.get("kvweave", {}).get("metrics")
-        if said:
-            return check_metrics(said)
+        names = self._meta.get("kvweave", {}).get("metrics")
+        if names:
+            return check_metrics(names)
         strict = "words" if self.official in ("needle", "contains") else self.official
-        found = f"milebench_{self.official}", f"strict_{strict}"
-        return found if self.options.scoring == "official" else found[::-1]
+        pair = f"milebench_{self.official}", f"strict_{strict}"
+        return pair if self.options.scoring == "official" else pair[::-1]
 
     @property
     def official(self) -> str:
@@ -121,8 +121,8 @@ class MileBenchTask:
 
     @property
     def max_new_tokens(self) -> int:
-        said = self._meta.get("kvweave", {}).get("max_new_tokens", LONGEST_ANSWER)
-        return int(said if self.options.max_new_tokens is None else self.options.max_new_tokens)
+        limit = self._meta.get("kvweave", {}).get("max_new_tokens", LONGEST_ANSWER)
+        return int(limit if self.options.max_new_tokens is None else self.options.max_new_tokens)
 
     @property
     def path(self) -> Path:
@@ -153,35 +153,35 @@ class MileBenchTask:
         return [self._example(sample, seed) for sample in self.samples()]
 
     def _sample(self, raw: dict[str, Any], instructions: Any, tokenizer: Any) -> Sample:
-        told = instruction(instructions, raw["task_instruction_id"])
-        asked = raw["task_instance"]
-        choices = tuple(map(str, asked.get("choice_list", ())))
+        task_text = instruction(instructions, raw["task_instruction_id"])
+        instance = raw["task_instance"]
+        choices = tuple(map(str, instance.get("choice_list", ())))
         combined = self.options.combined
-        named = asked[f"combined_{combined}_images"] if combined else asked["images_path"]
+        named = instance[f"combined_{combined}_images"] if combined else instance["images_path"]
         folder = self.path.parent / (f"combined_{combined}_images" if combined else "images")
         images = [str(self._inside(folder, name)) for name in named]
-        context = asked["context"] + _listed(choices, lettered=self.name != "GPR1200")
-        for n in range(1, len(asked["images_path"]) + 1):
+        context = instance["context"] + _listed(choices, lettered=self.name != "GPR1200")
+        for n in range(1, len(instance["images_path"]) + 1):
             for kind in ("image", "table"):
                 context = context.replace(f"{{{kind}#{n}}}", f"<Image {n}> " if combined else IMAGE)
         if combined:
-            told = IMAGE * len(images) + "\n" + told
+            task_text = IMAGE * len(images) + "\n" + task_text
         elif len(images) > context.count(IMAGE):
             context = IMAGE * (len(images) - context.count(IMAGE)) + context
         if tokenizer is not None:
-            context, kept = shortened(told, context, len(images), tokenizer, self.options)
+            context, kept = shortened(task_text, context, len(images), tokenizer, self.options)
             images = images[len(images) - kept :]
-        question = str(asked.get("question", ""))
+        question = str(instance.get("question", ""))
         if question and not context.endswith(question):
             question += _listed(choices, lettered=self.name != "GPR1200")
         return Sample(
             id=int(raw["sample_id"]),
-            prompt=f"{told}\n{context}",
+            prompt=f"{task_text}\n{context}",
             images=tuple(images),
             response=str(raw["response"]),
             choices=choices,
             question=question if context.endswith(question) else "",
-            quantity=_quantity(len(asked["images_path"])),
+            quantity=_quantity(len(instance["images_path"])),
         )
 
     def _inside(self, folder: Path, name: str) -> Path:

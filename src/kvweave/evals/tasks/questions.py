@@ -26,7 +26,7 @@ def read(path: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=32)
 def _read(path: Path, changed: int) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError(f"{path}: its JSON is nested too deeply: allowed is MileBench's layout") from None
     except json.JSONDecodeError as error:
@@ -36,19 +36,19 @@ def _read(path: Path, changed: int) -> dict[str, Any]:
         raise ValueError(f"{path}, line {line}: no UTF-8: {error.reason}") from None
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"{path}: damaged JSON: {error}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("data"), list) or not found["data"]:
+    if not isinstance(data, dict) or not isinstance(data.get("data"), list) or not data["data"]:
         raise ValueError(f"{path}: no samples: looked for an object with a list 'data'")
-    meta = found.get("meta_data")
+    meta = data.get("meta_data")
     if not isinstance(meta, dict) or not isinstance(meta.get("task_instruction"), (list, dict)):
         raise ValueError(f"{path}: looked for 'meta_data' with 'task_instruction', a list or an object")
     _check_meta(meta, path)
-    seen: set[int] = set()
-    for n, sample in enumerate(found["data"]):
+    numbers: set[int] = set()
+    for n, sample in enumerate(data["data"]):
         _check_sample(sample, f"{path}: sample {n + 1} of the file", meta["task_instruction"])
-        if int(sample["sample_id"]) in seen:
+        if int(sample["sample_id"]) in numbers:
             raise ValueError(f"{path}: sample_id={sample['sample_id']} is there twice")
-        seen.add(int(sample["sample_id"]))
-    return found
+        numbers.add(int(sample["sample_id"]))
+    return data
 
 
 def _check_meta(meta: dict[str, Any], path: Path) -> None:
@@ -74,12 +74,12 @@ def _check_sample(sample: Any, where: str, instructions: Any) -> None:
     number = sample["sample_id"]
     if type(number) not in (int, str) or not re.fullmatch("[0-9]{1,18}", str(number)):
         raise ValueError(f"{where}: allowed as sample_id is an int >= 0")
-    asked = sample["task_instance"]
-    if not isinstance(asked, dict) or not isinstance(asked.get("context"), str):
+    instance = sample["task_instance"]
+    if not isinstance(instance, dict) or not isinstance(instance.get("context"), str):
         raise ValueError(f"{where}: looked for task_instance with a string 'context'")
-    if not texts(asked.get("images_path")):
+    if not texts(instance.get("images_path")):
         raise ValueError(f"{where}: looked for a list 'images_path' of file names in its task_instance")
-    if not isinstance(asked.get("choice_list", []), list):
+    if not isinstance(instance.get("choice_list", []), list):
         raise ValueError(f"{where}: looked for a list 'choice_list' in its task_instance")
     instruction(instructions, sample["task_instruction_id"], where)
 

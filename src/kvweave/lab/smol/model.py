@@ -76,8 +76,8 @@ class Adapters(nn.Module):
         drawn = torch.Generator().manual_seed(seed)
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for name in PROJECTIONS:
-            layers, out, given = self._weights(language_model, name).shape
-            self.down[name] = nn.Parameter(torch.randn(layers, rank, given, generator=drawn) / given**0.5)
+            layers, out, fan_in = self._weights(language_model, name).shape
+            self.down[name] = nn.Parameter(torch.randn(layers, rank, fan_in, generator=drawn) / fan_in**0.5)
             self.up[name] = nn.Parameter(torch.zeros(layers, out, rank))
 
     def merged(self, language_model: nn.Module) -> dict[str, Tensor]:
@@ -85,8 +85,8 @@ class Adapters(nn.Module):
         found = {}
         for name in PROJECTIONS:
             weights = self._weights(language_model, name)
-            whole = weights.float() + self.SCALE * torch.bmm(self.up[name], self.down[name])
-            for layer, weight in enumerate(whole.to(weights.dtype)):
+            total = weights.float() + self.SCALE * torch.bmm(self.up[name], self.down[name])
+            for layer, weight in enumerate(total.to(weights.dtype)):
                 found[f"layers.{layer}.self_attn.{name}.weight"] = weight
         return found
 
@@ -146,6 +146,6 @@ def write_model(folder: Path, language: Path, state: Mapping[str, Tensor]) -> No
     from kvweave.lab.smol.processor import create_processor
 
     model = assemble(load_language(language), state)
-    whole = {name: w.to(torch.bfloat16) for name, w in model.state_dict().items() if name != "lm_head.weight"}
-    model.save_pretrained(folder, state_dict=whole)
+    weights = {name: w.to(torch.bfloat16) for name, w in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(folder, state_dict=weights)
     create_processor(language).save_pretrained(folder)

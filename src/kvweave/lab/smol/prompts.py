@@ -44,7 +44,7 @@ class Packed:
     """Albums with questions behind each, which see their album and themselves, not one another.
 
     tokens, places (positions), groups [albums, length], a multiple of 64: group 0 is the album, 1, 2, ... its
-    questions, -1 padding. What is to be learnt is flat over albums and lengths: `asked` [targets] says behind which
+    questions, -1 padding. What is to be learnt is flat over albums and lengths: `behind` [targets] says behind which
     tokens, `targets` which token follows, `owner` which question's answer it belongs to; `families` [questions].
     """
 
@@ -52,7 +52,7 @@ class Packed:
     tokens: Tensor
     places: Tensor
     groups: Tensor
-    asked: Tensor
+    behind: Tensor
     targets: Tensor
     owner: Tensor
     families: Tensor
@@ -69,13 +69,13 @@ def draw_questions(
 ) -> list[list[Question]]:
     """Up to `count` questions an album, none twice, families as often as `shares` says."""
     weights = np.array([shares[family] for family in FAMILIES])
-    asked = []
+    questions = []
     for album in albums:
         drawn = [
             album.question(FAMILIES[n], rng) for n in rng.choice(len(FAMILIES), count, p=weights / weights.sum())
         ]
-        asked.append(list({question.text: question for question in drawn if question}.values()))
-    return asked
+        questions.append(list({question.text: question for question in drawn if question}.values()))
+    return questions
 
 
 def pack(tokenizer: Any, albums: Sequence[Album], questions: Sequence[Sequence[Question]], scenes: Scenes) -> Packed:
@@ -86,11 +86,11 @@ def pack(tokenizer: Any, albums: Sequence[Album], questions: Sequence[Sequence[Q
     targets: list[int] = []
     owner: list[int] = []
     families: list[int] = []
-    for row, (album, asked) in enumerate(zip(albums, questions, strict=True)):
+    for row, (album, own) in enumerate(zip(albums, questions, strict=True)):
         tokens = ids.context(album)
         start = len(tokens)
         places, groups = list(range(start)), [0] * start
-        for group, question in enumerate(asked, 1):
+        for group, question in enumerate(own, 1):
             ask, answer = ids.ask(question), ids.of(question.answer + _END)
             first = len(tokens) + len(ask) - 1  # the answer's first token follows this one
             behind += [(row, first + n) for n in range(len(answer))]
@@ -110,8 +110,8 @@ def pack(tokenizer: Any, albums: Sequence[Album], questions: Sequence[Sequence[Q
             filled[n, row, : len(part)] = part
     at = np.array(behind).reshape(-1, 2)
     flat = at[:, 0] * length + at[:, 1]
-    whole = [torch.from_numpy(part) for part in (*filled, flat)]
-    return Packed(scenes, *whole, *(torch.tensor(part, dtype=torch.long) for part in (targets, owner, families)))
+    tensors = [torch.from_numpy(part) for part in (*filled, flat)]
+    return Packed(scenes, *tensors, *(torch.tensor(part, dtype=torch.long) for part in (targets, owner, families)))
 
 
 class _Encoded:
@@ -119,9 +119,9 @@ class _Encoded:
 
     def __init__(self, tokenizer: Any, albums: Sequence[Album], questions: Sequence[Sequence[Question]]) -> None:
         texts = {_OPENING, _ASK, "\n"}
-        for album, asked in zip(albums, questions, strict=True):
+        for album, own in zip(albums, questions, strict=True):
             texts.update(album.captions())
-            texts.update(text for question in asked for text in (question.text, question.answer + _END))
+            texts.update(text for question in own for text in (question.text, question.answer + _END))
         ordered = sorted(texts)
         encoded = tokenizer(ordered, add_special_tokens=False)["input_ids"]
         self._ids = dict(zip(ordered, encoded, strict=True))
@@ -131,10 +131,10 @@ class _Encoded:
         return self._ids[text]
 
     def context(self, album: Album) -> list[int]:
-        found = list(self._ids[_OPENING])
+        ids = list(self._ids[_OPENING])
         for caption in album.captions():
-            found += self._ids[caption] + self._image
-        return found
+            ids += self._ids[caption] + self._image
+        return ids
 
     def ask(self, question: Question) -> list[int]:
         return self._ids[question.text] + self._ids[_ASK]

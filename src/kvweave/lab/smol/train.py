@@ -189,9 +189,9 @@ class Trainer:
         cross, hits, distance = self._sight(features, drawn.cells.to(self.device), exact=True)
         loss = 0.3 * cross + 6 * distance
         loss.backward()
-        told = torch.stack([loss.detach(), distance.detach(), hits]).tolist()
-        self.sight += (told[2] - self.sight) * 0.05
-        return {"loss": round(told[0], 4), "distance": round(told[1], 4), "sight": round(self.sight, 4)}
+        figures = torch.stack([loss.detach(), distance.detach(), hits]).tolist()
+        self.sight += (figures[2] - self.sight) * 0.05
+        return {"loss": round(figures[0], 4), "distance": round(figures[1], 4), "sight": round(self.sight, 4)}
 
     def _sight(self, features: Tensor, cells: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy of cells' nouns, share of cells told right, squared distance to the nouns' embeddings."""
@@ -223,17 +223,17 @@ class Trainer:
         }
         merged = self.adapters.merged(self.language_model)
         states = torch.func.functional_call(self.language_model, merged, (), arguments).last_hidden_state
-        logits = F.linear(states.flatten(0, 1)[packed.asked], self.model.lm_head.weight.to(self.dtype)).float()
+        logits = F.linear(states.flatten(0, 1)[packed.behind], self.model.lm_head.weight.to(self.dtype)).float()
         loss = F.cross_entropy(logits, packed.targets)
         cross, sight, _ = self._sight(features, packed.scenes.cells, exact=False)
         (loss + self.recipe.watch * cross).backward()
         wrong = (logits.detach().argmax(-1) != packed.targets).float()
         wrong = torch.zeros(len(packed.families), device=self.device).index_add_(0, packed.owner, wrong)
-        told = torch.cat([loss.detach()[None], sight[None], wrong]).tolist()
-        self.sight += (told[1] - self.sight) * 0.05
-        self._remember(packed.families.tolist(), [count == 0 for count in told[2:]])
+        figures = torch.cat([loss.detach()[None], sight[None], wrong]).tolist()
+        self.sight += (figures[1] - self.sight) * 0.05
+        self._remember(packed.families.tolist(), [count == 0 for count in figures[2:]])
         return {
-            "loss": round(told[0], 4),
+            "loss": round(figures[0], 4),
             "sight": round(self.sight, 4),
             "albums": len(packed.tokens),
             "images": len(packed.scenes) // len(packed.tokens),
@@ -243,7 +243,7 @@ class Trainer:
 
     def _remember(self, families: list[int], right: list[bool]) -> None:
         for index, family in enumerate(FAMILIES):
-            mine = [hit for hit, asked in zip(right, families, strict=True) if asked == index]
+            mine = [hit for hit, kin in zip(right, families, strict=True) if kin == index]
             if mine:
                 keep = math.exp(-len(mine) / MEMORY)
                 self.accuracy[family] = keep * self.accuracy[family] + (1 - keep) * sum(mine) / len(mine)
@@ -284,9 +284,9 @@ def _mask(groups: Tensor, dtype: torch.dtype) -> Tensor:
     """[albums, 1, length, length], added to the scores: a question sees its album, and itself up to a token."""
     length = groups.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=groups.device).tril()
-    seen = (groups == 0)[:, None, :] | (groups[:, None, :] == groups[:, :, None])
+    visible = (groups == 0)[:, None, :] | (groups[:, None, :] == groups[:, :, None])
     blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=groups.device)
-    return torch.where(seen & causal, blocked.new_zeros(()), blocked)[:, None]
+    return torch.where(visible & causal, blocked.new_zeros(()), blocked)[:, None]
 
 
 def _noun_embeddings(embedding: Tensor, tokenizer: Any) -> Tensor:
@@ -305,19 +305,19 @@ class Painters:
     AHEAD = 2  # batches for each process
 
     def __init__(self, tokenizer: Any, recipe: Recipe, seed: int, workers: int) -> None:
-        self._given = (tokenizer, recipe, seed)
+        self._arguments = (tokenizer, recipe, seed)
         self._ahead: deque[Future[bytes]] = deque()
         self._most = workers * self.AHEAD
         self._pool: ProcessPoolExecutor | None = None
         if workers:
             context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(workers, context, _set_up, self._given)
+            self._pool = ProcessPoolExecutor(workers, context, _set_up, self._arguments)
             self._pool.submit(int).result()  # all fork now, before there is a GPU to share
 
     def batch(self, step: int, done: float, shares: Mapping[str, float]) -> Batch:
         """The batch of a step; with processes, drawn for what held when it was ordered."""
         if self._pool is None:
-            return draw_batch(*self._given, step, done, shares)
+            return draw_batch(*self._arguments, step, done, shares)
         while len(self._ahead) < self._most:
             self._ahead.append(self._pool.submit(_draw_bytes, step + len(self._ahead), done, dict(shares)))
         return pickle.loads(self._ahead.popleft().result())
