@@ -55,6 +55,8 @@ def compress_tensors(
         ValueError: shapes or types that do not fit, a row without a token, NaN in a token's tensors.
     """
     method = method.without_model
+    if method.coarse_cut is not None:
+        raise ValueError("coarse is what a model's cache holds until its cut: allowed without a model is coarse=0")
     prompt = checked(method, queries, keys, values, visual, valid, rotary, decoded, probed=probed)
     batch, _, length, dim = keys[0].shape
     lengths = [length] * batch if valid is None else prompt.lengths

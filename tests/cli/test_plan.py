@@ -42,6 +42,8 @@ def test_a_method_that_waits_says_so(tmp_path, kvweave):
     ended = kvweave("plan", "--model", "model", "--tokens", "100", "--method", "weave")
     assert "it cuts once the whole prompt is cached" in ended.out
     assert ended.out.count("yes, ") == 2
+    ended = kvweave("plan", "--model", "model", "--tokens", "100", "--method", "weave:form=even,coarse=2")
+    assert "until its cut it holds" in ended.out
 
 
 def test_what_cannot_be_planned_is_refused_in_one_line(tmp_path, kvweave):

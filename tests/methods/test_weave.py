@@ -105,6 +105,7 @@ def test_on_a_model_the_form_is_lent_with_its_profile_if_there_is_one():
     known = Weave(0.3, redecode=True).on_model(lambda: "smol-text")
     assert known == Weave(0.3, form="lent", redecode=True, allocation="profile", profile="smol-text")
     for small in (0.1, 100, "1MiB"):
-        assert Weave(small).on_model(lambda: "smol-text") == Weave(small, form="lent")
+        assert Weave(small).on_model(lambda: "smol-text") == Weave(small, form="lent", profile="smol-text")
+        assert Weave(small, coarse=0).on_model(lambda: "smol-text") == Weave(small, form="lent", coarse=0)
     spelled = Weave(0.3, recent=8)
     assert spelled.on_model(lambda: "smol-text") is spelled

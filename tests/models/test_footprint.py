@@ -104,6 +104,20 @@ def test_a_method_that_waits_holds_the_full_cache_at_its_peak(llama):
     assert (whole.kept, whole.entries) == (whole.full, LENGTH)
 
 
+def test_a_first_cut_is_what_is_held_till_the_cut(llama):
+    even = "weave:form=even,budget=0.1"
+    whole, coarse = (
+        footprint(str(llama), kvweave.parse_method(spelled), tokens=LENGTH, new_tokens=0)
+        for spelled in (even, f"{even},coarse=2")
+    )
+    assert coarse.waits
+    assert coarse.before_cut == 2 * whole.kept == 2 * coarse.kept
+    assert whole.before_cut == whole.full
+    assert coarse.peak < whole.peak == coarse.full_peak
+    unknown = kvweave.parse_method("weave:budget=0.1,coarse=2")  # no profile: the whole prompt is held
+    assert footprint(str(llama), unknown, tokens=LENGTH, new_tokens=0) == whole
+
+
 @pytest.mark.parametrize("kind", ["lab", "internvl", "mobilevlm"])
 def test_a_tower_takes_what_the_allocator_is_asked_for(tmp_path, kind):
     """Four images; nothing but `config.json` is there when it is planned."""

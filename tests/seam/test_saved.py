@@ -18,6 +18,7 @@ METHODS = {
     "uneven heads": kvweave.get_method("adakv", budget=0.3, window=4),
     "memory": kvweave.get_method("d2o", budget=0.3),
     "deferred": kvweave.Weave(budget=0.4, proxies=4, recent=4),
+    "deferred, heads compete": kvweave.Weave(0.4, form="lent", proxies=4, recent=4),
     "packed": kvweave.Quantized(kvweave.SnapKV(budget=0.6, window=4), bits=4, group=4, residual=4),
     "full": kvweave.Full(),
 }

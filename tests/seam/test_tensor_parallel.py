@@ -19,6 +19,8 @@ METHODS = {name: kvweave.get_method(name, budget=0.4) for name in kvweave.list_m
     "flowmm by its ratio": kvweave.FlowMM(budget=0.4, proxies=4, theta=0.44),
     "in bytes": kvweave.SnapKV(budget="4KiB", window=4),
     "adakv, deferred": kvweave.get_method("adakv", budget=0.4, window=4, defer=2),
+    "coarse, by layer": kvweave.Weave(0.3, form="lent", defer=2, recent=4, allocation="layer", coarse=1.5),
+    "coarse, alike": kvweave.SnapKV(budget=0.3, window=4, defer=2, coarse=1.5),
     "meda, deferred": kvweave.get_method("meda", budget=0.4, defer=2),
 }
 

@@ -106,8 +106,10 @@ def _print(sizes: "Footprint", method: str, tokens: int, room: int) -> None:
     screen = console.out()
     screen.print(table)
     screen.print(Text(f"{sizes.layers} layers keep {sizes.entries} of {tokens} tokens each, on average"))
-    if sizes.waits:
+    if sizes.waits and sizes.before_cut == sizes.full:
         screen.print(Text("it cuts once the whole prompt is cached: the peak is the full cache's, decoding is not"))
+    elif sizes.waits:
+        screen.print(Text(f"until its cut it holds {size(sizes.before_cut)} of the prompt's cache"))
 
 
 def _fit(peak: int, room: int) -> str:

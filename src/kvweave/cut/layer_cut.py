@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvweave.cut.coarse import Coarse, fate_after
 from kvweave.cut.record import Record
 from kvweave.cut.rows import Group, Share, compact, fits, group_rows
 from kvweave.cut.terms import Pending, Terms
@@ -94,15 +95,19 @@ class LayerCut:
             That, and bool [batch, columns], the tokens of the prompt that were taken for real; None: nothing was cut.
         """
         self.pending = None
-        behind = 0 if pending.behind is None else pending.behind.nbytes
+        behind, coarse = 0 if pending.behind is None else pending.behind.nbytes, pending.coarse
         if fits(pending.groups, share) and not _holds_padding(block, pending):
-            return self.store(block, block, pending.lengths, pending.prompt, terms, behind=behind), pending.valid
+            whole = self.store(block, block, pending.lengths, pending.prompt, terms, behind=behind, coarse=coarse)
+            return whole, pending.valid
         outcome = compact(terms.method, pending.groups, share, pending.budgets, trace=terms.trace)
         self.flow = outcome.compacted.flow
         self.fate = outcome.fate
+        if coarse is not None and coarse.fates:
+            self.fate = [fate_after(*fates) for fates in zip(coarse.fates, outcome.fate, strict=True)]
         self.memory = self.memory if outcome.memory is None else outcome.memory
         cut = block_from(outcome.compacted, pending.behind)
-        cut = self.store(block, cut, pending.lengths, outcome.compacted, terms, outcome.rows, behind=behind)
+        rows, lengths = outcome.rows, pending.lengths
+        cut = self.store(block, cut, lengths, outcome.compacted, terms, rows, behind=behind, coarse=coarse)
         return cut, pending.valid
 
     def store(
@@ -115,6 +120,7 @@ class LayerCut:
         rows: list[dict[str, Any]] | None = None,
         packs: bool = True,
         behind: int = 0,
+        coarse: Coarse | None = None,
     ) -> Block:
         """`block` as the method wants it stored; keeps what the report will say.
 
@@ -124,6 +130,7 @@ class LayerCut:
             rows: for each row, what its plan says of itself.
             packs: store it as the method wants it stored.
             behind: bytes of the tokens that lie behind the prompt.
+            coarse: what a first cut did before.
         """
         if packs and terms.storage is not None:
             block = stored_in(block, terms.storage)
@@ -139,7 +146,12 @@ class LayerCut:
         kept, represented, heaviest = counts.unbind(-1)
         bytes_before, bytes_after, behind = sizes
         rows = rows or [{} for _ in lengths]
-        self.record = Record(lengths, kept, represented, heaviest.max(), bytes_before, bytes_after, rows, behind)
+        held = None
+        if coarse is not None:
+            bytes_before, held = coarse.bytes_before, coarse.bytes_after
+        self.record = Record(
+            lengths, kept, represented, heaviest.max(), bytes_before, bytes_after, rows, behind, held
+        )
         return block
 
 

@@ -5,18 +5,21 @@ was seen of them; or when the first tokens have been decoded, or probes answered
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvweave.cut.coarse import Coarse, of_slots_left
 from kvweave.cut.layer_cut import LayerCut
-from kvweave.cut.rows import Group, Share, observe, smallest
-from kvweave.cut.shares import by_row, share_out
+from kvweave.cut.rows import Group, Share, compact, fits, observe, smallest
+from kvweave.cut.shares import by_row, coarse_shares, share_out
 from kvweave.cut.terms import Pending, Terms
 from kvweave.cut.waiting import Waiting, known_by_row
 from kvweave.memory.block import Block
+from kvweave.memory.heads import block_from
 from kvweave.memory.slots import Slots
 from kvweave.methods.needs import ALL_ROWS
 from kvweave.ops.budget import entries
@@ -142,7 +145,8 @@ class PromptCut(LayerCut):
         if method.defer or terms.on_request:
             self.store(block, block, lengths, ours, terms, packs=False)
             self.waiting = self._wait(pending, own, rule, budgets if terms.adaptive else share, terms)
-            return block, None
+            first = None if terms.on_request else coarse_shares(method, budgets, lengths, terms.layers)
+            return (block, None) if first is None else self._cut_coarsely(block, pending, first[self.layer], terms)
         if terms.adaptive:
             pending.weights = observe(method, groups, budgets, lengths)
             self.pending = pending
@@ -173,7 +177,33 @@ class PromptCut(LayerCut):
         heads, dim = self.query_shape
         queries = pending.prompt.keys.new_zeros(batch, heads, terms.awaited, dim)
         statistics, weights = known_by_row(pending.groups, batch), by_row(pending.groups, weights)
-        return Waiting.of(prompt, pending.prompt.count, rule, queries, statistics, weights, pending.budgets)
+        if terms.method.pools:  # it observes again, once more is known
+            weights = [None] * batch
+        return Waiting.of(prompt, rule, queries, statistics, weights, pending.budgets)
+
+    def _cut_coarsely(
+        self, block: Block, pending: Pending, share: Sequence[Share], terms: Terms
+    ) -> tuple[Block, Tensor | None]:
+        """What memory holds until the cut that waits; as in `cut`, and None too where that is the whole prompt.
+
+        Args:
+            share: entries that each row of the batch keeps in this layer till then.
+        """
+        method = terms.method.coarse_cut
+        if method is None or fits(pending.groups, share):
+            return block, None
+        assert self.waiting is not None
+        outcome = compact(method, pending.groups, share, pending.budgets, trace=True)
+        smaller = block_from(outcome.compacted, pending.behind)
+        behind = 0 if pending.behind is None else pending.behind.nbytes
+        self.store(block, smaller, pending.lengths, outcome.compacted, terms, packs=False, behind=behind)
+        assert self.record is not None
+        self.fate = outcome.fate if terms.trace else []
+        coarse = Coarse(self.record.bytes_before, self.record.bytes_after, self.fate)
+        self.record = replace(self.record, bytes_coarse=coarse.bytes_after)
+        statistics = of_slots_left(self.waiting.known, outcome.fate, terms.heads)
+        self.waiting = replace(self.waiting, known=statistics, coarse=coarse)
+        return smaller, pending.valid
 
     def count_attention(self, block: Block, counted: Tensor, length: int, terms: Terms) -> None:
         """Note what the tokens behind the prompt attend to in it.
@@ -194,23 +224,49 @@ class PromptCut(LayerCut):
         prompt = waiting.prompt.to(waiting.queries.device)
         behind = prompt.valid.new_ones(len(prompt.valid), length - prompt.length)
         slots = self._all_slots(block, torch.cat([prompt.valid, behind], 1), terms)
-        ours, after = slots.split_at(waiting.slots)
+        ours, after = slots.split_at(slots.count - behind.shape[1])
         rows = [known.get("rows", 0) for known in waiting.known]
         return self.groups(ours, None, prompt, waiting.rule, terms, apart=rows), ours, after
 
-    def due(
-        self, block: Block, share: Sequence[Share] | None, counted: Tensor | None, length: int, terms: Terms
-    ) -> Pending:
-        """The prompt that waited, ready for `cut`: the tokens decoded meanwhile have said what they look at.
+    def weigh(self, block: Block, counted: Tensor | None, length: int, terms: Terms) -> list[Any]:
+        """What `Method.allocate` is given of each row, once the tokens decoded meanwhile have said what they look at.
 
         Args:
-            share: entries that each row of the batch keeps in this layer; None: that depends on what is learnt here.
             counted: bool [batch, tokens], those that count; None: there are none.
             length: columns of `block`.
         """
-        waiting, method = self.waiting, terms.method
+        waiting = self.waiting
+        assert waiting is not None
+        groups, _, _ = self._informed(waiting, block, None, counted, length, terms)
+        budgets, lengths = waiting.budgets, waiting.prompt.lengths
+        return by_row(groups, observe(terms.method, groups, budgets, lengths, probed=(terms.probed,)))
+
+    def due(self, block: Block, share: Sequence[Share], counted: Tensor | None, length: int, terms: Terms) -> Pending:
+        """The prompt that waited, ready for `cut`: the tokens decoded meanwhile have said what they look at.
+
+        Args:
+            share: entries that each row of the batch keeps in this layer.
+            counted: bool [batch, tokens], those that count; None: there are none, or `weigh` was told of them.
+            length: columns of `block`.
+        """
+        waiting = self.waiting
         assert waiting is not None
         self.waiting = None
+        groups, ours, after = self._informed(waiting, block, share, counted, length, terms)
+        lengths, valid = waiting.prompt.lengths, waiting.prompt.valid
+        return Pending(groups, waiting.budgets, lengths, ours, after, valid, coarse=waiting.coarse)
+
+    def _informed(
+        self,
+        waiting: Waiting,
+        block: Block,
+        share: Sequence[Share] | None,
+        counted: Tensor | None,
+        length: int,
+        terms: Terms,
+    ) -> tuple[list[Group], Slots, Slots]:
+        """As `_waiting_groups`, with all that was learnt."""
+        method = terms.method
         groups, ours, after = self._waiting_groups(waiting, block, length, terms)
         for group in groups:
             view, at = group.view, group.index
@@ -222,6 +278,4 @@ class PromptCut(LayerCut):
             view.probed = terms.probed
             rows = waiting.counts[at] if terms.probed else torch.full_like(waiting.counts[at], method.defer)
             view.decoded_weight = method.weight_of(rows)[:, None, None]
-        budgets, lengths = waiting.budgets, waiting.prompt.lengths
-        weights = [] if share is not None else observe(method, groups, budgets, lengths, probed=(terms.probed,))
-        return Pending(groups, budgets, lengths, ours, after, waiting.prompt.valid, weights)
+        return groups, ours, after

@@ -19,6 +19,7 @@ class Record:
         heaviest: float [], tokens that the heaviest entry stands for.
         bytes_before, bytes_after: of the prompt's keys and values in the layer.
         bytes_behind: of the tokens decoded before the cut.
+        bytes_coarse: of what a first, coarse cut left of the prompt; None: there was none.
         rows: for each row, what its plan says of itself: flow ratio, scope, ...
     """
 
@@ -30,6 +31,7 @@ class Record:
     bytes_after: int
     rows: list[dict[str, Any]]
     bytes_behind: int = 0
+    bytes_coarse: int | None = None
 
     @property
     def words(self) -> dict[str, Any]:
@@ -90,9 +92,10 @@ def peak(records: Sequence[Record], together: bool) -> int:
     """Most bytes held at once while these layers were filled and cut.
 
     Args:
-        together: none was cut before all were filled.
+        together: none had its last cut before all were filled.
     """
+    left = [record.bytes_after for record in records]
     if together:
-        return sum(record.bytes_before + record.bytes_behind for record in records)
-    cut = [0, *accumulate(record.bytes_after for record in records)]
-    return max((done + record.bytes_before for done, record in zip(cut, records, strict=False)), default=0)
+        left = [record.bytes_before if record.bytes_coarse is None else record.bytes_coarse for record in records]
+    filled = max((done + x.bytes_before for done, x in zip([0, *accumulate(left)], records, strict=False)), default=0)
+    return max(filled, sum(left) + sum(record.bytes_behind for record in records)) if together else filled

@@ -33,6 +33,15 @@ def share_out(
     return [list(layer) for layer in zip(*rows, strict=True)]
 
 
+def coarse_shares(
+    method: Method, budgets: Sequence[int], lengths: Sequence[int], layers: int
+) -> list[list[Share]] | None:
+    """Entries that each layer keeps of each row until the cut that waits: `[layer][row]`; None: everything."""
+    rows = [method.coarse_budgets(budget, length, layers) for budget, length in zip(budgets, lengths, strict=True)]
+    known = [row for row in rows if row is not None]
+    return [list(layer) for layer in zip(*known, strict=True)] if len(known) == len(rows) else None
+
+
 def by_row(groups: Sequence[Group], weights: Sequence[Any]) -> list[Any]:
     """What was observed of each group, for each row of the batch."""
     by = {row: weight for group, weight in zip(groups, weights, strict=True) for row in group.index}

@@ -113,8 +113,11 @@ def _undeferred(method: Method) -> Method:
     options: dict[str, Any] = {}
     if isinstance(inside, Method):
         options["method"] = _undeferred(inside)
-    elif getattr(method, "temperature", None) is not None and not _is_explicit(method, "temperature"):
-        options["temperature"] = None
+    else:
+        if getattr(method, "temperature", None) is not None and not _is_explicit(method, "temperature"):
+            options["temperature"] = None
+        if method.coarse_cut is not None:
+            options["coarse"] = 0
     return replace(method, defer=0, **options)
 
 
@@ -132,6 +135,8 @@ def _check(method: Method, every: int, total: int | None) -> None:
         raise ValueError(f"redecode=True {beside}: allowed is redecode=False")
     if method.defer and _is_explicit(inside, "defer"):
         raise ValueError(f"defer={method.defer} {beside}, which cuts at once: allowed is defer=0")
+    if method.coarse_cut is not None and _is_explicit(inside, "coarse"):
+        raise ValueError(f"coarse {beside}, which cuts as it goes: allowed is coarse=0")
     for name, option, value, allowed in (
         ("kvmerger", "variant", "threshold", "budgeted"),
         ("lookm", "text_prior", "union", "exact or off"),

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvweave.cut.coarse import Coarse
 from kvweave.cut.rows import Group
 from kvweave.cut.stream import Stream
 from kvweave.memory.slots import Slots
@@ -67,6 +68,7 @@ class Pending:
         prompt: the prompt's slots; behind: those behind it, which are not cut; None: there are none.
         valid: bool [batch, columns], real tokens of the prompt.
         weights: what was observed of each group, for layer-adaptive methods.
+        coarse: what a first cut of the prompt did, of which these are the slots left; None: there was none.
     """
 
     groups: list[Group]
@@ -76,3 +78,4 @@ class Pending:
     behind: Slots | None
     valid: Tensor
     weights: list[Any] = field(default_factory=list)
+    coarse: Coarse | None = None

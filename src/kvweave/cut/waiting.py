@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvweave.cut.coarse import Coarse
 from kvweave.cut.rows import Group
 from kvweave.cut.terms import Terms
 from kvweave.methods.needs import MEANS, Needs, Reduction
@@ -26,7 +27,7 @@ class Waiting:
     """What is held of one layer until it is cut.
 
     Attributes:
-        prompt: the prompt that ended; its slots are the first `slots`.
+        prompt: the prompt that ended.
         known: for each row of the batch the statistics of its own (`LayerView`).
         weights: for each row what was observed of it, for layer-adaptive methods.
         budgets: mean entries of a layer, by row.
@@ -35,10 +36,10 @@ class Waiting:
         sums: for each row and reduction [1, kv_heads, length], attention received from the decoded tokens so far.
         seen: for each row [heads, tokens, dim], the queries of those tokens, for methods that keep them.
         counts: float [batch], how many there were.
+        coarse: the layer's first cut; None: it holds the whole prompt.
     """
 
     prompt: Prompt
-    slots: int
     known: list[dict[Any, Any]]
     weights: list[Any]
     budgets: list[int]
@@ -47,12 +48,12 @@ class Waiting:
     sums: list[dict[Reduction, Tensor]]
     seen: list[list[Tensor]]
     counts: Tensor
+    coarse: Coarse | None = None
 
     @classmethod
     def of(
         cls,
         prompt: Prompt,
-        slots: int,
         rule: AttentionRule,
         queries: Tensor,
         known: list[dict[Any, Any]] | None = None,
@@ -64,7 +65,6 @@ class Waiting:
         counts = torch.zeros(batch, device=queries.device)
         return cls(
             prompt,
-            slots,
             known or [{} for _ in range(batch)],
             list(weights),
             list(budgets),
@@ -100,6 +100,7 @@ class Waiting:
             sums=[dict(self.sums[row]) for row in places],
             seen=[list(self.seen[row]) for row in places],
             counts=self.counts[index.to(self.counts.device)],
+            coarse=None if self.coarse is None else self.coarse.rows(places),
         )
 
     def expect(self, tokens: int) -> None:
@@ -160,7 +161,7 @@ def tell_rows(
         rule: without mask.
     """
     counted = torch.ones(len(queries), queries.shape[2], dtype=torch.bool, device=keys.device)
-    waiting = Waiting.of(prompt, prompt.length, rule, queries)
+    waiting = Waiting.of(prompt, rule, queries)
     for group in groups:
         waiting.add(group, keys, counted, terms.needs, 1.0 if terms.probed else terms.needs.temperature)
         waiting.tell(group.view, group.index)

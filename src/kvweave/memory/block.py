@@ -4,9 +4,11 @@
     `PackedSlots`  the older ones in few bits                                                packed.py
     `FixedSlots`   in buffers of fixed shape and address, for compiled steps                 fixed.py
     `RaggedHeads`  several of these, each of KV heads that hold equally many                 heads.py
+    `FixedHeads`   the same in buffers of fixed shape and address                            fixed_heads.py
     `Expanded`     one head's for all heads, as attention reads them                         expanded.py
 
-All but `RaggedHeads` are of KV heads that hold equally many. Nothing outside of this folder asks which it has.
+All but the two of heads that differ are of KV heads that hold equally many. Nothing outside of this folder asks which
+it has.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -14,8 +16,19 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kvweave.memory.fixed import FixedSlots
     from kvweave.memory.slots import Slots
+
+
+class Fixed(Protocol):
+    """What a block in buffers of fixed shape tells of tokens that only the device counts."""
+
+    @property
+    def seen(self) -> Tensor:
+        """int64 [], logical length."""
+
+    @property
+    def columns(self) -> int:
+        """Logical columns, those of all the room included."""
 
 
 class Block(Protocol):
@@ -34,8 +47,8 @@ class Block(Protocol):
         """The block, or one for each KV head where heads hold different counts."""
 
     @property
-    def fixed(self) -> "tuple[FixedSlots, ...]":
-        """Its parts, where they are buffers of fixed shape and address; else empty."""
+    def fixed(self) -> "tuple[Fixed, ...]":
+        """What lies in buffers of fixed shape and address; else empty."""
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor] | None:

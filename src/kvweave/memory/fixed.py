@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kvweave.memory.attend import attend
-from kvweave.memory.masks import at_columns, by_head
+from kvweave.memory.block import Fixed
+from kvweave.memory.masks import biased_mask
 from kvweave.memory.slots import Room, Slots
 
 _ROUND = 64  # capacities are multiples of it, so that few shapes are compiled
@@ -99,7 +100,7 @@ class FixedSlots:
         return (self,)
 
     @property
-    def fixed(self) -> "tuple[FixedSlots, ...]":
+    def fixed(self) -> tuple[Fixed, ...]:
         return (self,)
 
     @property
@@ -135,12 +136,9 @@ class FixedSlots:
         )
 
     def mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
-        bias = self.bias[:, :, None]
-        if mask is None:
-            return bias
-        shown = at_columns(mask, self.positions, queries.shape[1], 1)
-        bias, least = by_head(bias, shown.shape[1]), torch.finfo(bias.dtype).min
-        return bias.masked_fill(~shown, least) if shown.dtype == torch.bool else (shown + bias).clamp(min=least)
+        return (
+            self.bias[:, :, None] if mask is None else biased_mask(mask, self.positions, self.bias, queries.shape[1])
+        )
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float | None, dropout: float) -> Tensor:
         return attend(query, self.keys, self.values, mask, scaling, dropout)

@@ -2,21 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvweave.memory.attend import by_kernel
-from kvweave.memory.block import Block
+from kvweave.memory.block import Block, Fixed
 from kvweave.memory.expanded import Expanded
-from kvweave.memory.fixed import FixedSlots
+from kvweave.memory.head_room import HeadRoom, Lane
 from kvweave.memory.packed import packed
 from kvweave.memory.slots import FEW, Slots
 from kvweave.ops.quantize import Quantization
 from kvweave.plan import Compacted
 
-#: Of the slots of heads that lie side by side so many hold a token for each one that is empty, at least.
-_PADDED = 8
+#: What a further call costs a CPU: reading the keys and values of so many tokens times channels.
+_CALL = 15_000
+#: Of a layer's slots so many hold a token for each one that is empty, at least.
+_FILLED = 3
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,44 @@ class RaggedHeads:
     """A `Block` made of several, each of KV heads that hold equally many.
 
     Attributes:
+        base: the parts, without the last `tail` tokens.
         heads: for each part, which KV heads it holds, in its order; empty: one each, in order.
         order: int64 [kv_heads], KV heads as the parts hold them; back: where each is then. None: in order.
+        room: buffers in which the parts lie, and the tail behind each; None: there is no tail.
+        tail: tokens of all heads, of columns from `column` on.
     """
 
-    parts: tuple[Block, ...]
+    base: tuple[Block, ...]
     heads: tuple[tuple[int, ...], ...] = ()
     order: Tensor | None = None
     back: Tensor | None = None
+    room: HeadRoom | None = None
+    tail: int = 0
+    column: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and sent: the parts, and not the room behind them."""
+        return vars(self.settled())
+
+    def settled(self) -> "RaggedHeads":
+        """The same, each part with its own tail."""
+        return RaggedHeads(self.parts, self.heads, self.order, self.back)
+
+    @property
+    def parts(self) -> tuple[Block, ...]:
+        """The parts, with all that came."""
+        if self.room is None:
+            return self.base
+        return tuple(map(self._grown, self.base, self.room.lanes))
+
+    def _grown(self, part: Block, lane: Lane) -> Slots:
+        assert isinstance(part, Slots)
+        assert self.room is not None
+        keys, values = (x[:, :, : lane.size + self.tail] for x in (lane.keys, lane.values))
+        if not self.tail:
+            return replace(part, keys=keys, values=values)
+        column = part.column if part.tail else self.column
+        return replace(part, keys=keys, values=values, tail=part.tail + self.tail, column=column)
 
     @property
     def nbytes(self) -> int:
@@ -39,11 +72,11 @@ class RaggedHeads:
 
     @property
     def has_positions(self) -> bool:
-        return all(part.has_positions for part in self.parts)
+        return all(part.has_positions for part in self.base)
 
     @property
-    def fixed(self) -> tuple[FixedSlots, ...]:
-        return tuple(slots for part in self.parts for slots in part.fixed)
+    def fixed(self) -> tuple[Fixed, ...]:
+        return ()
 
     @property
     def tensors(self) -> None:
@@ -51,16 +84,30 @@ class RaggedHeads:
 
     def each(self, of: Callable[[Block], Block]) -> "RaggedHeads":
         """With `of` each part."""
-        return replace(self, parts=tuple(of(part) for part in self.parts))
+        return RaggedHeads(tuple(of(part) for part in self.parts), self.heads, self.order, self.back)
 
     def append(self, keys: Tensor, values: Tensor, column: int) -> Block:
-        fresh = [part for part in self.parts if isinstance(part, Slots) and part.room is None and not part.tail]
-        if len(fresh) == len(self.parts) and not self.heads and keys.shape[2] <= FEW and not keys.is_cuda:
-            block = in_buckets(fresh)  # room is made now, in front too
-            if not isinstance(block, RaggedHeads) or block.heads:
+        new, room = keys.shape[2], self.room
+        if room is not None and new <= room.spare - self.tail and not keys.requires_grad:
+            room.write(keys, values, self.tail)
+            return replace(self, tail=self.tail + new, column=self.column if self.tail else column)
+        parts = [part for part in self.parts if isinstance(part, Slots)]
+        if new > FEW or keys.is_cuda or keys.requires_grad or len(parts) < len(self.base):
+            split = zip(self.parts, self._split(keys), self._split(values), strict=True)
+            grown = tuple(part.append(key, value, column) for part, key, value in split)
+            return RaggedHeads(grown, self.heads, self.order, self.back)
+        if not self.heads and not any(part.tail for part in parts):
+            block = in_buckets(parts)
+            if not isinstance(block, RaggedHeads):
                 return block.append(keys, values, column)
-        new = zip(self.parts, self._split(keys), self._split(values), strict=True)
-        return replace(self, parts=tuple(part.append(key, value, column) for part, key, value in new))
+            return block.with_room(new).append(keys, values, column)
+        return self.settled().with_room(new).append(keys, values, column)
+
+    def with_room(self, new: int) -> "RaggedHeads":
+        """The same in buffers with room for `new` tokens and some more."""
+        parts = [part for part in self.base if isinstance(part, Slots)]
+        spare = max(FEW, max(part.count for part in parts) // 4) + new
+        return replace(self, room=HeadRoom.of(parts, self.back, spare))
 
     def rows(self, index: Tensor) -> "RaggedHeads":
         return self.each(lambda part: part.rows(index))
@@ -82,6 +129,8 @@ class RaggedHeads:
         """Where there is no mask, a call for each part; one launch for all, where each begins a buffer on a GPU."""
         if mask is not None or dropout:
             return None
+        if self.room is not None:
+            return self._attend_in_room(query, self.room, scaling)
         if not self.heads:
             out = attend_uneven(query, self.parts, scaling)
             if out is not None:
@@ -93,6 +142,14 @@ class RaggedHeads:
                 return None
             outs.append(out)
         return self.in_order(torch.cat(outs, 2), 2)
+
+    def _attend_in_room(self, query: Tensor, room: HeadRoom, scaling: float | None) -> Tensor:
+        batch, heads, _, dim = query.shape
+        rows = query.reshape(batch, len(room.next), -1, dim)
+        if self.order is None or self.back is None:
+            return room.attend(rows, self.tail, scaling).view(batch, 1, heads, -1)
+        out = room.attend(rows.index_select(1, self.order), self.tail, scaling)
+        return out.index_select(1, self.back).view(batch, 1, heads, -1)
 
     def _split(self, x: Tensor) -> list[Tensor]:
         """`x` [batch, a multiple of kv_heads, ...] by part."""
@@ -118,8 +175,10 @@ class RaggedHeads:
     def one_by_one(self, parts: Sequence[Slots]) -> list[Slots]:
         """The slots of each KV head, in order, of `parts` that have taken the place of these."""
         split = [part.head(n) for part in parts for n in range(part.keys.shape[1])]
+        if not self.heads:
+            return split
         back = sorted(range(len(split)), key=[head for own in self.heads for head in own].__getitem__)
-        return [split[n] for n in back] if self.heads else split
+        return [split[n] for n in back]
 
     def in_order(self, x: Tensor, dim: int) -> Tensor:
         """What was computed part by part, a multiple of kv_heads along `dim`, by the order of heads."""
@@ -137,6 +196,11 @@ def block_of(parts: Sequence[Block]) -> Block:
 def ragged(block: Block) -> RaggedHeads | None:
     """`block` where heads hold counts of their own, else None."""
     return block if isinstance(block, RaggedHeads) else None
+
+
+def settled(block: Block) -> Block:
+    """`block` with all that it holds in its parts, and none of the room behind them."""
+    return block.settled() if isinstance(block, RaggedHeads) else block
 
 
 def of_parts(block: Block, of: Callable[[Block], Block]) -> Block:
@@ -178,35 +242,19 @@ def stored_in(block: Block, setting: Quantization | None) -> Block:
     return of_parts(block, lambda part: packed(part, setting) if isinstance(part, Slots) else part)
 
 
-def in_fixed_buffers(block: Block, tokens: int, column: int, valid: Tensor) -> Block:
-    """`block` in buffers of fixed shape, as `FixedSlots.of` lays them out."""
-    return of_parts(block, lambda part: FixedSlots.of(part.as_slots(valid), tokens, column, valid))
-
-
-def out_of_fixed_buffers(block: Block) -> Block:
-    """What `in_fixed_buffers` laid out, where it lies, no longer fixed (a host synchronisation)."""
-    return of_parts(block, lambda part: part.out_of_room() if isinstance(part, FixedSlots) else part)
-
-
 def block_from(compacted: Compacted, behind: Slots | None = None) -> Block:
     """`stored`, as a layer holds it."""
     return block_of(stored(compacted, behind))
 
 
 def in_buckets(parts: Sequence[Slots]) -> Block:
-    """Slots of one KV head each, those of like counts side by side: one call attends to them.
+    """Slots of one KV head each, those of like counts side by side, so that one call attends to them.
 
-    Empty slots come to an eighth of a bucket's tokens at most. What a further call costs is worth more than reading
-    them: about 15 microseconds on a CPU, which is the keys and values of 150 tokens of 128 channels.
+    Heads lie together where reading the empty slots in front costs less than a further call, as long as these are a
+    third of the layer's tokens at most.
     """
-    counts = [part.count for part in parts]
-    buckets: list[list[int]] = []
-    for head in sorted(range(len(parts)), key=lambda n: -counts[n]):
-        real = sum(counts[n] for n in buckets[-1]) + counts[head] if buckets else 0
-        if buckets and (len(buckets[-1]) + 1) * counts[buckets[-1][0]] - real <= real // _PADDED:
-            buckets[-1].append(head)
-        else:
-            buckets.append([head])
+    batch, dim = parts[0].keys.shape[0], parts[0].keys.shape[3]
+    buckets = buckets_of([part.count for part in parts], max(1, _CALL // (batch * dim)))
     if len(buckets) == len(parts):
         return block_of(parts)
     heads = tuple(sorted(tuple(sorted(bucket)) for bucket in buckets))
@@ -220,6 +268,27 @@ def in_buckets(parts: Sequence[Slots]) -> Block:
     with torch.inference_mode(False):
         device = parts[0].keys.device
         return RaggedHeads(joined, heads, torch.tensor(order, device=device), torch.tensor(back, device=device))
+
+
+def buckets_of(counts: Sequence[int], call: int) -> list[tuple[int, ...]]:
+    """Which heads lie together: the parting of the sorted counts that costs least, found by dynamic programming.
+
+    Args:
+        counts: of each head; call: slots that cost as much to read as a call.
+    """
+    order = sorted(range(len(counts)), key=lambda n: counts[n])
+    spare = sum(counts) // _FILLED
+    best: list[tuple[int, int, list[tuple[int, ...]]]] = [(0, 0, [])]  # cost and empty slots of the first heads
+    for end in range(1, len(order) + 1):
+        most, found = counts[order[end - 1]], []
+        for start in range(end):
+            cost, empty, before = best[start]
+            own = order[start:end]
+            empty += len(own) * most - sum(counts[n] for n in own)
+            if empty <= spare:
+                found.append((cost + call + len(own) * most, empty, [*before, tuple(sorted(own))]))
+        best.append(min(found))
+    return best[-1][2]
 
 
 def _bucket(parts: Sequence[Slots]) -> Slots:
@@ -353,8 +422,6 @@ def attend_uneven(query: Tensor, parts: Sequence[Block], scaling: float | None) 
 
 def _room(part: Block) -> tuple[bool, Tensor | None]:
     """Whether the slots begin a buffer with a bias of as many slots or without one, and that bias."""
-    if isinstance(part, FixedSlots):
-        return True, part.bias
     if not isinstance(part, Slots) or part.room is None:
         return False, None
     bias = part.added(part.keys.dtype)

@@ -19,6 +19,20 @@ def by_head(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
+def biased_mask(mask: Tensor, positions: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """A model's mask of one new token at slots of fixed number, and what is added to their logits.
+
+    Args:
+        mask: [batch or 1, heads or 1, 1, columns], boolean or additive.
+        positions, bias: [batch, kv_heads, slots].
+    Returns:
+        [batch, kv_heads or heads, 1, slots] in the dtype of `bias`.
+    """
+    shown = at_columns(mask, positions, heads, 1)
+    bias, least = by_head(bias[:, :, None], shown.shape[1]), torch.finfo(bias.dtype).min
+    return bias.masked_fill(~shown, least) if shown.dtype == torch.bool else (shown + bias).clamp(min=least)
+
+
 def slot_mask(
     positions: Tensor, bias: Tensor | None, has_empty: bool, mask: Tensor | None, queries: Tensor
 ) -> Tensor:

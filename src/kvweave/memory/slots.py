@@ -199,7 +199,7 @@ class Slots:
     def added(self, dtype: torch.dtype) -> Tensor | None:
         """What all slots' logits are given, [batch, kv_heads, slots]: the bias, least where empty; None: nothing."""
         if self.room is not None and self.room.bias is not None:
-            return self.room.bias[:, :, : self.count].to(dtype)
+            return self.room.bias.narrow(2, 0, self.count).to(dtype)
         if self.positions is None or (self.bias is None and not self.has_empty):
             return None
         bias = torch.zeros_like(self.positions, dtype=dtype) if self.bias is None else self.bias.to(dtype)
@@ -212,7 +212,7 @@ class Slots:
             return mask
         if mask is None and queries.shape[2] == 1:
             added = self.added(queries.dtype)
-            return None if added is None else added[:, :, None]
+            return None if added is None else added.unsqueeze(2)
         slots = self.as_slots()
         assert slots.positions is not None
         return slot_mask(slots.positions, slots.bias, slots.has_empty, mask, queries)

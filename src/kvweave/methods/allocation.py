@@ -86,7 +86,7 @@ def share_out(pools: Sequence[Pool], share: float) -> list[list[int]]:
         counts.append(((pool.forced & pool.valid).sum(-1) + mine.sum(-1)).to(home))
         keys.append([key.flatten().to(home) for key in pool.keys])
         rests.append((free & ~mine).flatten().to(home))
-        total += min(quota.budget * len(free), int(pool.valid.sum()))
+        total += quota.budget * len(free)
     rest = torch.cat(rests)
     remainder = min(total - sum(int(count.sum()) for count in counts), int(rest.sum()))
     together = [torch.cat(parts) for parts in zip(*keys, strict=True)]
@@ -177,6 +177,7 @@ def profile_counts(
     length: int,
     pooled: Sequence[Sequence[int]] | None = None,
     mix: float = 0.0,
+    ceilings: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[int, ...]]:
     """Entries of each KV head of each layer by a profile, forced ones included; they sum to layers x KV heads x
     budget.
@@ -184,16 +185,24 @@ def profile_counts(
     Args:
         layers: of the model; quota: of a head if all had equally many; length: tokens of the prompt.
         pooled: what `share_out` gives this prompt over all layers; mix: its weight.
+        ceilings: tokens that each head has; None: `length`.
     """
     file = Profile.file(path)
     changed = file.stat().st_mtime if file.is_file() else 0.0
-    flat = None if pooled is None else tuple(count for layer in pooled for count in layer)
-    return _profile_counts(path, changed, layers, quota, length, flat, mix)
+    flat, most = (None if of is None else tuple(n for layer in of for n in layer) for of in (pooled, ceilings))
+    return _profile_counts(path, changed, layers, quota, length, flat, mix, most)
 
 
 @functools.lru_cache(maxsize=64)  # asked for once a layer
 def _profile_counts(
-    path: str, changed: float, layers: int, quota: Quota, length: int, pooled: tuple[int, ...] | None, mix: float
+    path: str,
+    changed: float,
+    layers: int,
+    quota: Quota,
+    length: int,
+    pooled: tuple[int, ...] | None,
+    mix: float,
+    ceilings: tuple[int, ...] | None,
 ) -> list[tuple[int, ...]]:
     profile = Profile.read(path)
     own, kv_heads = profile.shape
@@ -206,5 +215,5 @@ def _profile_counts(
     shares = [share for layer in profile.at(quota.budget / length) for share in layer]
     if pooled is not None:
         shares = [(1 - mix) * share + mix * count / length for share, count in zip(shares, pooled, strict=True)]
-    counts = allocate(shares, layers * kv_heads * quota.budget, max(1, quota.forced), length)
+    counts = allocate(shares, layers * kv_heads * quota.budget, max(1, quota.forced), ceilings or length)
     return [tuple(counts[n * kv_heads : (n + 1) * kv_heads]) for n in range(layers)]

@@ -207,6 +207,25 @@ class Method:
         head."""
         return [budget] * layers
 
+    @property
+    def coarse_cut(self) -> "Method | None":
+        """What decides straight after a layer's attention what is held until the cut, where that waits for tokens;
+        None: the whole prompt is."""
+        return None
+
+    @property
+    def coarse_refusal(self) -> str:
+        """Why the whole prompt is held where `coarse_cut` says otherwise; empty: it is not."""
+        return ""
+
+    def coarse_budgets(self, budget: int, length: int, layers: int) -> list[Any] | None:
+        """Entries of each layer, or one a KV head, to which `coarse_cut` cuts; None: the whole prompt is held.
+
+        Args:
+            budget: entries of a layer that stay in the end, their mean.
+        """
+        return None
+
     def keeps_all(self, length: int) -> bool:
         """Nothing of a prompt of that many tokens is given up, whatever it holds; a budget in bytes may not tell."""
         if self.layer_adaptive or isinstance(self.budget, str):

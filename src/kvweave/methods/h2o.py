@@ -22,7 +22,7 @@ class H2O(ScoredMethod):
 
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, rows=ALL_ROWS)
+        return replace(super().needs, rows=ALL_ROWS, by_slot=True)
 
     def quota(self, budget: int, mean_budget: int) -> Quota:
         return Quota(budget, recent=budget // 2)

@@ -29,6 +29,8 @@ class Needs:
         rotary: the rotary tables.
         projection: the layer's output projection (`LayerView.projection`).
         replay: where the user names no probes, the prompt is read again before it is cut (SPEC 15.5).
+        by_slot: statistics are of single slots, [batch, kv_heads, length], so that those of some may be had alone: a
+            coarse cut asks that (`Method.coarse_cut`).
         alone: rows of a batch are planned one at a time: counts depend on what a row holds, not only on its length.
             So they are wherever layers share a budget.
     """
@@ -42,6 +44,7 @@ class Needs:
     rotary: bool = False
     projection: bool = False
     replay: bool = False
+    by_slot: bool = False
     alone: bool = False
 
     @property
@@ -62,6 +65,7 @@ class Needs:
             probed_rows=None if self.probed_rows is None else _more(self.probed_rows, rows),
             statistics=(*self.statistics, methodcaller("hold_rows", rows)),
             decoded_queries=True,
+            by_slot=False,
         )
 
 

@@ -32,7 +32,7 @@ class Peak(ScoredMethod):
     @property
     def needs(self) -> Needs:
         # D of SPEC 13.1, whatever the prompt's own rows are reduced by
-        return Needs(ALL_ROWS, decoded=(("mean", self.heads_by),))
+        return Needs(ALL_ROWS, decoded=(("mean", self.heads_by),), by_slot=True)
 
     def score(self, view: LayerView, quota: Quota) -> Tensor:
         return peak_score(view, self.rows_by, self.heads_by)

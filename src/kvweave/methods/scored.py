@@ -7,6 +7,8 @@ on.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,10 +20,12 @@ from kvweave.methods.allocation import Pool, Quota, profile_counts, share_out
 from kvweave.methods.base import Method
 from kvweave.methods.needs import Needs, Reduction
 from kvweave.methods.options import choice, integer, real, text
-from kvweave.ops.budget import entries
+from kvweave.ops.budget import GUARD, entries, floor
 from kvweave.ops.select import lend, of_some, ragged_places, ranks_by, top_and_recent
 from kvweave.plan import Plan
 from kvweave.view import LayerView
+
+_LEAST = 0.1  # share of a prompt that a coarse cut goes by at least: of less, too little is known before the reply
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,14 @@ class ScoredMethod(Method):
         help="profile: the file with the shares, or a shipped one's name",
     )
     mix: float = real(0.5, lo=0, hi=1, help="profile: weight of what global gives this prompt")
+    coarse: float = real(
+        0,
+        lo=0,
+        hi=math.inf,
+        open_hi=True,
+        help="with defer: a head holds so many times its entries until the cut, or what it would keep of a tenth of "
+        "the prompt, by the prompt's own rows; 0: all",
+    )
 
     shares_options: ClassVar[bool] = True
     #: Scores are positive and their ratios mean something, as those of attention do.
@@ -134,11 +146,26 @@ class ScoredMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.allocation == "profile") != (self.profile is not None):
+        holds = bool(self.coarse) and self.allocation == "global"  # till the cut, by the profile's shares
+        if (self.allocation == "profile") != (self.profile is not None) and not holds:
             raise ValueError(
                 f"profile={self.profile!r} is not allowed with allocation={self.allocation!r}: allowed is the path "
                 "of a profile with allocation='profile', and None else"
             )
+        if self.coarse:
+            self._check_coarse()
+
+    def _check_coarse(self) -> None:
+        """Refuse `coarse` where nothing waits, or what waits cannot be had of some slots alone."""
+        why = ""
+        if self.coarse < 1:
+            why = "at all: allowed is 0, or a number from 1 on"
+        elif not self.defer:
+            why = "with defer=0, which cuts at once: allowed is defer >= 1"
+        elif not self.needs.by_slot:
+            why = f"for {self.name}, which goes by more than what rows pay to each slot: allowed is 0"
+        if why:
+            raise ValueError(f"coarse={self.coarse} is not allowed {why}")
 
     # ------------------------------------------------------------ what a method defines
 
@@ -266,6 +293,45 @@ class ScoredMethod(Method):
             return view.heads.own(torch.tensor(rows, device=base.device)) - base
         return torch.full_like(base, quota.free)
 
+    # ------------------------------------------------------------ what is held until the cut
+
+    def on_model(self, profile: Callable[[], str | None]) -> "Method":
+        if not self.coarse or self.allocation != "global" or self.profile is not None:
+            return self
+        known = profile()
+        return self if known is None else replace(self, profile=known)
+
+    def searching(self) -> Method:
+        found = super().searching()
+        return found if found is self else replace(self, budget=found.budget, coarse=0)
+
+    @property
+    def coarse_cut(self) -> Method | None:
+        if not self.coarse:
+            return None
+        alike = "layer" if self.allocation == "layer" else "head"
+        how: dict[str, Any] = {"allocation": alike, "profile": None, "coarse": 0, "defer": 0, "redecode": False}
+        return replace(self, budget=0.5, **how)  # of any budget: it is told how many entries stay
+
+    @property
+    def coarse_refusal(self) -> str:
+        lacks = bool(self.coarse) and self.allocation == "global" and self.profile is None
+        return "allocation=global, and no profile of the model" if lacks else ""
+
+    def coarse_budgets(self, budget: int, length: int, layers: int) -> list[Any] | None:
+        if not self.coarse or self.coarse_refusal:
+            return None
+        budget = max(budget, floor(_LEAST * length))
+        if self.profile is None:
+            shares = self.layer_budgets(budget, length, layers)
+        else:
+            shares = profile_counts(self.profile, layers, self.quota(budget, budget), length)
+
+        def more(count: int) -> int:
+            return min(length, math.ceil(self.coarse * count - GUARD))
+
+        return [more(share) if isinstance(share, int) else tuple(map(more, share)) for share in shares]
+
     # ------------------------------------------------------------ budgets over all layers
 
     def keeps_all(self, length: int) -> bool:
@@ -297,9 +363,9 @@ class ScoredMethod(Method):
             return [0] * len(weights)
         counts_of = [tuple(counts) for counts in share_out([pool.row(0) for pool in weights], self.floor)]
         if self.allocation == "profile":
-            counts_of = profile_counts(
-                self.profile or "", len(weights), weights[0].quota, length, counts_of, self.mix
-            )
+            ceilings = [tuple(pool.row(0).valid.sum(-1).tolist()) for pool in weights]
+            path, quota = self.profile or "", weights[0].quota
+            counts_of = profile_counts(path, len(weights), quota, length, counts_of, self.mix, ceilings)
         return counts_of
 
 

@@ -30,7 +30,7 @@ class SnapKV(ScoredMethod):
 
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, rows=self.window)
+        return replace(super().needs, rows=self.window, by_slot=True)
 
     def quota(self, budget: int, mean_budget: int) -> Quota:
         return Quota(budget, recent=min(self.window, budget // 2))

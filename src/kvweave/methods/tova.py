@@ -31,7 +31,7 @@ class Tova(ScoredMethod):
 
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, rows=1)
+        return replace(super().needs, rows=1, by_slot=True)
 
     def score(self, view: LayerView, quota: Quota) -> Tensor:
         received = view.window_attention(1, rows_by=self.rows_by, heads_by=self.heads_by)

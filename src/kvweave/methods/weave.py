@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
+from kvweave.methods.base import Method
 from kvweave.methods.merging import MergingMethod
 from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, flag, integer, real
@@ -28,7 +29,7 @@ from kvweave.plan import Plan
 from kvweave.view import LayerView
 
 _PROFILED = 0.15  # share of a prompt from which on a profile's half is worth it (docs/RESEARCH.md)
-_FREE = {"budget", "redecode", "form"}  # options that leave the form open
+_FREE = {"budget", "redecode", "form", "coarse"}  # options that leave the form open
 #: Other defaults, by the name of a form.
 FORMS: dict[str, dict[str, Any]] = {
     "lent": {
@@ -41,6 +42,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "defer": 8,
         "temperature": 1.0,  # what the prompt's own rows look at counts only where none is decoded
         "allocation": "global",
+        "coarse": 2.0,  # where there is a profile of the model
     }
 }
 FORMS["even"] = FORMS["lent"] | {"allocation": "head"}
@@ -123,13 +125,16 @@ class Weave(MergingMethod, ScoredMethod):
         explicit, form, lent = self._explicit, self.form, FORMS["lent"]
         is_open = form == "auto" and ("form" in explicit or explicit <= _FREE) and (self._is({}) or self._is(lent))
         if is_open:
-            values = lent
+            values = {name: value for name, value in lent.items() if name not in explicit & _FREE}
         elif form == "auto" and explicit >= {"form", *lent}:  # one that was left to a model, with a change
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             values = {name: defaults[name] for name, value in lent.items() if getattr(self, name) == value}
         else:
             open_to_form = (name for name in FORMS.get(form, {}) if name not in explicit)
-            values = {name: FORMS[form][name] for name in open_to_form if self.defer or name != "temperature"}
+            waits = {"temperature", "coarse"}
+            values = {name: FORMS[form][name] for name in open_to_form if self.defer or name not in waits}
+        if values.get("allocation", self.allocation) not in ("global", "profile") and "coarse" in values:
+            del values["coarse"]  # heads that hold alike lose too much (docs/RESEARCH.md)
         for name, value in values.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "form", "auto" if is_open else "spelled")
@@ -141,19 +146,31 @@ class Weave(MergingMethod, ScoredMethod):
 
     @property
     def without_model(self) -> "Weave":
-        return Weave(self.budget, form="spelled", redecode=self.redecode) if self.form == "auto" else self
-
-    def on_model(self, profile: Callable[[], str | None]) -> "Weave":
         if self.form != "auto":
             return self
-        mark = profile() if isinstance(self.budget, float) and self.budget >= _PROFILED else None
-        shares: dict[str, Any] = {} if mark is None else {"allocation": "profile", "profile": mark}
+        coarse = 0 if self.coarse == FORMS["lent"]["coarse"] else self.coarse
+        return Weave(self.budget, form="spelled", redecode=self.redecode, coarse=coarse)
+
+    def on_model(self, profile: Callable[[], str | None]) -> Method:
+        if self.form != "auto":
+            return super().on_model(profile)
+        by_profile = isinstance(self.budget, float) and self.budget >= _PROFILED
+        mark = profile() if by_profile or self.coarse else None
+        shares: dict[str, Any] = {} if mark is None else {"profile": mark}
+        if mark is not None and by_profile:
+            shares["allocation"] = "profile"
         return replace(self, form="spelled", **shares)
+
+    @property
+    def coarse_cut(self) -> Method | None:
+        evicting = replace(self, form="spelled", merge=False, temperature=None)
+        return super(Weave, evicting).coarse_cut
 
     def spelling(self) -> str:
         """Without the form where other options say it."""
         if self.form == "auto":
-            return super(Weave, self.without_model).spelling().replace(",form=spelled", "")
+            off = "" if self.coarse else ",coarse=0"
+            return super(Weave, self.without_model).spelling().replace(",form=spelled", "") + off
         text = super().spelling()
         return text if self._is({}) else text.replace(",form=spelled", "")
 
@@ -174,6 +191,7 @@ class Weave(MergingMethod, ScoredMethod):
             probed_rows=ALL_ROWS,
             decoded=tuple(dict.fromkeys([self.reduction, ("mean", self.heads_by)])),  # of the reply, and of probes
             temperature=self.temperature or 1.0,
+            by_slot=True,
         )
 
     @property

@@ -55,6 +55,11 @@ class Wrapper(Method):
         for name in _SHARED:
             object.__setattr__(self, name, getattr(method, name))
         super().__post_init__()
+        if method.coarse_cut is not None and not self.needs.by_slot:
+            raise ValueError(
+                f"coarse is not allowed inside {self.name}, which looks through the whole prompt's rows: "
+                "allowed is coarse=0"
+            )
 
     @classmethod
     def accepts(cls, method: Method) -> bool:
@@ -83,7 +88,7 @@ class Wrapper(Method):
         shared = {name: options.pop(name) for name in _SHARED if name in options}
         method = own.pop("method", cls.default_method)
         if isinstance(method, str):
-            method = get_method(method, **options)
+            method = get_method(method, **options, **shared)  # what one of its options allows may hang on another
         elif options:
             raise ValueError(
                 f"{', '.join(options)}: not allowed beside a method that is already made; allowed are options of "
@@ -142,6 +147,17 @@ class Wrapper(Method):
     @property
     def needs(self) -> Needs:
         return self.method.needs
+
+    @property
+    def coarse_cut(self) -> Method | None:
+        return self.method.coarse_cut
+
+    @property
+    def coarse_refusal(self) -> str:
+        return self.method.coarse_refusal
+
+    def coarse_budgets(self, budget: int, length: int, layers: int) -> list[Any] | None:
+        return self.method.coarse_budgets(budget, length, layers)
 
     def prepare(self, view: LayerView, budget: int) -> None:
         super().prepare(view, budget)

@@ -44,6 +44,7 @@ class Footprint:
         logits: of one step, once more in float32.
         layer: keys and values of the whole prompt in one layer, the largest.
         full, kept: the cache of the whole prompt, and what is left of it.
+        before_cut: what is cached of it once all layers have read it: `kept`, or more where the cut waits.
         reply: keys and values of the reply's tokens.
         entries: tokens that a compressed layer keeps, on average; layers: how many are compressed.
         waits: nothing is cut before the prefill ends (layer-adaptive methods) or some tokens are decoded (`defer`).
@@ -56,6 +57,7 @@ class Footprint:
     layer: int
     full: int
     kept: int
+    before_cut: int
     reply: int
     entries: int
     layers: int
@@ -67,10 +69,11 @@ class Footprint:
 
         That layer's own keys and values are whole, and counted in `prefill`; those of all others are cut by then.
         """
-        if self.waits:
+        if self.before_cut == self.full:
             return self.full_peak
-        others = self.kept - min(self.layer, self.kept // max(1, self.layers))
-        return self.weights + max(self.vision, others + self.prefill, self.kept + self.reply) + self.logits
+        others = self.before_cut - min(self.layer, self.before_cut // max(1, self.layers))
+        most = max(self.vision, others + self.prefill, self.before_cut, self.kept + self.reply)
+        return self.weights + most + self.logits
 
     @property
     def full_peak(self) -> int:
@@ -121,6 +124,10 @@ def footprint(
     size = next(built.parameters()).element_size()
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rest = sum(bytes for n, bytes in enumerate(sizes) if n not in compressed)
+    waits = works.layer_adaptive or works.defer > 0
+    kept = rest + int(sum(_stored(method, value, count, size, dim) for value in each.values()))
+    first = works.coarse_budgets(count, tokens, len(compressed))
+    before_cut = kept if first is None else rest + int(sum(map(_layer_bytes, each.values(), first)))
     return Footprint(
         weights=_weights(built, weights),
         vision=vision,
@@ -128,12 +135,18 @@ def footprint(
         logits=batch * text.vocab_size * (size + 4),
         layer=max(sizes),
         full=sum(sizes),
-        kept=rest + int(sum(_stored(method, value, count, size, dim) for value in each.values())),
+        kept=kept,
+        before_cut=sum(sizes) if waits and first is None else before_cut,
         reply=int(sum(step) / _FEW * new_tokens),
         entries=count,
         layers=len(compressed),
-        waits=works.layer_adaptive or works.defer > 0,
+        waits=waits,
     )
+
+
+def _layer_bytes(token: float, counts: int | tuple[int, ...]) -> float:
+    """Bytes of a layer that holds so many entries, `token` for each, or so many in each of its heads."""
+    return token * (counts if isinstance(counts, int) else sum(counts) / len(counts))
 
 
 def _weights(model: Any, kind: str) -> int:

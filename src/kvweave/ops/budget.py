@@ -119,27 +119,29 @@ def largest_remainder(shares: Sequence[float], total: int, ceilings: Sequence[in
     return counts
 
 
-def allocate(weights: Sequence[float], total: int, lo: int, hi: int) -> list[int]:
+def allocate(weights: Sequence[float], total: int, lo: int, hi: int | Sequence[int]) -> list[int]:
     """Integers in [lo, hi] that sum to `total`, proportional to `weights` where the bounds allow (SPEC 2.3).
 
     Args:
         weights: one per layer, any non-negative scale.
         total: clamped to what the bounds can hold.
-        lo, hi: bounds of every layer's share.
+        lo, hi: bounds of every layer's share; `hi` may be one a layer, and is then stronger than `lo`.
     """
     n = len(weights)
+    most = [hi] * n if isinstance(hi, int) else list(hi)
+    fewest = [min(lo, ceiling) for ceiling in most]
     top = max(weights)
     scaled = [max(w / top, 1e-12) for w in weights] if top > 0 else [1.0] * n
-    total = min(max(total, n * lo), n * hi)
+    total = min(max(total, sum(fewest)), sum(most))
 
     def shares(factor: float) -> list[float]:
-        return [min(max(factor * w, lo), hi) for w in scaled]
+        return [min(max(factor * w, a), b) for w, a, b in zip(scaled, fewest, most, strict=True)]
 
-    low, high = 0.0, hi / min(scaled)
+    low, high = 0.0, max(most) / min(scaled)
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(shares(middle)) < total else (low, middle)
-    return largest_remainder(shares(high), total, [hi] * n)
+    return largest_remainder(shares(high), total, most)
 
 
 def least(budget: int, length: int) -> int:

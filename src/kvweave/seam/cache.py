@@ -320,8 +320,13 @@ class CompressedCache(Cache):
                 f"reply, and {self.decoded} have been decoded: allowed is after them, or a number as the budget"
             )
         counted, first = self.shared.turn.counted, waiting[0]
-        if self.shared.method.pools:  # what decides is known once all layers have been told
-            self._cut_together(layers, [layer.due(None, counted) for layer in layers])
+        if self.shared.method.pools:  # what decides is known once all layers have been told, one at a time
+            of_layers = [layer.weigh(counted) for layer in layers]
+            lengths = first.prompt.lengths
+            for layer, share in zip(
+                layers, share_out(self.shared.method, first.budgets, lengths, len(layers), of_layers), strict=True
+            ):
+                layer.cut(layer.due(share, None), share)
         else:
             adaptive = self.shared.method.layer_adaptive
             weights = [prompt.weights for prompt in waiting] if adaptive else None

@@ -13,9 +13,8 @@ from transformers.cache_utils import DynamicLayer
 from kvweave.cut.prompt_cut import PromptCut
 from kvweave.cut.record import Record
 from kvweave.cut.stream_cut import StreamCut
-from kvweave.memory.block import Block
-from kvweave.memory.fixed import FixedSlots
-from kvweave.memory.heads import in_fixed_buffers, out_of_fixed_buffers
+from kvweave.memory.block import Block, Fixed
+from kvweave.memory.fixed_heads import in_fixed_buffers, out_of_fixed_buffers
 from kvweave.seam.shared import Shared
 
 
@@ -39,7 +38,7 @@ class HeldLayer(DynamicLayer):
 
     def _clear(self) -> None:
         self.block: Block | None = None
-        self.fixed: tuple[FixedSlots, ...] = ()
+        self.fixed: tuple[Fixed, ...] = ()
         self._seen = 0
         self.prompt_cut = PromptCut(self.index) if self.shared.stream is None else StreamCut(self.index)
         self.why = ""

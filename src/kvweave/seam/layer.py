@@ -132,7 +132,13 @@ class CompressedLayer(HeldLayer):
         self.prompt_cut.count_attention(self.block, counted, self.seen, self._terms)
 
     @torch.no_grad()
-    def due(self, share: Sequence[Share] | None, counted: Tensor | None) -> Pending:
+    def weigh(self, counted: Tensor | None) -> list[Any]:
+        """What is known of each row of the prompt that waits, as in `PromptCut.weigh`."""
+        assert self.block is not None
+        return self.prompt_cut.weigh(self.block, counted, self.seen, self._terms)
+
+    @torch.no_grad()
+    def due(self, share: Sequence[Share], counted: Tensor | None) -> Pending:
         """The prompt that waited, ready for `cut`, as in `PromptCut.due`."""
         assert self.block is not None
         return self.prompt_cut.due(self.block, share, counted, self.seen, self._terms)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvweave.cut.record import peak
+from kvweave.cut.record import Record, peak
 from kvweave.cut.stream_cut import StreamCut
 from kvweave.seam.layer import CompressedLayer
 
@@ -42,9 +42,23 @@ def described(cache: "CompressedCache") -> dict[str, Any]:
         report |= {name: max(layer[name] for layer in compressed) for name in ("cuts", "seen")}
         report["held"] = math.ceil(sum(layer["kept"] for layer in compressed) / len(compressed))
         report["peak_entries"] = math.ceil(cache.shared.stream.peak)
+    if cache.method.coarse_cut is not None and cache.shared.stream is None:
+        report["coarse"] = _coarse(cache, records)
     if turn.choice:
         report["auto"] = turn.choice
     return report | ({"probes": turn.probes} if turn.probes else {})
+
+
+def _coarse(cache: "CompressedCache", records: Sequence[Record]) -> dict[str, Any]:
+    """What is held until the cut: bytes, or why it is the whole prompt."""
+    why = cache.shared.method.coarse_refusal
+    if cache.shared.turn.on_request:
+        why = "the cut waits for probes, or is asked for"
+    elif cache.target is not None:
+        why = "the budget is found by what it costs"
+    if why:
+        return {"whole": why}
+    return {"bytes": sum(x.bytes_before if x.bytes_coarse is None else x.bytes_coarse for x in records)}
 
 
 def _layer(place: int, kind: str, layer: Any) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvweave.cut.coarse import Coarse
 from kvweave.cut.prompt_cut import PromptCut
 from kvweave.cut.record import Record
 from kvweave.cut.stream import Stream
 from kvweave.cut.stream_cut import StreamCut
 from kvweave.cut.waiting import Waiting
 from kvweave.memory import saved
-from kvweave.memory.heads import RaggedHeads
+from kvweave.memory.heads import RaggedHeads, settled
 from kvweave.memory.packed import PackedSlots
 from kvweave.memory.slots import Slots
 from kvweave.memory.tables import Tables
@@ -46,6 +47,7 @@ _KINDS: dict[str, type] = {
         StreamCut,
         Tables,
         Waiting,
+        Coarse,
         Record,
         AttentionRule,
         Flow,
@@ -107,7 +109,8 @@ def _layer(layer: Any) -> dict[str, Any]:
     """What a layer holds; transformers' own are told by their attributes."""
     if not isinstance(layer, CompressedLayer):
         return {name: value for name, value in vars(layer).items() if name != "device"}
-    return {name: value for name, value in vars(layer).items() if name not in _OF_THE_PROCESS}
+    parts = {name: value for name, value in vars(layer).items() if name not in _OF_THE_PROCESS}
+    return parts | {"block": None if layer.block is None else settled(layer.block)}
 
 
 def _moved(x: Any, device: torch.device) -> Any:

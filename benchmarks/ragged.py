@@ -1,0 +1,122 @@
+"""What a decoded token costs where heads keep different counts, against equal counts of as many bytes.
+
+    python -m benchmarks.ragged
+
+One token through kvweave's layers and its reader of transformers' SDPA, as in `benchmarks.decode`, one thread,
+float32: all layers of `smol`'s shape with the counts of its shipped profile, and eight of Qwen2.5-VL-7B's with heads
+drawn from it. Written to benchmarks/results/ragged.md; `--steps` tokens are decoded, the first of which makes room.
+"""
+
+import argparse
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure
+from benchmarks.decode import Attention, Token, forward
+from benchmarks.shapes import QWEN, Shape
+from kvweave.memory.heads import block_of
+from kvweave.memory.slots import Slots
+from kvweave.methods.allocation import Profile, Quota, profile_counts
+from kvweave.methods.full import Full
+from kvweave.prompt import Prompt
+from kvweave.seam.layer import CompressedLayer
+from kvweave.seam.shared import Shared
+
+SMOL = Shape(heads=9, kv_heads=3, dim=64)
+PAGE = Path(__file__).parent / "results" / "ragged.md"
+Counts = Sequence[Sequence[int]]
+
+
+def counts_of(shape: Shape, layers: int, tokens: int, budget: float) -> Counts:
+    """Entries of each KV head of each layer, by `smol`'s profile: its own, or drawn from them for another shape."""
+    quota = Quota(int(budget * tokens), recent=8)
+    own = profile_counts("smol", Profile.read("smol").shape[0], quota, tokens)
+    if len(own[0]) == shape.kv_heads:
+        return own[:layers]
+    flat, draw = [count for layer in own for count in layer], random.Random(0)
+    drawn = [[draw.choice(flat) for _ in range(shape.kv_heads)] for _ in range(layers)]
+    total = sum(map(sum, drawn)) / (layers * shape.kv_heads)
+    return [[max(8, round(count * quota.budget / total)) for count in layer] for layer in drawn]
+
+
+def layers_of(shape: Shape, counts: Counts, tokens: int) -> list[CompressedLayer]:
+    """Layers that hold so many entries by head, where decoding starts."""
+    visual = torch.zeros(1, tokens, dtype=torch.bool)
+    shared = Shared(Full(), layers=len(counts), attached=True)
+    shared.turn.begin(Prompt(visual, ~visual), tokens, 0)
+    made = []
+    for index, own in enumerate(counts):
+        alike = len(set(own)) == 1
+        parts = [
+            Slots(
+                torch.randn(1, heads, count, shape.dim),
+                torch.randn(1, heads, count, shape.dim),
+                torch.arange(count).expand(1, heads, -1),
+                torch.ones(1, heads, count),
+            )
+            for heads, count in ([(len(own), own[0])] if alike else [(1, count) for count in own])
+        ]
+        layer = CompressedLayer(index, shared)
+        layer.lazy_initialization(parts[0].keys, parts[0].values)
+        layer.hold(block_of(parts), tokens)
+        made.append(layer)
+    return made
+
+
+def token_of(shape: Shape) -> Token:
+    """Queries, keys and values of one."""
+    return Token(*(torch.randn(1, heads, 1, shape.dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)))
+
+
+def measured(shape: Shape, layers: int, tokens: int, budget: float, steps: int) -> tuple[float, float, float]:
+    """Milliseconds of a token with equal counts and with unequal ones, and the median of their ratios."""
+    module, token = Attention(shape), token_of(shape)
+    unlike = counts_of(shape, layers, tokens, budget)
+    mean = round(sum(map(sum, unlike)) / (layers * shape.kv_heads))
+    caches = {
+        "equal": layers_of(shape, [[mean] * shape.kv_heads] * layers, tokens),
+        "unequal": layers_of(shape, unlike, tokens),
+    }
+    runs = {name: (lambda own=own: forward(own, module, token)) for name, own in caches.items()}
+    measure.interleaved(runs, 3)
+    seconds = measure.interleaved(runs, steps)
+    ratio = measure.median_ratio(seconds["unequal"], seconds["equal"])
+    return *(1e3 * statistics.median(seconds[name]) for name in caches), ratio
+
+
+def table(steps: int) -> str:
+    """All shapes, lengths and budgets."""
+    lines = [
+        "| shape | layers | tokens | kept | equal counts, ms | unequal, ms | ratio |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, shape, layers in (("smol, 9/3 heads of 64", SMOL, 30), ("Qwen2.5-VL-7B, 28/4 heads of 128", QWEN, 8)):
+        for tokens in (1024, 4096, 16384):
+            for budget in (0.2, 0.1):
+                equal, unequal, ratio = measured(shape, layers, tokens, budget, steps)
+                lines.append(
+                    f"| {name} | {layers} | {tokens:,} | {budget:.0%} | {equal:.2f} | {unequal:.2f} | {ratio:.2f} |"
+                )
+                print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, and write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=41, help="tokens, of which the median counts")
+    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = table(given.steps)
+    if not given.dry:
+        PAGE.write_text(f"# Heads of unequal counts\n\n`python -m benchmarks.ragged`\n\n{rows}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
