@@ -48,6 +48,7 @@ SHARED = {
     "rows_by": "mean",
     "ahead": 0,
     "behind": 0,
+    "fade": 1.0,
     "allocation": "head",
     "floor": 0.2,
     "profile": None,
@@ -187,7 +188,9 @@ def flashcache(layer: Layer, kv: int, asked: Asked) -> Vector:
 def weave(layer: Layer, kv: int, asked: Asked) -> Vector:
     if asked.options.get("probed"):
         return peak(layer, kv, Asked(asked.B, asked.S, asked.R, asked.options | {"rows_by": "max"}))
-    return window_score(layer, kv, asked["proxies"], asked.options)
+    score = window_score(layer, kv, asked["proxies"], asked.options)
+    lends = asked["ahead"] or asked["behind"]
+    return [0.0 if lends and j < asked.S else s for j, s in enumerate(score)]
 
 
 # ---------------------------------------------------------------- 16
@@ -494,6 +497,7 @@ RECIPES: dict[str, Recipe] = {
         {
             "proxies": 32,
             "recent": 32,
+            "sinks": 0,
             "sensitivity_quantile": 0.35,
             "merge_rule": "average",
             "mass_bias": True,
@@ -531,11 +535,15 @@ class Chosen:
         return sorted([*self.forced, *self.free])
 
 
-def lent(scores: Ranked, ahead: int, behind: int) -> Ranked:
-    """s'_j = max over -behind <= d <= ahead of s_{j-d}; a rank that comes before the score is the token's own."""
+def lent(scores: Ranked, ahead: int, behind: int, fade: float) -> Ranked:
+    """s'_j = max over -behind <= d <= ahead of fade^|d| s_{j-d}; a rank before the score is the token's own."""
     out: Ranked = {}
     for j, key in scores.items():
-        around = [scores[j - d] for d in range(-behind, ahead + 1) if j - d in scores]
+        around = [
+            scores[j - d] if fade == 1 else tuple(x * fade ** abs(d) for x in scores[j - d])
+            for d in range(-behind, ahead + 1)
+            if j - d in scores
+        ]
         if len(key) == 2 and key[0] in (0, 1) and isinstance(key[0], int):  # text before images
             out[j] = (key[0], max(other[1] for other in around))
         else:
@@ -567,7 +575,7 @@ def choose(name: str, layers: list[Layer], B: int, **given: Any) -> list[list[Ch
         for kv in range(Hkv):
             scores = recipe.score(layer, kv, asked)
             ranked: Ranked = scores if isinstance(scores, dict) else {j: (x,) for j, x in enumerate(scores)}
-            ranked = lent(ranked, options["ahead"], options["behind"])
+            ranked = lent(ranked, options["ahead"], options["behind"], options["fade"])
             row.append(Chosen(forced, by_rank(ranked, list(range(S, L - R))), ranked))
         heads.append(row)
     for at, counts in enumerate(free_counts(heads, budgets, B, L, options)):

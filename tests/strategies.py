@@ -231,6 +231,7 @@ NARROW = {"proxies": 4}  # several modalities and many candidates before the rec
 
 # 17.7: neighbours, maxima and heads' budgets, of every scored method
 NEIGHBOURS = {"ahead": 3, "behind": 1, "rows_by": "max", "heads_by": "max"}
+FADING = {"ahead": 6, "behind": 2, "fade": 0.5, "rows_by": "max", "heads_by": "max"}
 LAYER = {"allocation": "layer", "heads_by": "max", "floor": 0.3}
 GLOBAL = {"allocation": "global", "ahead": 2}
 
@@ -311,6 +312,11 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "weave": [
         *({**shared, "defer": 0, "proxies": 4, "recent": 4} for shared in (NEIGHBOURS, LAYER, GLOBAL)),
+        *(
+            {**shared, "defer": 0, "proxies": 4, "recent": 2, "sinks": 2}
+            for shared in (FADING, GLOBAL, {"fade": 1.0})
+        ),
+        {**FADING, "defer": 0, "proxies": 4, "recent": 2, "sinks": 3, "merge": False},
         {"defer": 0},
         {"defer": 0, "proxies": 4, "recent": 4},
         {"defer": 0, "proxies": 2, "recent": 6, "sensitivity_quantile": 0.8},

@@ -1,5 +1,6 @@
 """Answers come out of the compressed cache, whether the question was compressed with it or came later."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,3 +142,14 @@ def test_kvzip_gives_its_instruction_in_evaluations(model: Any, processor: Any, 
     expected = read_probes("replay", processor, 32)
     assert expected.instruction
     assert asked == [expected]
+
+
+@pytest.mark.parametrize("spelled", ["kvzip", "weave"])
+def test_images_of_a_shared_prefill_are_said_again(model: Any, processor: Any, examples: list[Example], spelled: str):
+    method, batch = kvweave.parse_method(spelled, budget=0.2), prepare(processor, examples[:2], "unseen")
+    alone = answer(model, processor, method, batch, 4)
+    shared = prefill(model, batch, 4)
+    assert shared.embeddings is not None
+    assert answer(model, processor, method, batch, 4, shared) == alone
+    blind = replace(shared, embeddings=torch.zeros_like(shared.embeddings))
+    assert [one.kept for one in answer(model, processor, method, batch, 4, blind)] != [one.kept for one in alone]

@@ -63,6 +63,24 @@ def test_entropy_needs_averaged_keys(options):
         Weave(mass_kind="entropy", **options)
 
 
+@pytest.mark.parametrize("allocation", ["head", "layer", "global"])
+def test_first_tokens_stay_and_lend_nothing(allocation):
+    decoded = torch.full((1, 2, 20), 1e-3)
+    decoded[..., 0], decoded[..., 9] = 0.9, 0.1
+    options = {"recent": 0, "merge": False, "ahead": 4, "temperature": 1.0, "allocation": allocation}
+    view = view_of(decoded=decoded)
+
+    def kept(sinks):
+        method = Weave(budget=6, sinks=sinks, **options)
+        if allocation == "global":
+            counts = method.allocate([method.observe(replace(view, mean_budget=6))], 6, 20)[0]
+            return method.plan_heads(view, counts).keep[0, 0].tolist()
+        return method.plan(view, 6).keep[0, 0].tolist()
+
+    assert kept(0)[:5] == [0, 1, 2, 3, 4]
+    assert kept(1) == [0, 9, 10, 11, 12, 13]
+
+
 # -------------------------------------------------------------------- forms
 
 
@@ -90,9 +108,9 @@ def test_a_form_is_read_back_from_what_is_written(spelled):
 
 def test_a_form_changes_what_is_not_spelled():
     lent, even = Weave(form="lent", recent=32, merge=True), Weave(form="even")
-    assert (lent.recent, lent.merge, lent.ahead, lent.allocation) == (32, True, 8, "global")
+    assert (lent.recent, lent.merge, lent.ahead, lent.allocation) == (32, True, 64, "global")
     assert Weave(form="lent", defer=0).temperature is None
-    assert (even.merge, even.mass_bias, even.ahead, even.allocation) == (False, False, 8, "head")
+    assert (even.merge, even.mass_bias, even.ahead, even.allocation) == (False, False, 64, "head")
 
 
 def test_what_is_spelled_is_not_left_to_the_model():
@@ -102,10 +120,9 @@ def test_what_is_spelled_is_not_left_to_the_model():
 
 def test_on_a_model_the_form_is_lent_with_its_profile_if_there_is_one():
     assert Weave(0.3).on_model(lambda: None) == Weave(0.3, form="lent")
-    known = Weave(0.3, redecode=True).on_model(lambda: "smol-text")
-    assert known == Weave(0.3, form="lent", redecode=True, allocation="profile", profile="smol-text")
-    for small in (0.1, 100, "1MiB"):
-        assert Weave(small).on_model(lambda: "smol-text") == Weave(small, form="lent", profile="smol-text")
-        assert Weave(small, coarse=0).on_model(lambda: "smol-text") == Weave(small, form="lent", coarse=0)
+    for budget in (0.3, 0.05, 100, "1MiB"):
+        known = Weave(budget, redecode=True).on_model(lambda: "smol-text")
+        assert known == Weave(budget, form="lent", redecode=True, allocation="profile", profile="smol-text")
+    assert Weave(0.1, coarse=0).on_model(lambda: None) == Weave(0.1, form="lent", coarse=0)
     spelled = Weave(0.3, recent=8)
     assert spelled.on_model(lambda: "smol-text") is spelled

@@ -308,6 +308,24 @@ def test_lending_twice_is_lending_twice_as_far(scores, ahead, behind):
         assert (lend(spike, 2, 1)[0, 0] == 1).nonzero().flatten().tolist() == [3, 4, 5, 6]
 
 
+@given(
+    st.lists(st.floats(0, 5), min_size=1, max_size=30),
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.sampled_from([0.25, 0.5, 0.9, 1.0]),
+)
+def test_a_lent_score_fades_with_each_token_it_is_lent_across(scores, ahead, behind, fade):
+    mine = lend(torch.tensor(scores, dtype=torch.float64)[None, None], ahead, behind, fade)[0, 0].tolist()
+    plain = reference_scores.lent({j: (x,) for j, x in enumerate(scores)}, ahead, behind, fade)
+    assert mine == pytest.approx([plain[j][0] for j in range(len(scores))])
+
+
+def test_only_attention_fades():
+    with pytest.raises(ValueError, match=r"fade=0.5.*method='knorm'.*allowed is 1"):
+        kvweave.get_method("knorm", budget=0.2, ahead=3, fade=0.5)
+    kvweave.get_method("snapkv", budget=0.2, ahead=3, fade=0.5)
+
+
 def profile_file(path, table, budgets=(0.5, 0.2, 0.05)):
     Profile("a model", tuple(budgets), tuple(tuple(map(tuple, t)) for t in table)).write(str(path))
     return str(path)

@@ -1,5 +1,7 @@
 """A prompt that is said again before it is cut, and the end of a user's turn in a question's place (SPEC 15.5)."""
 
+import contextlib
+
 import pytest
 import torch
 from test_deferred import HEARD, Listening, kept
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import kvweave
 from kvweave.methods.registry import parse_method
 from kvweave.seam.probes import INSTRUCTION, Probes, read_probes
+from kvweave.seam.surprise import surprise
 
 LISTENING = Listening(budget=0.3, window=4)
 CHATML = (
@@ -79,16 +82,84 @@ def test_the_instruction_comes_before_each_chunk():
     assert session.report["probes"]["count"] == 2  # no pictures, so nobody asks about them
 
 
-def test_placeholders_of_images_are_left_out():
-    model, inputs = vision_model(), picture_inputs((26,))
-    fed = []
-    with kvweave.compress(model, LISTENING, probes="replay"):
-        model.register_forward_pre_hook(
-            lambda part, args, kwargs: fed.append(kwargs["input_ids"].clone()), with_kwargs=True
-        )
+def test_images_are_said_again_as_the_decoder_was_given_them():
+    model, inputs, given = vision_model(attention="eager"), picture_inputs((26,)), []
+    decoder = model.model.language_model
+    noting = decoder.register_forward_pre_hook(lambda part, args, kwargs: given.append(kwargs), with_kwargs=True)
+    HEARD.clear()
+    with kvweave.compress(model, LISTENING, probes="replay") as session:
         decode(model, inputs, 1)
-    ids = inputs["input_ids"]
-    assert torch.equal(fed[1], ids[ids != IMAGE][None])
+    noting.remove()
+    first, again = given[0]["inputs_embeds"], given[1]["inputs_embeds"]
+    assert torch.equal(first, again)
+    assert not torch.equal(again, model.get_input_embeddings()(inputs["input_ids"]))
+    before = given[0]["position_ids"][-3:]  # the first of four is the text's
+    behind = before.amax() + torch.arange(1, 27).expand(3, 1, -1)
+    with torch.no_grad():
+        attentions = decoder(
+            inputs_embeds=torch.cat([first, again], 1),
+            position_ids=torch.cat([before, behind], -1),
+            output_attentions=True,
+        ).attentions
+    for layer, whole in enumerate(attentions):
+        assert_close(HEARD[layer], whole[:, :, 26:, :26].sum(2).unflatten(1, (2, -1)).mean(2) / 26)
+    assert session.report["probes"]["tokens"] == 26
+    assert session.cache.shared.turn.embeddings is None  # nobody needs them any more
+
+
+@pytest.mark.parametrize("chunk", [2048, 11])
+def test_a_row_with_images_is_said_again_as_alone(chunk):
+    model, lengths = vision_model(), (30, 22)
+    method = parse_method("kvzip", budget=0.3)
+    with kvweave.compress(model, method, probes="replay", replay_chunk=chunk) as session:
+        together, _ = decode(model, picture_inputs(lengths), 3)
+    kept_together = kept(session.cache)
+    assert session.report["probes"]["count"] == -(-30 // chunk)
+    inputs = picture_inputs(lengths)
+    for row, length in enumerate(lengths):
+        part = {name: inputs[name][row : row + 1, -length:] for name in ("input_ids", "attention_mask")}
+        part["mm_token_type_ids"] = inputs["mm_token_type_ids"][row : row + 1, -length:]
+        part["pixel_values"] = inputs["pixel_values"][32 * row : 32 * (row + 1)]
+        part["image_grid_thw"] = inputs["image_grid_thw"][2 * row : 2 * (row + 1)]
+        with kvweave.compress(model, method, probes="replay", replay_chunk=chunk) as session:
+            alone, _ = decode(model, part, 3)
+        assert torch.equal(alone[0], together[row])
+    assert kept_together
+
+
+def test_images_that_nothing_told_of_are_refused():
+    model = vision_model()
+    cache = kvweave.CompressedCache(model.config, LISTENING, hold=True)
+    with kvweave.attach(model), torch.no_grad():
+        model(**picture_inputs((26,)), past_key_values=cache)
+        cache.shared.turn.embeddings = None
+        with pytest.raises(ValueError, match="what the model makes of the images"):
+            cache.compress("replay")
+        assert cache.waits
+
+
+def test_what_the_decoder_was_given_comes_in_pieces():
+    model, inputs, sets = vision_model(), picture_inputs((26,)), []
+    with torch.no_grad():
+        embedded = []
+        noting = model.model.language_model.register_forward_pre_hook(
+            lambda part, args, kwargs: embedded.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        model(**inputs)
+        noting.remove()
+        visual = inputs["input_ids"] == IMAGE
+        positions = torch.arange(26).expand(3, 1, -1)
+        for ends in ((26,), (9, 26)):
+            method = parse_method("kvzip", budget=0.3)
+            with kvweave.compress(model, method, visual=visual):
+                cache, start = kvweave.CompressedCache(model.config, method), 0
+                cache.declare_prompt(26)
+                for end in ends:
+                    part = embedded[0][:, start:end]
+                    model(inputs_embeds=part, position_ids=positions[..., start:end], past_key_values=cache)
+                    start = end
+            sets.append(kept(cache))
+    assert sets[0] == sets[1]
 
 
 def test_pictures_are_described_where_there_are_some():
@@ -228,3 +299,123 @@ def test_templates_that_say_nothing_are_refused():
     for processor in (None, tokenizer(None)):
         with pytest.raises(ValueError, match="no chat template"):
             read_probes("template", processor, 32)
+
+
+def whole(model, inputs, method=None, **options):
+    """The cache of a prompt that was read by a `generate` of one token, and the session."""
+    with kvweave.compress(model, method or kvweave.Weave(budget=0.3), **options) as session:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        yield session
+
+
+@pytest.mark.parametrize("asking", ["freeze", "question"])
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_weave_reads_a_context_again_when_it_is_asked_before_a_reply(asking, pictures):
+    model, inputs = vision_model(), picture_inputs((26,), pictures=pictures)
+    (named,) = whole(model, inputs, probes="replay")
+    with contextlib.contextmanager(whole)(model, inputs) as session:
+        cache = session.cache
+        assert cache.waits
+        if asking == "freeze":
+            cache.freeze()
+        else:
+            with cache.question():
+                pass
+    assert kept(cache) == kept(named.cache)
+    assert cache.report["probes"]["tokens"] == 26
+    assert cache.report["works_as"] == named.report["works_as"]
+    works = parse_method(cache.report["works_as"])
+    assert (works.ahead, works.recent, works.floor) == (0, 0, 0)
+    assert not cache.shared.turn.on_request
+    assert cache.shared.turn.embeddings is None
+
+
+def test_weave_reads_nothing_again_once_a_reply_tells():
+    model, inputs = text_model(), text_inputs((26,), images=())
+    with kvweave.compress(model, budget=0.3) as session:
+        decode(model, inputs, 4)
+        assert session.cache.waits
+        session.cache.freeze()
+    assert not session.report.get("probes")
+    assert session.report["deferred"] == 3
+
+
+def test_weave_reads_nothing_again_without_a_model():
+    model, inputs = text_model(), text_inputs((26,), images=())
+    with contextlib.contextmanager(whole)(model, inputs) as session:
+        pass
+    session.cache.freeze()
+    assert not session.report.get("probes")
+    assert max(map(len, session.cache.layers[0].positions[0])) < 26
+
+
+def test_a_second_prompt_waits_for_its_reply_again():
+    model, inputs = text_model(), text_inputs((26,), images=())
+    with contextlib.contextmanager(whole)(model, inputs) as session:
+        cache = session.cache
+        with cache.question():
+            pass
+        more = torch.cat([inputs["input_ids"], words(1, 12, seed=5)], 1)
+        model.generate(input_ids=more, past_key_values=cache, max_new_tokens=10, do_sample=False)
+    assert cache.report["deferred"] == 8
+    assert not cache.report.get("probes")
+    assert parse_method(cache.report["works_as"]).ahead == 8
+
+
+@pytest.mark.parametrize("lengths", [(26,), (26, 15)])
+def test_surprise_is_what_the_model_told_of_each_token(lengths):
+    model, inputs = text_model(attention="eager"), text_inputs(lengths, images=())
+    valid = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        out = model(**inputs, position_ids=(valid.cumsum(1) - 1).clamp(min=0), output_hidden_states=True)
+    logs = out.logits.log_softmax(-1)
+    nats = surprise(model, out.hidden_states[-1], inputs["input_ids"], valid)
+    for row, length in enumerate(lengths):
+        start = 26 - length
+        assert not nats[row, : start + 1].any()
+        for at in range(start + 1, 26):
+            assert_close(nats[row, at], -logs[row, at - 1, inputs["input_ids"][row, at]])
+
+
+@pytest.mark.parametrize("instructed", [False, True])
+def test_a_row_counts_by_the_surprise_of_what_it_leads_to(instructed, monkeypatch):
+    model, inputs = text_model(attention="eager"), text_inputs((26,), images=())
+    ids, processor, scores = inputs["input_ids"], tokenizer(CHATML) if instructed else None, []
+
+    plain = kvweave.Weave.score
+
+    def score(self, view, quota=None):
+        own = plain(self, view, quota)
+        if view.probed:
+            scores.append(own.clone())
+        return own
+
+    monkeypatch.setattr(kvweave.Weave, "score", score)
+    with kvweave.compress(model, kvweave.Weave(budget=0.3), processor=processor) as session:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        session.cache.freeze()
+    monkeypatch.undo()
+    before = processor(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")["input_ids"] if instructed else []
+    with torch.no_grad():
+        first = model(ids).logits.log_softmax(-1)
+        weights = torch.zeros(27)
+        weights[1:26] = -first[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        weights = (weights / 8).clamp(max=1)
+        whole = torch.cat([ids, torch.tensor([before], dtype=torch.int64), ids], 1)
+        attentions = model(whole, output_attentions=True).attentions
+    leads = torch.cat([torch.zeros(max(0, len(before) - 1)), weights if before else weights[1:]])
+    for layer, attention in enumerate(attentions):
+        rows = attention[:, :, 26:, :26].unflatten(1, (2, -1)).amax(2) * leads[:, None]
+        assert_close(scores[layer], rows.amax(2))
+
+
+def test_a_context_that_is_read_again_goes_by_its_own_scores():
+    """A profile is the mean of such scores over other prompts; by itself (mix=0), or equal counts, it stays."""
+    lent = {"form": "lent", "budget": 0.3}
+    assert kvweave.Weave(**lent, allocation="profile", profile="smol-text").when_probed.allocation == "global"
+    assert (
+        kvweave.Weave(**lent, allocation="profile", profile="smol-text", mix=0.0).when_probed.profile == "smol-text"
+    )
+    assert kvweave.Weave(form="even", budget=0.3).when_probed.allocation == "head"
+    assert kvweave.Weave(form="spelled", budget=0.3).when_probed == kvweave.Weave(form="spelled", budget=0.3)
+    assert kvweave.Weave(**lent, defer=0).when_probed == kvweave.Weave(**lent, defer=0)

@@ -59,7 +59,10 @@ def serve(
     ] = None,
     context_probes: Annotated[
         str,
-        typer.Option(help="What the model is asked about a context before its cut: none, template, replay, default."),
+        typer.Option(
+            help="What the model is asked about a context before its cut: none (but what the method asks by itself), "
+            "template, replay, default."
+        ),
     ] = "none",
     contexts: Annotated[int, typer.Option(**options.NUMBER, help="Contexts of one key.")] = 64,
     context_memory: Annotated[str, typer.Option(help="For keys and values of all contexts.")] = "1GiB",

@@ -205,17 +205,19 @@ class PromptCut(LayerCut):
         self.waiting = replace(self.waiting, known=statistics, coarse=coarse)
         return smaller, pending.valid
 
-    def count_attention(self, block: Block, counted: Tensor, length: int, terms: Terms) -> None:
+    def count_attention(
+        self, block: Block, counted: Tensor, length: int, terms: Terms, weights: Tensor | None = None
+    ) -> None:
         """Note what the tokens behind the prompt attend to in it.
 
         Args:
-            counted: bool [batch, tokens], those that count.
+            counted: bool [batch, tokens], those that count; weights: float, alike, how much; None: all alike.
             length: columns of `block`.
         """
         if self.waiting is not None and terms.query_rows:
             groups, _, after = self._waiting_groups(self.waiting, block, length, terms)
             for group in groups:
-                self.waiting.add(group, self.heads_of(after).keys, counted, terms.needs)
+                self.waiting.add(group, self.heads_of(after).keys, counted, terms.needs, weights=weights)
 
     def _waiting_groups(
         self, waiting: Waiting, block: Block, length: int, terms: Terms

@@ -108,7 +108,15 @@ class Waiting:
         batch, heads, _, dim = self.queries.shape
         self.queries = self.queries.new_zeros(batch, heads, tokens, dim)
 
-    def add(self, group: Group, keys: Tensor, counted: Tensor, needs: Needs, temperature: float = 1.0) -> None:
+    def add(
+        self,
+        group: Group,
+        keys: Tensor,
+        counted: Tensor,
+        needs: Needs,
+        temperature: float = 1.0,
+        weights: Tensor | None = None,
+    ) -> None:
         """Add what the tokens behind the prompt attend to, of a group's rows.
 
         Args:
@@ -116,15 +124,17 @@ class Waiting:
             counted: bool [batch, tokens], those that belong to a reply that has not ended.
             needs: how their attention is reduced, and whether their queries are kept.
             temperature: divides the logits.
+            weights: float [batch, tokens], factors of their attention; None: 1.
         """
         rule = replace(self.rule, scaling=self.rule.scaling / temperature)
         at = group.index
         tokens = min(keys.shape[2], self.queries.shape[2])
         counted = counted[at, :tokens].to(keys.device)
+        factors = counted if weights is None else counted * weights[at, :tokens].to(keys.device)
         queries = self.queries[at, :, :tokens]
         for reduction in needs.decoded:
             how = () if reduction == MEANS else reduction
-            attention = decoded_attention(group.view, queries, keys[at, :, :tokens], counted, rule, *how)
+            attention = decoded_attention(group.view, queries, keys[at, :, :tokens], factors, rule, *how)
             for n, row in enumerate(at):
                 before, new = self.sums[row].get(reduction), attention[n : n + 1]
                 if before is not None:
@@ -229,7 +239,7 @@ def decoded_attention(
     Args:
         view: of the prompt.
         queries: [batch, heads, tokens, dim]; keys: [batch, kv_heads, tokens, dim], of the tokens behind it.
-        counted: bool [batch, tokens], those that take part.
+        counted: bool [batch, tokens], those that take part, or factors of their attention.
         rule: without mask.
         rows_by: "max": the largest in place of the sum; heads_by: "max" of a group's heads in place of their mean.
     Returns:

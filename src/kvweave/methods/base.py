@@ -124,6 +124,11 @@ class Method:
         return self
 
     @property
+    def when_probed(self) -> "Method":
+        """The method as it works where probes were answered, or the prompt was read again: itself, or another."""
+        return self
+
+    @property
     def kl_factor(self) -> float | None:
         """By how much the KL over the next tokens may exceed that over those which the cut waited for; None: unknown.
 

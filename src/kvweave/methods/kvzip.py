@@ -1,5 +1,6 @@
 """KVzip: what a model looks at while it says its context again (Kim et al., 2505.23416; SPEC 16.9)."""
 
+import math
 from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
@@ -47,10 +48,17 @@ class KVzip(ScoredMethod):
     )
 
     replay: bool = flag(True, help="without probes and defer, read the prompt again before it is cut")
+    surprise: float = real(
+        0.0,
+        lo=0,
+        hi=math.inf,
+        open_hi=True,
+        help="nats: a row that is read again counts by what it leads to; 0: alike",
+    )
 
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, rows=ALL_ROWS, replay=self.replay and not self.defer)
+        return replace(super().needs, rows=ALL_ROWS, replay=self.replay and not self.defer, surprise=self.surprise)
 
     def score(self, view: LayerView, quota: Quota) -> Tensor:
         probed = view.decoded_attention(*self.reduction)

@@ -31,6 +31,9 @@ class Needs:
         replay: where the user names no probes, the prompt is read again before it is cut (SPEC 15.5).
         by_slot: statistics are of single slots, [batch, kv_heads, length], so that those of some may be had alone: a
             coarse cut asks that (`Method.coarse_cut`).
+        surprise: nats; a row of a prompt that is read again counts by how surprising the text behind it was when it
+            was first read, up to so many; 0: all rows count alike.
+        unasked: so it is where it is cut, though its cut would wait for a reply, before one has begun.
         alone: rows of a batch are planned one at a time: counts depend on what a row holds, not only on its length.
             So they are wherever layers share a budget.
     """
@@ -45,6 +48,8 @@ class Needs:
     projection: bool = False
     replay: bool = False
     by_slot: bool = False
+    unasked: bool = False
+    surprise: float = 0.0
     alone: bool = False
 
     @property

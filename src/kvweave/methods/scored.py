@@ -116,6 +116,9 @@ class ScoredMethod(Method):
     rows_by: str = choice("mean", "mean", "max", help="attention of the rows that count: their mean or the largest")
     ahead: int = integer(0, minimum=0, help="tokens behind a token that its score is lent to; no pooling then")
     behind: int = integer(0, minimum=0, help="tokens before a token that its score is lent to; no pooling then")
+    fade: float = real(
+        1.0, lo=0, hi=1, open_lo=True, help="what a lent score is multiplied by for each token that it is lent across"
+    )
     allocation: str = choice(
         "head",
         "head",
@@ -151,6 +154,11 @@ class ScoredMethod(Method):
             raise ValueError(
                 f"profile={self.profile!r} is not allowed with allocation={self.allocation!r}: allowed is the path "
                 "of a profile with allocation='profile', and None else"
+            )
+        if self.fade < 1 and not self.attention_like:
+            raise ValueError(
+                f"fade={self.fade} is not allowed with method={self.name!r}, whose scores are not attention: "
+                "allowed is 1"
             )
         if self.coarse:
             self._check_coarse()
@@ -227,9 +235,9 @@ class ScoredMethod(Method):
             view, scores = view.stored, scores.shared(self.heads_by)
         if not self.lends:
             return scores
-        ties = None if scores.ties is None else lend(scores.ties, self.ahead, self.behind)
+        ties = None if scores.ties is None else lend(scores.ties, self.ahead, self.behind, self.fade)
         value = scores.value if view.empty is None else scores.value.masked_fill(view.empty, -torch.inf)
-        return Scores(lend(value, self.ahead, self.behind), scores.first, ties)
+        return Scores(lend(value, self.ahead, self.behind, self.fade), scores.first, ties)
 
     def prepare(self, view: LayerView, budget: int) -> None:
         super().prepare(view, budget)

@@ -21,14 +21,13 @@ from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, flag, integer, real
 from kvweave.methods.peak import peak_score
 from kvweave.methods.registry import register
-from kvweave.methods.scored import ScoredMethod, Selection
+from kvweave.methods.scored import ScoredMethod, Selection, forced_tokens
 from kvweave.ops.match import nearest_of_few
 from kvweave.ops.merge import RULES
-from kvweave.ops.select import complement, last, lowest, lowest_of, top
+from kvweave.ops.select import complement, first, last, lowest, lowest_of, top
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
-_PROFILED = 0.15  # share of a prompt from which on a profile's half is worth it (docs/RESEARCH.md)
 _FREE = {"budget", "redecode", "form", "coarse"}  # options that leave the form open
 #: Other defaults, by the name of a form.
 FORMS: dict[str, dict[str, Any]] = {
@@ -37,15 +36,20 @@ FORMS: dict[str, dict[str, Any]] = {
         "mass_bias": False,
         "rows_by": "max",
         "heads_by": "max",
-        "ahead": 8,
+        "ahead": 64,  # a reply that quotes goes on where its eighth token looks
+        "fade": 0.9,
         "recent": 8,
+        "sinks": 4,
         "defer": 8,
         "temperature": 1.0,  # what the prompt's own rows look at counts only where none is decoded
+        "replay": True,
+        "surprise": 8.0,
         "allocation": "global",
-        "coarse": 2.0,  # where there is a profile of the model
     }
 }
 FORMS["even"] = FORMS["lent"] | {"allocation": "head"}
+#: Of a prompt that was read again: every token of it has been looked at itself, by the heads that want it.
+READ_AGAIN: dict[str, Any] = {"ahead": 0, "fade": 1.0, "sinks": 0, "recent": 0, "floor": 0.0}
 
 
 @register("weave")
@@ -54,9 +58,12 @@ class Weave(MergingMethod, ScoredMethod):
     """Keeps what the first decoded tokens attend to, on a model; or merges the rest into the least important of it.
 
     On a model, `weave` with nothing but a budget is `form=lent`: the prompt stays whole while eight tokens are
-    decoded. The largest attention that any of them pays, from any head, is lent to the eight tokens behind what it
-    looks at: a name is looked up, and its value follows. Entries go to the heads that want them, the heads of all
-    layers competing; at budgets from 15 % on half by the model's profile, where one is shipped. Nothing is merged.
+    decoded. The largest attention that any of them pays, from any head, is lent to the 64 tokens behind what it looks
+    at, a tenth less to each next one: a name is looked up, and its value follows. The first tokens stay in every head
+    and lend nothing. Entries go to the heads that want them, the heads of all layers competing, and half by the
+    model's profile, where one is shipped. Nothing is merged.
+    Where the prompt is frozen, or asked about, before any reply (`CompressedCache.question`), or probes are named, it
+    is read again instead, and the largest attention paid meanwhile counts, as `kvzip` has it: nothing is lent then.
     The report says what it came to (`works_as`). `form=even` is the same with equally many entries in each head, for
     engines that hold equal counts and add no biases; `form=lent,recent=16` changes what is spelled.
 
@@ -84,6 +91,7 @@ class Weave(MergingMethod, ScoredMethod):
     defer: int = integer(2, minimum=0, help="tokens decoded from the whole prompt before it is cut, which count too")
     proxies: int = integer(32, minimum=1, help="last rows of the prompt whose attention counts")
     recent: int = integer(32, minimum=0, help="last tokens that stay unmerged, at most half of the budget")
+    sinks: int = integer(0, minimum=0, help="first tokens that stay unmerged, at most half of what recent ones leave")
     sensitivity_quantile: float | None = real(
         0.35, lo=0, hi=1, optional=True, help="share of the pivots, least important first, that may absorb others"
     )
@@ -100,6 +108,14 @@ class Weave(MergingMethod, ScoredMethod):
         help="softens the decoded tokens' attention, which then counts alone; None: mixed with the last rows'",
     )
 
+    replay: bool = flag(False, help="read the prompt again where it is cut before a reply has begun, without probes")
+    surprise: float = real(
+        0.0,
+        lo=0,
+        hi=math.inf,
+        open_hi=True,
+        help="nats: a row that is read again counts by what it leads to; 0: alike",
+    )
     _explicit: ClassVar[frozenset[str]] = frozenset()  # options that were spelled
 
     def __new__(cls, *args: Any, **options: Any) -> "Weave":
@@ -131,10 +147,8 @@ class Weave(MergingMethod, ScoredMethod):
             values = {name: defaults[name] for name, value in lent.items() if getattr(self, name) == value}
         else:
             open_to_form = (name for name in FORMS.get(form, {}) if name not in explicit)
-            waits = {"temperature", "coarse"}
-            values = {name: FORMS[form][name] for name in open_to_form if self.defer or name not in waits}
-        if values.get("allocation", self.allocation) not in ("global", "profile") and "coarse" in values:
-            del values["coarse"]  # heads that hold alike lose too much (docs/RESEARCH.md)
+            late = () if self.defer else ("temperature", "replay", "surprise")
+            values = {name: FORMS[form][name] for name in open_to_form if name not in late}
         for name, value in values.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "form", "auto" if is_open else "spelled")
@@ -148,17 +162,13 @@ class Weave(MergingMethod, ScoredMethod):
     def without_model(self) -> "Weave":
         if self.form != "auto":
             return self
-        coarse = 0 if self.coarse == FORMS["lent"]["coarse"] else self.coarse
-        return Weave(self.budget, form="spelled", redecode=self.redecode, coarse=coarse)
+        return Weave(self.budget, form="spelled", redecode=self.redecode, coarse=self.coarse)
 
     def on_model(self, profile: Callable[[], str | None]) -> Method:
         if self.form != "auto":
             return super().on_model(profile)
-        by_profile = isinstance(self.budget, float) and self.budget >= _PROFILED
-        mark = profile() if by_profile or self.coarse else None
-        shares: dict[str, Any] = {} if mark is None else {"profile": mark}
-        if mark is not None and by_profile:
-            shares["allocation"] = "profile"
+        mark = profile()
+        shares: dict[str, Any] = {} if mark is None else {"allocation": "profile", "profile": mark}
         return replace(self, form="spelled", **shares)
 
     @property
@@ -166,11 +176,17 @@ class Weave(MergingMethod, ScoredMethod):
         evicting = replace(self, form="spelled", merge=False, temperature=None)
         return super(Weave, evicting).coarse_cut
 
+    @property
+    def when_probed(self) -> "Weave":
+        if not self.replay:
+            return self
+        again: dict[str, Any] = READ_AGAIN | ({"allocation": "global", "profile": None} if self.pools else {})
+        return replace(self, **again)  # a profile is a mean of such scores
+
     def spelling(self) -> str:
         """Without the form where other options say it."""
         if self.form == "auto":
-            off = "" if self.coarse else ",coarse=0"
-            return super(Weave, self.without_model).spelling().replace(",form=spelled", "") + off
+            return super(Weave, self.without_model).spelling().replace(",form=spelled", "")
         text = super().spelling()
         return text if self._is({}) else text.replace(",form=spelled", "")
 
@@ -192,27 +208,28 @@ class Weave(MergingMethod, ScoredMethod):
             decoded=tuple(dict.fromkeys([self.reduction, ("mean", self.heads_by)])),  # of the reply, and of probes
             temperature=self.temperature or 1.0,
             by_slot=True,
+            replay=self.replay and not self.defer,
+            unasked=self.replay and not self.coarse,  # what went by then cannot be looked at again
+            surprise=self.surprise,
         )
 
     @property
     def uses_modality(self) -> bool:
         return self.cross_scope != "any"
 
-    def quota(self, budget: int, mean_budget: int) -> Quota:
-        return Quota(budget, recent=min(self.recent, budget // 2))
-
     def plan(self, view: LayerView, budget: int) -> Plan:
         if self.allocation != "head" or view.empty is not None:
             return self.uneven_plan(view, self.selection(view, budget))
         quota = self.quota(budget, budget)
         score = self.ranking(view, quota).value  # [batch, kv_heads, length]
-        pivots = top(score[..., : view.length - quota.recent], quota.free)
-        keep = torch.cat([pivots, last(score, quota.recent)], -1)
+        pivots = top(score[..., quota.sinks : view.length - quota.recent], quota.free) + quota.sinks
+        keep = torch.cat([first(score, quota.sinks), pivots, last(score, quota.recent)], -1)
         source = complement(keep, view.length)
         if not self.merge:
             return Plan(keep)
         eligible = lowest(score.gather(-1, pivots), self.sensitivity_quantile)
         target, cosine = self.match(view, pivots, eligible, source)
+        target = target.where(target < 0, target + quota.sinks)  # of what stays
         plan = self.merged(view, keep, source, target, cosine, score)
         return replace(plan, log=_log(plan, eligible, view))
 
@@ -230,10 +247,20 @@ class Weave(MergingMethod, ScoredMethod):
         return replace(plan, log=_log(plan, pivots & eligible, view))
 
     def score(self, view: LayerView, quota: Quota | None = None) -> Tensor:
-        """What a token is worth: [batch, kv_heads, length]."""
-        if view.probed:
-            return peak_score(view, "max", self.heads_by)
+        """What a token is worth: [batch, kv_heads, length]. First tokens that stay by force lend nothing to others:
+        what attention they get is not for what they say."""
+        score = self.attention(view)
+        sinks = 0 if quota is None else quota.sinks
+        if not sinks or not self.lends:
+            return score
+        forced, _ = forced_tokens(view, Quota(sinks, sinks))
+        return score.masked_fill(forced, 0)
+
+    def attention(self, view: LayerView) -> Tensor:
+        """Attention that tokens received, as the options reduce it: [batch, kv_heads, length]."""
         decoded = view.decoded_attention(self.rows_by, self.heads_by)
+        if view.probed:
+            return decoded if self.replay and decoded is not None else peak_score(view, "max", self.heads_by)
         if self.temperature is not None and decoded is not None:
             return decoded
         return view.window_attention(self.proxies, rows_by=self.rows_by, heads_by=self.heads_by)

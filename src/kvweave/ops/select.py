@@ -53,6 +53,11 @@ def ranks(scores: Tensor) -> Tensor:
     return ranks_by([scores])
 
 
+def first(like: Tensor, count: int) -> Tensor:
+    """Positions of the first `count` tokens of `like` [batch, kv_heads, length]: int64 [batch, kv_heads, count]."""
+    return torch.arange(count, device=like.device).expand(*like.shape[:-1], count)
+
+
 def last(like: Tensor, count: int) -> Tensor:
     """Positions of the last `count` tokens of `like` [batch, kv_heads, length]: int64 [batch, kv_heads, count]."""
     length = like.shape[-1]
@@ -74,8 +79,7 @@ def top_and_recent(scores: Tensor, count: int, recent: int, length: int | None =
     best = top(scores[..., sinks : length - recent], count - recent - sinks)
     parts = [best, recents.expand(*scores.shape[:-1], recent)]
     if sinks:
-        first = torch.arange(sinks, device=scores.device).expand(*scores.shape[:-1], sinks)
-        parts = [first, best + sinks, parts[1]]
+        parts = [first(scores, sinks), best + sinks, parts[1]]
     return torch.cat(parts, -1)
 
 
@@ -104,19 +108,32 @@ def ranks_by(keys: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def lend(scores: Tensor, ahead: int, behind: int) -> Tensor:
+def lend(scores: Tensor, ahead: int, behind: int, fade: float = 1.0) -> Tensor:
     """Each score lent to the `ahead` tokens behind it and the `behind` tokens before it; the largest counts.
 
     Args:
-        scores: [batch, kv_heads, length].
+        scores: [batch, kv_heads, length]; where scores fade, none is below 0.
+        fade: in (0, 1], what a score is multiplied by for each token that it is lent across.
     Returns:
-        [batch, kv_heads, length]: s'_j = max over -behind <= d <= ahead of s_(j - d) (SPEC 17.7).
+        [batch, kv_heads, length]: s'_j = max over -behind <= d <= ahead of fade^|d| s_(j - d) (SPEC 17.7).
     """
     if not ahead and not behind:
         return scores
     ahead, behind = (min(n, scores.shape[-1]) for n in (ahead, behind))
+    if fade < 1:
+        return torch.maximum(_lend_fading(scores, ahead, fade), _lend_fading(scores.flip(-1), behind, fade).flip(-1))
     padded = F.pad(scores, (ahead, behind), value=-torch.inf)
     return F.max_pool1d(padded, ahead + behind + 1, stride=1)
+
+
+def _lend_fading(scores: Tensor, ahead: int, fade: float) -> Tensor:
+    """max over 0 <= d <= ahead of fade^d s_(j - d), by twice as many tokens at a time."""
+    reach = 0
+    while reach < ahead:
+        step = min(reach + 1, ahead - reach)
+        lent = F.pad(scores, (step, 0), value=-torch.inf)[..., : scores.shape[-1]]
+        scores, reach = torch.maximum(scores, lent * fade**step), reach + step
+    return scores
 
 
 def lowest(scores: Tensor, quantile: float | None) -> Tensor:

@@ -231,8 +231,12 @@ class CompressedCache(Cache):
         self.shared.turn.declare(length)
 
     def freeze(self) -> None:
-        """Compress no more: further prompts are appended whole. `question` asks one and takes it back."""
-        self.cut_waiting()
+        """Compress no more: further prompts are appended whole. `question` asks one and takes it back.
+
+        A prompt that `weave` still holds whole is read again first, if the model is attached: no reply is to come
+        that would tell what matters.
+        """
+        self.cut_unasked()
         self.shared.turn.freeze()
 
     def question(self, ids: Tensor | None = None) -> AbstractContextManager[dict[str, Any]]:
@@ -297,15 +301,21 @@ class CompressedCache(Cache):
             raise ValueError(
                 "compress: the cache was cut already; allowed is CompressedCache(config, method, hold=True)"
             )
-        elif self.shared.needs.replay and not self.decoded and session is not None and session.attached:
-            session.answer_probes(self, None)
-        self.cut_waiting()
+        self.cut_unasked()
 
     @property
     def decoded(self) -> int:
         """Tokens behind the last prompt."""
         end = self.shared.turn.end
         return 0 if end is None else self.get_seq_length() - end
+
+    def cut_unasked(self) -> None:
+        """Cut the layers that wait; where no reply has begun that tells what matters, read the prompt again first."""
+        session = None if self.session is None else self.session()
+        needs, unasked = self.shared.needs, self.waits and not self.decoded and self.target is None
+        if unasked and (needs.replay or needs.unasked) and session is not None and session.attached:
+            session.answer_probes(self, None)
+        self.cut_waiting()
 
     @torch.compiler.disable
     def cut_waiting(self) -> None:

@@ -25,6 +25,8 @@ class Frame(threading.local):
         prompted: it is inside of a `generate` that knows how long its prompt is.
         before: tokens that the cache held before that pass.
         positions: position ids that the innermost stack was given, [..., batch or 1, new], or None.
+        embeddings: what that stack was given in the tokens' place, [batch, new, hidden], or None.
+        hidden: what it made of them, alike.
         aside: the model is drafting, or answering a probe.
     """
 
@@ -39,6 +41,8 @@ class Frame(threading.local):
         self.prompted = False
         self.before = 0
         self.positions: Tensor | None = None
+        self.embeddings: Tensor | None = None
+        self.hidden: Tensor | None = None
         self.aside = False
 
     @contextmanager
@@ -56,14 +60,21 @@ class Frame(threading.local):
     @contextmanager
     def going_aside(self) -> Iterator[None]:
         """Inside, forward passes belong to no prompt and to no reply."""
-        outer = self.forwards, self.positions
+        outer = self.forwards, self.positions, self.embeddings, self.hidden
         self.forwards, self.aside = [], True
         try:
             yield
         finally:
-            (self.forwards, self.positions), self.aside = outer, False
+            (self.forwards, self.positions, self.embeddings, self.hidden), self.aside = outer, False
 
-    def note_positions(self, positions: Tensor | None) -> None:
+    def note_given(self, positions: Tensor | None, embeddings: Tensor | None) -> None:
         """An inner stack was given these; None: none. Compiled steps note nothing."""
-        if positions is not None and not torch.compiler.is_compiling():
-            self.positions = positions
+        if torch.compiler.is_compiling():
+            return
+        self.positions = self.positions if positions is None else positions
+        self.embeddings = self.embeddings if embeddings is None else embeddings
+
+    def note_made(self, hidden: Tensor | None) -> None:
+        """An inner stack made this of its tokens; None: it does not say."""
+        if hidden is not None and not torch.compiler.is_compiling():
+            self.hidden = hidden

@@ -126,10 +126,10 @@ class CompressedLayer(HeldLayer):
         return self.shared.terms(self.prompt_cut.query_shape[0])
 
     @torch.no_grad()
-    def count_attention(self, counted: Tensor) -> None:
-        """Note what the tokens behind the prompt attend to in it: bool [batch, tokens], those that count."""
+    def count_attention(self, counted: Tensor, weights: Tensor | None = None) -> None:
+        """Note what the tokens behind the prompt attend to in it: as in `PromptCut.count_attention`."""
         assert self.block is not None
-        self.prompt_cut.count_attention(self.block, counted, self.seen, self._terms)
+        self.prompt_cut.count_attention(self.block, counted, self.seen, self._terms, weights)
 
     @torch.no_grad()
     def weigh(self, counted: Tensor | None) -> list[Any]:

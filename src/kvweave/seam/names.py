@@ -114,6 +114,18 @@ def position_ids(kwargs: dict[str, Any]) -> Tensor | None:
     return positions if isinstance(positions, Tensor) else None
 
 
+def embeddings(kwargs: dict[str, Any]) -> Tensor | None:
+    """Embeddings [batch, new, hidden] among the arguments of a forward pass, or None."""
+    given = kwargs.get("inputs_embeds")
+    return given.detach() if isinstance(given, Tensor) else None
+
+
+def hidden_states(output: Any) -> Tensor | None:
+    """What a decoder made of its tokens, [batch, new, width], in its output, or None."""
+    made = getattr(output, "last_hidden_state", None)
+    return made.detach() if isinstance(made, Tensor) else None
+
+
 def without_cache(kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The cache among the arguments of a forward pass or of `generate`, under whichever name, and the others.
 

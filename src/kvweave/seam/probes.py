@@ -27,7 +27,7 @@ class Probes:
         answered: probes that the model answers greedily.
         most: tokens of an answer.
         fed: probes that it reads only.
-        chunk: the prompt's text is said again, so many tokens at once; 0: it is not.
+        chunk: the prompt is said again, images and all, so many tokens at once; 0: it is not.
         instruction: comes before each chunk; then `answered` is about pictures, and asked where there are some.
     """
 
@@ -41,7 +41,7 @@ class Probes:
 def read_probes(probes: Any, processor: Any, tokens: int, chunk: int = CHUNK) -> Probes:
     """Probes as they are spelled: a text is the end of a user's turn, by the processor's chat template.
 
-    Without a processor "replay" has neither instruction nor questions about pictures.
+    Without a processor "replay" has no instruction; where a processor has `default_probes`, they are asked too.
 
     Args:
         probes: "default", "replay", "template", texts, or lists of token ids.
@@ -61,7 +61,7 @@ def read_probes(probes: Any, processor: Any, tokens: int, chunk: int = CHUNK) ->
         case "replay":
             if processor is None:
                 return Probes(chunk=chunk)
-            pictures = getattr(processor, "default_probes", DEFAULT[:1])
+            pictures = getattr(processor, "default_probes", ())
             ids = [_ids(probe, processor) for probe in pictures]
             return Probes(ids, tokens, chunk=chunk, instruction=_ids(INSTRUCTION, processor))
         case "default":

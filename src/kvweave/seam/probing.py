@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from kvweave.cut.terms import Pending
 from kvweave.seam.asides import aside
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.names import CACHE, Signature
 from kvweave.seam.probes import Probes, read_probes
+from kvweave.seam.surprise import surprise
 
 if TYPE_CHECKING:
     from kvweave.seam.session import Session
@@ -61,8 +64,17 @@ def answer(session: "Session", cache: CompressedCache, probes: Probes | None) ->
     if cache.decoded:
         raise ValueError("probes: the prompt came with tokens behind it: allowed is a forward pass of the prompt")
     probe_set = probes or read_probes("replay", session.processor, Probes.most)
-    with session.running.going_aside():
-        answer_probes(session.base, cache, probe_set)
+    shared, turn = cache.shared, cache.shared.turn
+    method, requested = shared.method, turn.on_request
+    turn.hold()
+    shared.go_by(method.when_probed)
+    try:
+        with session.running.going_aside():
+            answer_probes(session.base, cache, probe_set)
+    finally:
+        shared.go_by(method)
+        if not requested:
+            turn.release()
 
 
 @dataclass(frozen=True)
@@ -70,13 +82,15 @@ class _Pass:
     """One forward pass behind the prompt, and the greedy answer to it.
 
     Attributes:
-        tokens: int64 [batch, new]; live: bool, alike, those that are real.
+        tokens: int64 [batch, new], or embeddings [batch, new, hidden]; live: bool [batch, new], those that are real.
         most: tokens of the answer; the last one is not fed, so that 1 is none.
+        weights: float [batch, new], what attention of the rows counts; None: all count alike.
     """
 
     tokens: Tensor
     live: Tensor
     most: int = 1
+    weights: Tensor | None = None
 
 
 def answer_probes(model: nn.Module, cache: CompressedCache, probes: Probes) -> None:
@@ -85,21 +99,25 @@ def answer_probes(model: nn.Module, cache: CompressedCache, probes: Probes) -> N
     Args:
         cache: holds a prompt that waits for its cut.
     Raises:
-        ValueError: the prompt is to be said again, and its token ids are not known.
+        ValueError: the prompt is to be said again, and what it was is not known.
     """
     start, tokens = time.perf_counter(), 0
-    passes = _passes(cache, probes)
+    passes = _passes(model, cache, probes)
     with _progress(len(passes)) as step:
         for probe in passes:
             tokens += _answer(model, cache, probe)
             step()
-    facts = {"count": len(passes), "tokens": tokens, "seconds": round(time.perf_counter() - start, 3)}
-    cache.shared.turn.note_probes(facts | ({"instructed": bool(probes.instruction)} if probes.chunk else {}))
+    seconds = round(time.perf_counter() - start, 3)
+    facts: dict[str, Any] = {"count": len(passes), "tokens": tokens, "seconds": seconds}
+    facts |= {"instructed": bool(probes.instruction)} if probes.chunk else {}
+    if cache.shared.method != cache.method:
+        facts["works_as"] = cache.shared.method.spelling()
+    cache.shared.turn.note_probes(facts)
     with torch.no_grad():
         cache.cut_waiting()
 
 
-def _passes(cache: CompressedCache, probes: Probes) -> list[_Pass]:
+def _passes(model: nn.Module, cache: CompressedCache, probes: Probes) -> list[_Pass]:
     prompt = cache.prompt
     assert prompt is not None
     rows, device = len(prompt.valid), prompt.valid.device
@@ -108,7 +126,7 @@ def _passes(cache: CompressedCache, probes: Probes) -> list[_Pass]:
     if probes.chunk:
         pictures = prompt.visual & prompt.valid
         answered = answered if bool(pictures.any()) else ()
-        again = [_pad(rows_of_ids, device) for rows_of_ids in _replay_ids(cache, probes)]
+        again = _replay(model, cache, probes)
     fed = [_pad([probe] * rows, device) for probe in probes.fed]
     asked = [_pad([probe] * rows, device, probes.most) for probe in answered]
     return again + fed + asked
@@ -122,24 +140,71 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device, most: int = 1) -> 
     return _Pass(tokens, torch.arange(longest, device=device) < lengths[:, None], most)
 
 
-def _replay_ids(cache: CompressedCache, probes: Probes) -> list[list[list[int]]]:
-    """For each chunk of the prompts' texts what each row is fed; a shorter prompt has nothing left in the end."""
-    turn, length = cache.shared.turn, cache.get_seq_length()
-    if turn.ids is None or turn.ids.shape[1] < length:
+def _replay(model: nn.Module, cache: CompressedCache, probes: Probes) -> list[_Pass]:
+    """The prompts in chunks, each behind the instruction; a shorter prompt has nothing left in the end."""
+    prompt, length = cache.prompt, cache.get_seq_length()
+    assert prompt is not None
+    valid = prompt.valid[:, :length]
+    pictures = bool((prompt.visual[:, :length] & valid).any())
+    inputs = _embeddings(cache, length) if pictures else _ids(cache, length)
+    instruction = torch.tensor(probes.instruction, dtype=torch.int64, device=inputs.device)
+    if pictures:
+        instruction = model.get_input_embeddings()(instruction).to(inputs)  # type: ignore[operator]
+    rows = [row[own] for row, own in zip(inputs, valid.to(inputs.device), strict=True)]
+    weights = _weights(model, cache, valid)
+    passes = []
+    for start in range(0, max(map(len, rows)), probes.chunk):
+        first = max(0, start - _OVERLAP)
+        chunks = [row[first : start + probes.chunk] if start < len(row) else row[:0] for row in rows]
+        fed = [torch.cat([instruction, chunk]) if len(chunk) else chunk for chunk in chunks]
+        lengths = torch.tensor([len(row) for row in fed], device=inputs.device)
+        tokens = pad_sequence(fed, batch_first=True)
+        live = torch.arange(tokens.shape[1], device=inputs.device) < lengths[:, None]
+        counts = None
+        if weights:  # a row counts as the token that it leads to
+            leads = [F.pad(row[first : start + probes.chunk + 1], (len(instruction), 1))[1:] for row in weights]
+            counts = pad_sequence([row[: len(own)] for row, own in zip(leads, fed, strict=True)], batch_first=True)
+        passes.append(_Pass(tokens, live, weights=counts))
+    return passes
+
+
+def _weights(model: nn.Module, cache: CompressedCache, valid: Tensor) -> list[Tensor]:
+    """What attention that leads to each real token counts, of each row, in [0, 1]; none: all alike.
+
+    A token counts by its surprise where the method asks for that and the model tells it; images count in full.
+    """
+    turn, most, length = cache.shared.turn, cache.shared.needs.surprise, valid.shape[1]
+    known = turn.hidden is not None and turn.hidden.shape[1] >= length and turn.ids is not None
+    if not most or not known or model.get_output_embeddings() is None:  # type: ignore[operator]
+        return []
+    assert turn.ids is not None
+    assert turn.hidden is not None
+    assert turn.prompt is not None
+    nats = surprise(model, turn.hidden[:, :length], turn.ids[:, :length], valid)
+    shares = (nats / most).clamp(max=1).masked_fill(turn.prompt.visual[:, :length].to(nats.device), 1)
+    return [row[own] for row, own in zip(shares, valid.to(shares.device), strict=True)]
+
+
+def _ids(cache: CompressedCache, length: int) -> Tensor:
+    """Tokens of the prompts: int64 [batch, length]."""
+    ids = cache.shared.turn.ids
+    if ids is None or ids.shape[1] < length:
         raise ValueError(
             "probes='replay' needs the token ids of the whole prompt, and it came as embeddings, or with a reply "
             "that was decoded into fixed buffers: allowed is input_ids, other probes, or kvzip's replay=false"
         )
-    assert turn.prompt is not None
-    texts = turn.prompt.valid[:, :length] & ~turn.prompt.visual[:, :length]
-    rows = [ids[text].tolist() for ids, text in zip(turn.ids[:, :length].to(texts.device), texts, strict=True)]
-    return [
-        [
-            [*probes.instruction, *row[max(0, start - _OVERLAP) : start + probes.chunk]] if start < len(row) else []
-            for row in rows
-        ]
-        for start in range(0, max(map(len, rows)), probes.chunk)
-    ]
+    return ids[:, :length]
+
+
+def _embeddings(cache: CompressedCache, length: int) -> Tensor:
+    """What the decoder was given for prompts with images: [batch, length, hidden]."""
+    embeddings = cache.shared.turn.embeddings
+    if embeddings is None or embeddings.shape[1] < length:
+        raise ValueError(
+            "probes='replay' needs what the model makes of the images, and nothing told what its decoder was given, "
+            "or not of the whole prompt: allowed is other probes, or kvzip's replay=false"
+        )
+    return embeddings[:, :length]
 
 
 def _answer(model: nn.Module, cache: CompressedCache, probe: _Pass) -> int:
@@ -157,7 +222,7 @@ def _answer(model: nn.Module, cache: CompressedCache, probe: _Pass) -> int:
     def look() -> None:
         assert turn.counted is not None
         for layer in cache.compressed_layers:
-            layer.count_attention(turn.counted)
+            layer.count_attention(turn.counted, probe.weights)
 
     columns = aside(model, cache, _first(model, cache, probe), probe.most, ended=ended, look=look)
     turn.expect(0, 0)
@@ -168,7 +233,8 @@ def _first(model: nn.Module, cache: CompressedCache, probe: _Pass) -> dict[str, 
     """The inputs of the pass."""
     turn, last, tokens = cache.shared.turn, cache.shared.turn.places.last, probe.tokens
     assert turn.prompt is not None
-    step: dict[str, Any] = {"input_ids": tokens, CACHE: cache, "use_cache": True, "return_dict": True}
+    name = "input_ids" if tokens.dim() == 2 else "inputs_embeds"
+    step: dict[str, Any] = {name: tokens, CACHE: cache, "use_cache": True, "return_dict": True}
     if "logits_to_keep" in Signature.of(model).parameters:
         step["logits_to_keep"] = 1
     mask = torch.cat([turn.prompt.valid[:, : cache.get_seq_length()], probe.live], 1)

@@ -26,7 +26,7 @@ def open_question(cache: "CompressedCache", ids: Tensor | None) -> Iterator[dict
     """
     _check(cache)
     cache.settle()
-    cache.cut_waiting()
+    cache.cut_unasked()
     inputs = {} if ids is None else _behind(cache, ids)
     put_back = remember(cache)
     cache.shared.turn.freeze()

@@ -34,8 +34,10 @@ def described(cache: "CompressedCache") -> dict[str, Any]:
         "totals": totals,
         "deferred": deferred,
     }
-    if method is not cache.method:
-        report["works_as"] = method.spelling()
+    probes = dict(turn.probes)
+    works = probes.pop("works_as", "" if method is cache.method else method.spelling())
+    if works:
+        report["works_as"] = works
     for record in records:
         report |= record.words
     if cache.shared.stream is not None and compressed:
@@ -46,7 +48,7 @@ def described(cache: "CompressedCache") -> dict[str, Any]:
         report["coarse"] = _coarse(cache, records)
     if turn.choice:
         report["auto"] = turn.choice
-    return report | ({"probes": turn.probes} if turn.probes else {})
+    return report | ({"probes": probes} if probes else {})
 
 
 def _coarse(cache: "CompressedCache", records: Sequence[Record]) -> dict[str, Any]:

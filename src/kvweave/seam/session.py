@@ -193,10 +193,12 @@ class Session:
             del forwards[forwards.index(part) :]
         forwards.append(part)
         if len(forwards) > 1:
-            self.running.note_positions(names.position_ids(kwargs))
+            self.running.note_given(names.position_ids(kwargs), names.embeddings(kwargs))
             return None  # the outer model's hook knows more: ids, token types, but for this
         call = Call(signature, args, kwargs)
-        self.running.positions = names.position_ids(call.kwargs)
+        running = self.running
+        running.positions, running.embeddings, running.hidden = names.position_ids(call.kwargs), None, None
+        self.running.note_given(None, names.embeddings(call.kwargs))
         cache = begin(self, part, call)
         if cache is None:
             return ((), call.arguments(call.cache)) if call.misnamed else None
@@ -207,6 +209,7 @@ class Session:
         if not running.forwards or running.forwards[-1] is not part:
             return  # a hook that raised before ours: the forward pass never began
         running.forwards.pop()
+        running.note_made(names.hidden_states(out))
         if running.forwards:
             return
         cache, running.cache = running.cache, None
@@ -225,8 +228,13 @@ class Session:
     def _note_places(self, cache: CompressedCache) -> None:
         """What the pass told of positions; nothing may grow with a stream, which has no end."""
         running, turn = self.running, cache.shared.turn
+        embeddings, hidden = running.embeddings, running.hidden
+        running.embeddings = running.hidden = None
         if turn.prompt is None:
             return
+        prompted = turn.end is None or running.before < turn.end
+        if prompted and cache.shared.may_replay and not turn.is_cut and not running.aside:
+            turn.append_read(embeddings, hidden if cache.shared.needs.surprise else None, running.before)
         like = turn.prompt.valid
         if running.new != 1:
             turn.places.note_ahead(names.offsets(self.keepers), len(like))

@@ -93,6 +93,11 @@ class Shared:
         return self.needs.rows_with_probes if probed else self.needs.rows
 
     @property
+    def may_replay(self) -> bool:
+        """The prompt may be read again before it is cut."""
+        return self.turn.on_request or self.needs.replay or self.needs.unasked
+
+    @property
     def awaited(self) -> int:
         """Tokens behind the prompt whose queries are wanted."""
         return sum(self.turn.probe) or (0 if self.turn.on_request else self.method.defer)

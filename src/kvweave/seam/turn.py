@@ -47,6 +47,8 @@ class Turn:
         probe: tokens of the probe that is being answered, and of the answer at most; zeros: none is.
         ids: int64 [batch, columns], the prompt's tokens, as far as they were given without a gap; of a conversation
             that is held all.
+        embeddings: [batch, columns, width], what the decoder was given in place of the ids, where it was;
+            hidden: alike, what it made of them. Both only while the prompt is whole and may be read again.
         places: what is known of positions.
         probes: what answering the probes before the last cut took; empty: there were none.
         choice: budgets that were found by what they cost (`kvweave.seam.foresight`); empty: none, or not yet.
@@ -68,6 +70,8 @@ class Turn:
     deferred: int | None = None
     probe: tuple[int, int] = (0, 0)
     ids: Tensor | None = None
+    embeddings: Tensor | None = None
+    hidden: Tensor | None = None
     places: Places = field(default_factory=Places)
     probes: dict[str, Any] = field(default_factory=dict)
     choice: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +91,11 @@ class Turn:
         return Turn(**self.__getstate__() | {"places": copy(self.places)})
 
     @property
+    def is_cut(self) -> bool:
+        """The prompt has been cut, or what comes is not."""
+        return self.state is State.CUT or self.frozen
+
+    @property
     def frozen(self) -> bool:
         """Nothing is cut any more."""
         return self.state is State.FROZEN
@@ -100,6 +109,10 @@ class Turn:
     def hold(self) -> None:
         """The prompt stays whole until probes have been answered."""
         self.on_request = True
+
+    def release(self) -> None:
+        """Prompts that come are cut when they are due."""
+        self.on_request = False
 
     def begin(
         self,
@@ -151,6 +164,15 @@ class Turn:
             self.ids = None
         else:
             self.ids = ids if not past or before is None else torch.cat([before.to(ids.device), ids], 1)
+
+    def append_read(self, embeddings: Tensor | None, hidden: Tensor | None, past: int) -> None:
+        """Add what the decoder was given for a forward pass's tokens, and made of them, behind `past` columns.
+
+        Args:
+            embeddings, hidden: [batch, new, width], or None.
+        """
+        self.embeddings = _joined(self.embeddings, embeddings, past)
+        self.hidden = _joined(self.hidden, hidden, past)
 
     def append_rotary(self, cos: Tensor, sin: Tensor, past: int, *, interleaved: bool) -> None:
         """Add a forward pass's tables, [batch or 1, new, rotary_dim], behind `past` columns."""
@@ -213,7 +235,7 @@ class Turn:
         if deferred is not None:
             self.deferred = deferred
         if self.state is State.OBSERVED or deferred is not None:
-            self.state = State.CUT
+            self.state, self.embeddings, self.hidden = State.CUT, None, None
 
     def freeze(self) -> None:
         """Cut no more."""
@@ -271,5 +293,16 @@ class Turn:
         self.counted = None if self.counted is None else of(self.counted)
         self.cut = None if self.cut is None else of(self.cut)
         self.ids = None if self.ids is None else of(self.ids)
+        self.embeddings = None if self.embeddings is None else of(self.embeddings)
+        self.hidden = None if self.hidden is None else of(self.hidden)
         self.places.select(rows)
         self.rotary = None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1]))
+
+
+def _joined(before: Tensor | None, new: Tensor | None, past: int) -> Tensor | None:
+    """What is known of all columns [batch, columns, width], `past` before the new ones; None: not of all."""
+    if new is None or not past:
+        return new
+    if before is None or before.shape[1] < past:
+        return None
+    return torch.cat([before[:, :past].to(new.device), new], 1)

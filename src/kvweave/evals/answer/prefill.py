@@ -66,7 +66,7 @@ class Prefill:
     Attributes:
         layers: of the cache in order; recorded ones, and others as the prefill left them.
         output: of the first forward pass.
-        rotary, interleaved: as in `Turn`.
+        rotary, interleaved, embeddings, hidden: as in `Turn`.
         tokens: int64 [batch, prompt + answer], what `generate` returned.
         start: columns of the prompt.
         memo: statistics that methods asked for, kept for the next ones and other budgets.
@@ -78,6 +78,8 @@ class Prefill:
     interleaved: bool
     tokens: Tensor
     start: int
+    embeddings: Tensor | None = None
+    hidden: Tensor | None = None
     memo: dict[Any, dict[Any, Any]] = field(default_factory=dict)
 
     @classmethod
@@ -97,20 +99,21 @@ class Prefill:
         def note(module: Any, args: Any, output: Any) -> None:
             if not first:
                 others = [None if isinstance(x, RecordedLayer) else copy.deepcopy(x) for x in cache.layers]
-                first.update(
-                    output=output, others=others, rotary=cache.shared.turn.rotary, start=cache.get_seq_length()
-                )
+                first.update(output=output, others=others, rotary=cache.shared.turn.rotary)
+                running = session.running
+                first.update(start=cache.get_seq_length(), embeddings=running.embeddings, hidden=running.hidden)
 
         noted = model.register_forward_hook(note)
         try:
-            with compress(model, method):
+            with compress(model, method) as session:
                 tokens = answer(past_key_values=cache)
         finally:
             noted.remove()
         layers = [
             layer if other is None else other for layer, other in zip(cache.layers, first["others"], strict=True)
         ]
-        return cls(layers, first["output"], first["rotary"], cache.shared.turn.interleaved, tokens, first["start"])
+        told = {name: first[name] for name in ("output", "rotary", "start", "embeddings", "hidden")}
+        return cls(layers, interleaved=cache.shared.turn.interleaved, tokens=tokens, **told)
 
     @property
     def recorded_layers(self) -> list[RecordedLayer]:
@@ -156,6 +159,10 @@ class Prefill:
     def _fill(self, cache: CompressedCache, memory: Sequence[Tensor]) -> None:
         """What the forward pass would have done to an empty cache."""
         cache.shared.memo = self.memo
+        session = None if cache.session is None else cache.session()
+        if session is not None:
+            session.running.note_given(None, self.embeddings)
+            session.running.note_made(self.hidden)
         if cache.shared.needs.rotary:
             cache.shared.turn.recall_rotary(self.rotary, interleaved=self.interleaved)
         remembered = iter(memory)
