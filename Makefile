@@ -96,7 +96,7 @@ models: $(READY)  ## docs/MODELS.md: every model type of transformers, tiny (20 
 generation: $(BITS)  ## docs/GENERATION.md: every way to generate, against the masked full cache (a minute)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/seam .venv-bits/bin/python -m benchmarks.generation > docs/GENERATION.md
 
-gpu:  ## everything that needs a GPU, in one call of five minutes, with the Python at hand
+gpu:  ## everything that needs a GPU, in one call of under seven minutes, with the Python at hand
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu
 
 gpu-smol: $(READY)  ## train smol's tower, projector and adapters: five minutes on a GPU, then how well it answers

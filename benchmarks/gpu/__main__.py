@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one call of under five minutes: `make gpu`.
+"""Everything that needs a GPU, in one call of under seven minutes: `make gpu`.
 
 At the shape of Qwen2.5-VL-7B's language model (28 layers, 28 heads, 4 KV heads of 128, bfloat16):
 

@@ -130,7 +130,7 @@ class FixedHeads(RaggedHeads):
             bias = biased_mask(mask, own.positions[:, None], bias[:, None], 1)[:, 0, 0]
         rows = query.reshape(batch, len(self.sizes), -1, dim)
         by_launch = by_kernel(None, 1, query, own.keys, own.values)
-        if by_launch and mask is not None:
+        if by_launch:  # a mask may come for the first time while a graph is captured: the address is always the same
             bias = own.masked.copy_(bias)
         keys, values, biases = (
             [x[:, None] for x in tensor.split(self.sizes, 1)] for tensor in (own.keys, own.values, bias)
