@@ -19,6 +19,8 @@ from kvweave.methods.base import Method
 PAGE = Path(__file__).parents[1] / "docs" / "CHOOSING.md"
 BEGIN, END = (f"<!-- {word}: peak, written by `python -m benchmarks.peak` -->" for word in ("begin", "end"))
 BUDGET, PICTURES, TOKENS = 0.2, 8, 12
+BUDGETS = (0.2, 0.1, 0.05)
+COARSE = ("weave", "weave:coarse=2", "weave:coarse=3", "weave:form=even,coarse=2")
 
 
 def waits_for(method: Method) -> str:
@@ -26,34 +28,65 @@ def waits_for(method: Method) -> str:
     if method.needs.replay:
         return "the context, read again"
     if method.defer:
-        return f"{method.defer} decoded tokens"
+        first = method.coarse_cut is not None and not method.coarse_refusal
+        return f"{method.defer} decoded tokens" + (", a first cut meanwhile" if first else "")
     return "the last layer" if method.layer_adaptive else "nothing"
 
 
-def table() -> str:
-    """Methods as they come, by the most that they hold, in shares of the full cache."""
-    model, processor = models.load("smol")
-    (task,) = smol_tasks(["image_needle"], 1, PICTURES)
-    inputs = models.encode(processor, task.examples(0)[0].messages)
+class Album:
+    """`smol` and what it reads."""
+
+    def __init__(self) -> None:
+        self.model, processor = models.load("smol")
+        (task,) = smol_tasks(["image_needle"], 1, PICTURES)
+        self.inputs = models.encode(processor, task.examples(0)[0].messages)
+        self.length = self.inputs["input_ids"].shape[1]
+        self.layers = self.model.config.get_text_config().num_hidden_layers
+
+    def shares(self, method: Method) -> tuple[str, str, Method]:
+        """Of the full cache, what the method has at its peak and what is left after its cut; and how it works."""
+        with kvweave.compress(self.model, method) as session, torch.inference_mode():
+            self.model.generate(**self.inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        totals = session.report["totals"]
+        peak, kept = (f"{totals[what] / totals['bytes_before']:.0%}" for what in ("peak_bytes", "bytes"))
+        return peak, kept, session.working or method
+
+
+def by_method(album: Album) -> list[str]:
+    """Methods as they come, by the most that they hold."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for name in list_methods():
-        method = parse_method(name, budget=BUDGET)
-        with kvweave.compress(model, method) as session, torch.inference_mode():
-            model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-        working = session.working or method
-        told = session.report["totals"]
-        peak, kept = (f"{told[what] / told['bytes_before']:.0%}" for what in ("peak_bytes", "bytes"))
+        peak, kept, working = album.shares(parse_method(name, budget=BUDGET))
         alike.setdefault((peak, kept, waits_for(working)), []).append(f"`{name}`")
-    length, layers = inputs["input_ids"].shape[1], model.config.get_text_config().num_hidden_layers
-    lines = [
-        f"`smol`, {layers} layers, a prompt of {length} tokens, in shares of the full cache:",
+    ordered = sorted(alike.items(), key=lambda row: int(row[0][0].rstrip("%")))
+    return [
+        f"`smol`, {album.layers} layers, a prompt of {album.length} tokens, in shares of the full cache:",
         "",
         "| at its peak | after the cut | a layer's cut waits for | methods |",
         "|--:|--:|---|---|",
+        *(f"| {peak} | {kept} | {wait} | {', '.join(names)} |" for (peak, kept, wait), names in ordered),
     ]
-    ordered = sorted(alike.items(), key=lambda row: int(row[0][0].rstrip("%")))
-    lines += [f"| {peak} | {kept} | {wait} | {', '.join(names)} |" for (peak, kept, wait), names in ordered]
-    return "\n".join(lines)
+
+
+def by_budget(album: Album) -> list[str]:
+    """The peak of `weave` with a first cut and without."""
+    rows = [
+        [f"`{spelled}`", *(album.shares(parse_method(spelled, budget=budget))[0] for budget in BUDGETS)]
+        for spelled in COARSE
+    ]
+    return [
+        "The peak of `weave` with a first cut and without:",
+        "",
+        "| | " + " | ".join(f"{budget:.0%}" for budget in BUDGETS) + " |",
+        "|---|" + "--:|" * len(BUDGETS),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def table() -> str:
+    """All of it, in shares of the full cache."""
+    album = Album()
+    return "\n".join([*by_method(album), "", *by_budget(album)])
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 
 One token through kvweave's layers and its reader of transformers' SDPA, as in `benchmarks.decode`, one thread,
 float32: all layers of `smol`'s shape with the counts of its shipped profile, and eight of Qwen2.5-VL-7B's with heads
-drawn from it. Written to benchmarks/results/ragged.md; `--steps` tokens are decoded, the first of which makes room.
+drawn from it. The first of `--steps` tokens makes room.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.shared import Shared
 
 SMOL = Shape(heads=9, kv_heads=3, dim=64)
-PAGE = Path(__file__).parent / "results" / "ragged.md"
 Counts = Sequence[Sequence[int]]
 
 
@@ -88,34 +87,29 @@ def measured(shape: Shape, layers: int, tokens: int, budget: float, steps: int) 
     return *(1e3 * statistics.median(seconds[name]) for name in caches), ratio
 
 
-def table(steps: int) -> str:
-    """All shapes, lengths and budgets."""
-    lines = [
-        "| shape | layers | tokens | kept | equal counts, ms | unequal, ms | ratio |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+def main() -> None:
+    """Measure all shapes, lengths and budgets, print, and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=41, help="tokens, of which the median counts")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = []
     for name, shape, layers in (("smol, 9/3 heads of 64", SMOL, 30), ("Qwen2.5-VL-7B, 28/4 heads of 128", QWEN, 8)):
         for tokens in (1024, 4096, 16384):
             for budget in (0.2, 0.1):
-                equal, unequal, ratio = measured(shape, layers, tokens, budget, steps)
-                lines.append(
-                    f"| {name} | {layers} | {tokens:,} | {budget:.0%} | {equal:.2f} | {unequal:.2f} | {ratio:.2f} |"
+                equal, unequal, ratio = measured(shape, layers, tokens, budget, options.steps)
+                kept = f"{budget:.0%}"
+                rows.append(
+                    [name, str(layers), f"{tokens:,}", kept, f"{equal:.2f}", f"{unequal:.2f}", f"{ratio:.2f}x"]
                 )
-                print(lines[-1], flush=True)
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Measure, print, and write the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=41, help="tokens, of which the median counts")
-    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    rows = table(given.steps)
-    if not given.dry:
-        PAGE.write_text(f"# Heads of unequal counts\n\n`python -m benchmarks.ragged`\n\n{rows}\n", encoding="utf-8")
+                print(*rows[-1], flush=True)
+    columns = ["shape", "layers", "tokens", "kept", "equal counts, ms", "unequal, ms", "ratio"]
+    text = (
+        f"# Heads of unlike counts\n\nMedians of {options.steps} tokens.\n\n{measure.markdown_table(columns, rows)}"
+    )
+    measure.write("ragged", measure.machine(), {"columns": columns, "rows": rows}, text, options.out)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def test_kvzip_gives_its_instruction_in_evaluations(model: Any, processor: Any, 
     assert asked == [expected]
 
 
-@pytest.mark.parametrize("spelled", ["kvzip", "weave"])
+@pytest.mark.parametrize("spelled", ["kvzip:images=true", "weave"])
 def test_images_of_a_shared_prefill_are_said_again(model: Any, processor: Any, examples: list[Example], spelled: str):
     method, batch = kvweave.parse_method(spelled, budget=0.2), prepare(processor, examples[:2], "unseen")
     alone = answer(model, processor, method, batch, 4)

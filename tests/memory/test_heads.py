@@ -113,12 +113,15 @@ def test_no_other_parting_of_heads_costs_less(counts, call):
     def slots(buckets):
         return sum(len(own) * max(counts[n] for n in own) for own in buckets)
 
+    def cost(buckets):
+        order = [n for own in sorted(map(sorted, buckets)) for n in own]
+        return slots(buckets) + call * len(buckets) + (0 if order == sorted(order) else call / 2)
+
     buckets = buckets_of(counts, call)
     assert sorted(n for own in buckets for n in own) == list(range(len(counts)))
     assert slots(buckets) - sum(counts) <= sum(counts) // 3
     if slots([range(len(counts))]) - sum(counts) <= sum(counts) // 3:  # nothing is ruled out
-        least = min(slots(buckets) + call * len(buckets) for buckets in partings(list(range(len(counts)))))
-        assert slots(buckets) + call * len(buckets) == least
+        assert cost(buckets) == min(map(cost, partings(list(range(len(counts))))))
 
 
 @pytest.mark.parametrize("counts", [(400, 300, 31), (900, 20, 880, 300)], ids=str)
@@ -176,12 +179,12 @@ def test_unlike_counts_stay_apart():
 
 
 def test_heads_lie_apart_until_room_is_made_for_decoded_tokens():
-    parts = heads_of((16, 5, 17, 5))
+    parts = heads_of((1600, 5, 1700, 5))
     block = block_of(parts)
-    assert [part.count for part in block.parts] == [16, 5, 17, 5]
+    assert [part.count for part in block.parts] == [1600, 5, 1700, 5]
     token = torch.ones(BATCH, 4, 1, DIM)
     once = block.append(token, token, 200)
-    assert [part.keys.shape[1:3] for part in once.parts] == [(2, 18), (2, 6)]
+    assert [part.keys.shape[1:3] for part in once.parts] == [(2, 1701), (2, 6)]
     again = once.append(token, token, 201)
     assert [part.keys.data_ptr() for part in again.parts] == [part.keys.data_ptr() for part in once.parts]
     assert block_of(heads_of((9, 8, 9))).append(token[:, :3], token[:, :3], 200).parts[0].count == 10

@@ -10,11 +10,12 @@ from test_latents import mla_model
 from tiny import assert_close, cut_of, decode, masked, picture_inputs, text_inputs, text_model, vision_model, words
 
 import kvweave
+from benchmarks.measure import peak_bytes
 from kvweave.methods.allocation import Quota, profile_counts
 from kvweave.seam.profiles import model_mark
 
 LENT = kvweave.Weave(
-    0.25, form="lent", allocation="head", defer=3, ahead=2, recent=3, proxies=4, temperature=1.0, coarse=1.6
+    0.25, form="lent", allocation="head", defer=3, ahead=2, recent=3, sinks=0, proxies=4, temperature=1.0, coarse=1.6
 )
 METHODS = {
     "lent, even": LENT,
@@ -127,8 +128,13 @@ def test_heads_that_compete_hold_the_whole_prompt_where_there_is_no_profile():
 
 def test_a_shipped_profile_serves_the_first_cut_at_every_budget(profile, monkeypatch):
     monkeypatch.setattr("kvweave.seam.profiles.shipped_for", lambda model: profile)
-    for budget, allocation in ((0.25, "profile"), (0.1, "global")):
-        with kvweave.compress(text_model(), f"weave:coarse=2,budget={budget}") as session:
+    for method, allocation in (
+        ("weave:coarse=2,budget=0.25", "profile"),
+        ("weave:coarse=2,budget=0.1", "profile"),
+        ("weave:form=lent,coarse=2,budget=0.1", "global"),
+        ("snapkv:defer=2,allocation=global,coarse=2,budget=0.1", "global"),
+    ):
+        with kvweave.compress(text_model(), method) as session:
             decode(session.model, text_inputs((60,)), 2)
         works = kvweave.parse_method(session.report["works_as"])
         assert (works.allocation, works.profile, works.coarse) == (allocation, profile, 2.0)
@@ -139,7 +145,7 @@ def test_a_shipped_profile_serves_the_first_cut_at_every_budget(profile, monkeyp
 def test_the_first_cut_is_that_of_the_prompts_own_rows(name):
     method, model, inputs = METHODS[name], text_model(), text_inputs((40,))
     _, held = first_cut(model, method, inputs, 40)
-    softened = {"temperature": None} if isinstance(method, kvweave.Weave) else {}
+    softened = {"temperature": None, "replay": False} if isinstance(method, kvweave.Weave) else {}
     alone = replace(method, budget=0.4, coarse=0, defer=0, **softened)
     with kvweave.compress(model, alone) as session:
         decode(model, inputs, 1)
@@ -173,6 +179,29 @@ def test_the_peak_is_one_whole_layer_beside_what_is_held():
     assert session.report["deferred"] is None
     assert session.report["totals"]["kept"] == 2 * 80
     assert session.report["totals"]["peak_bytes"] == (80 + 200) * entry
+
+
+def test_the_allocator_is_asked_for_as_much_less_as_the_report_says(tmp_path):
+    """Over the whole of a generation, heads apart while they decode included."""
+    config = {"num_hidden_layers": 12, "head_dim": 64, "num_key_value_heads": 4, "num_attention_heads": 4}
+    model, ids = text_model(**config), words(1, 1000)
+    path = tmp_path / "heads.json"
+    data = {"fingerprint": model_mark(model), "budgets": [0.2], "shares": [[[0.3, 0.1, 0.05, 0.35]] * 12]}
+    path.write_text(json.dumps(data))
+
+    def run():
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12)
+
+    needed, reported = {}, {}
+    for allocation in ("profile", "global"):
+        for coarse in (0, 2):
+            method = f"weave:form=lent,allocation={allocation},coarse={coarse},budget=0.2"
+            shares = f",profile={path}" if coarse or allocation == "profile" else ""
+            with kvweave.compress(model, method + shares) as session:
+                needed[coarse] = peak_bytes(run)
+            reported[coarse] = session.report["totals"]["peak_bytes"]
+        assert reported[2] < reported[0] / 2
+        assert needed[0] - needed[2] > 0.9 * (reported[0] - reported[2])
 
 
 @every_method
@@ -337,20 +366,30 @@ def test_probes_are_answered_from_the_whole_prompt():
 
 
 def test_a_budget_that_is_found_is_found_from_the_whole_prompt():
-    with kvweave.compress(text_model("llava"), "weave:budget=auto:kl=0.5") as session:
+    with kvweave.compress(text_model("llava"), "weave:coarse=2,budget=auto:kl=0.5") as session:
         session.model.generate(words(1, 40), max_new_tokens=10)
     assert session.report["coarse"] == {"whole": "the budget is found by what it costs"}
     assert session.report["auto"]["rows"]
 
 
-def test_the_default_is_twice_a_heads_share_where_there_is_a_profile():
-    assert (kvweave.Weave(0.2).coarse, kvweave.Weave(0.2, form="lent").coarse) == (2.0, 2.0)
-    for spelled in ("form=even", "form=lent,allocation=head", "form=spelled", "proxies=4", "coarse=0"):
+def test_a_first_cut_leaves_the_form_of_weave_to_the_model():
+    for spelled in ("budget=0.2", "form=lent", "form=even", "proxies=4"):
         assert kvweave.parse_method(f"weave:{spelled}").coarse == 0
-    for spelled in ("budget=0.2", "coarse=0", "coarse=3", "form=lent,coarse=0", "form=even,coarse=2"):
+    for spelled in ("budget=0.2", "coarse=0", "coarse=3", "form=lent,coarse=2", "form=even,coarse=2"):
         method = kvweave.parse_method(f"weave:{spelled}")
         again = kvweave.parse_method(method.spelling())
         assert (again, again.form, again.coarse) == (method, method.form, method.coarse)
+    assert kvweave.Weave(0.2, coarse=2).form == kvweave.Weave(0.2).form == "auto"
+
+
+def test_what_went_is_not_read_again():
+    """Frozen before any reply, weave reads the prompt again, but not where a part of it is gone."""
+    model = text_model("llava")
+    with torch.no_grad(), kvweave.compress(model, LENT) as session:
+        model(input_ids=words(1, 40))
+        session.cache.freeze()
+    assert "probes" not in session.report
+    assert session.report["totals"]["kept"] == 20
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A prompt that is said again before it is cut, and the end of a user's turn in a question's place (SPEC 15.5)."""
 
 import contextlib
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import kvweave
 from kvweave.methods.registry import parse_method
+from kvweave.methods.weave import FORMS
 from kvweave.seam.probes import INSTRUCTION, Probes, read_probes
 from kvweave.seam.surprise import surprise
 
@@ -82,12 +84,37 @@ def test_the_instruction_comes_before_each_chunk():
     assert session.report["probes"]["count"] == 2  # no pictures, so nobody asks about them
 
 
+def test_placeholders_of_images_are_left_out():
+    model, inputs = vision_model(), picture_inputs((26,))
+    fed = []
+    with kvweave.compress(model, LISTENING, probes="replay") as session:
+        model.register_forward_pre_hook(
+            lambda part, args, kwargs: fed.append(kwargs["input_ids"].clone()), with_kwargs=True
+        )
+        decode(model, inputs, 1)
+    ids = inputs["input_ids"]
+    assert torch.equal(fed[1], ids[ids != IMAGE][None])
+    assert session.report["probes"]["images"] is False
+
+
+@dataclass(frozen=True)
+class Looking(Listening):
+    """The same that wants images said again."""
+
+    @property
+    def needs(self):
+        return replace(super().needs, images=True)
+
+
+LOOKING = Looking(budget=0.3, window=4)
+
+
 def test_images_are_said_again_as_the_decoder_was_given_them():
     model, inputs, given = vision_model(attention="eager"), picture_inputs((26,)), []
     decoder = model.model.language_model
     noting = decoder.register_forward_pre_hook(lambda part, args, kwargs: given.append(kwargs), with_kwargs=True)
     HEARD.clear()
-    with kvweave.compress(model, LISTENING, probes="replay") as session:
+    with kvweave.compress(model, LOOKING, probes="replay") as session:
         decode(model, inputs, 1)
     noting.remove()
     first, again = given[0]["inputs_embeds"], given[1]["inputs_embeds"]
@@ -110,7 +137,7 @@ def test_images_are_said_again_as_the_decoder_was_given_them():
 @pytest.mark.parametrize("chunk", [2048, 11])
 def test_a_row_with_images_is_said_again_as_alone(chunk):
     model, lengths = vision_model(), (30, 22)
-    method = parse_method("kvzip", budget=0.3)
+    method = parse_method("kvzip:images=true", budget=0.3)
     with kvweave.compress(model, method, probes="replay", replay_chunk=chunk) as session:
         together, _ = decode(model, picture_inputs(lengths), 3)
     kept_together = kept(session.cache)
@@ -127,15 +154,17 @@ def test_a_row_with_images_is_said_again_as_alone(chunk):
     assert kept_together
 
 
-def test_images_that_nothing_told_of_are_refused():
-    model = vision_model()
-    cache = kvweave.CompressedCache(model.config, LISTENING, hold=True)
-    with kvweave.attach(model), torch.no_grad():
-        model(**picture_inputs((26,)), past_key_values=cache)
-        cache.shared.turn.embeddings = None
-        with pytest.raises(ValueError, match="what the model makes of the images"):
+def test_where_nothing_told_of_images_the_text_alone_is_said_again():
+    model, inputs, reports = vision_model(), picture_inputs((26,)), []
+    for method in (LISTENING, LOOKING):
+        cache = kvweave.CompressedCache(model.config, method, hold=True)
+        with kvweave.attach(model), torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            cache.shared.turn.embeddings = None
             cache.compress("replay")
-        assert cache.waits
+        reports.append((kept(cache), cache.report["probes"]["images"], cache.report["probes"]["tokens"]))
+    assert reports[0] == reports[1]
+    assert reports[0][1] is False
 
 
 def test_what_the_decoder_was_given_comes_in_pieces():
@@ -150,7 +179,7 @@ def test_what_the_decoder_was_given_comes_in_pieces():
         visual = inputs["input_ids"] == IMAGE
         positions = torch.arange(26).expand(3, 1, -1)
         for ends in ((26,), (9, 26)):
-            method = parse_method("kvzip", budget=0.3)
+            method = parse_method("kvzip:images=true", budget=0.3)
             with kvweave.compress(model, method, visual=visual):
                 cache, start = kvweave.CompressedCache(model.config, method), 0
                 cache.declare_prompt(26)
@@ -325,7 +354,7 @@ def test_weave_reads_a_context_again_when_it_is_asked_before_a_reply(asking, pic
     assert cache.report["probes"]["tokens"] == 26
     assert cache.report["works_as"] == named.report["works_as"]
     works = parse_method(cache.report["works_as"])
-    assert (works.ahead, works.recent, works.floor) == (0, 0, 0)
+    assert (works.ahead, works.recent, works.sinks) == (0, 0, 0)
     assert not cache.shared.turn.on_request
     assert cache.shared.turn.embeddings is None
 
@@ -359,7 +388,7 @@ def test_a_second_prompt_waits_for_its_reply_again():
         model.generate(input_ids=more, past_key_values=cache, max_new_tokens=10, do_sample=False)
     assert cache.report["deferred"] == 8
     assert not cache.report.get("probes")
-    assert parse_method(cache.report["works_as"]).ahead == 8
+    assert parse_method(cache.report["works_as"]).ahead == FORMS["lent"]["ahead"]
 
 
 @pytest.mark.parametrize("lengths", [(26,), (26, 15)])
@@ -409,6 +438,41 @@ def test_a_row_counts_by_the_surprise_of_what_it_leads_to(instructed, monkeypatc
         assert_close(scores[layer], rows.amax(2))
 
 
+def test_an_image_counts_as_text_does_in_the_mean(monkeypatch):
+    model, inputs, given, scores = vision_model(attention="eager"), picture_inputs((26,)), [], []
+    decoder, plain = model.model.language_model, kvweave.Weave.score
+    with torch.no_grad():
+        logs = model(**inputs).logits.log_softmax(-1)
+
+    def score(self, view, quota=None):
+        own = plain(self, view, quota)
+        if view.probed:
+            scores.append(own.clone())
+        return own
+
+    monkeypatch.setattr(kvweave.Weave, "score", score)
+    noting = decoder.register_forward_pre_hook(lambda part, args, kwargs: given.append(kwargs), with_kwargs=True)
+    with contextlib.contextmanager(whole)(model, inputs) as session:
+        session.cache.freeze()
+    noting.remove()
+    ids = inputs["input_ids"]
+    weights = torch.zeros(27)
+    weights[1:26] = (-logs[0, :-1].gather(-1, ids[0, 1:, None])[:, 0] / 8).clamp(max=1)
+    visual = ids[0] == IMAGE
+    weights[:26][visual] = weights[:26][~visual].mean()
+    positions = given[0]["position_ids"][-3:]
+    behind = positions.amax() + torch.arange(1, 27).expand(3, 1, -1)
+    with torch.no_grad():
+        attentions = decoder(
+            inputs_embeds=torch.cat([given[0]["inputs_embeds"], given[1]["inputs_embeds"]], 1),
+            position_ids=torch.cat([positions, behind], -1),
+            output_attentions=True,
+        ).attentions
+    for layer, attention in enumerate(attentions):
+        rows = attention[:, :, 26:, :26].unflatten(1, (2, -1)).amax(2) * weights[1:, None]
+        assert_close(scores[layer], rows.amax(2))
+
+
 def test_a_context_that_is_read_again_goes_by_its_own_scores():
     """A profile is the mean of such scores over other prompts; by itself (mix=0), or equal counts, it stays."""
     lent = {"form": "lent", "budget": 0.3}
@@ -419,3 +483,15 @@ def test_a_context_that_is_read_again_goes_by_its_own_scores():
     assert kvweave.Weave(form="even", budget=0.3).when_probed.allocation == "head"
     assert kvweave.Weave(form="spelled", budget=0.3).when_probed == kvweave.Weave(form="spelled", budget=0.3)
     assert kvweave.Weave(**lent, defer=0).when_probed == kvweave.Weave(**lent, defer=0)
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_on_a_context_weave_keeps_what_kvzip_would_by_surprise(pictures):
+    model, inputs = vision_model(), picture_inputs((26,), pictures=pictures)
+    surprise = FORMS["lent"]["surprise"]
+    (zipped,) = whole(
+        model, inputs, parse_method(f"kvzip:surprise={surprise},sinks=0,floor=0.2,images=true", budget=0.3)
+    )
+    with contextlib.contextmanager(whole)(model, inputs) as session:
+        session.cache.freeze()
+    assert kept(session.cache) == kept(zipped.cache)

@@ -107,7 +107,10 @@ class RaggedHeads:
         """The same in buffers with room for `new` tokens and some more."""
         parts = [part for part in self.base if isinstance(part, Slots)]
         spare = max(FEW, max(part.count for part in parts) // 4) + new
-        return replace(self, room=HeadRoom.of(parts, self.back, spare))
+        room = HeadRoom.of(parts, self.back, spare)
+        views = [(x[:, :, : lane.size] for x in (lane.keys, lane.values)) for lane in room.lanes]
+        base = [replace(part, keys=k, values=v, room=None) for part, (k, v) in zip(parts, views, strict=True)]
+        return replace(self, base=tuple(base), room=room)
 
     def rows(self, index: Tensor) -> "RaggedHeads":
         return self.each(lambda part: part.rows(index))
@@ -271,22 +274,40 @@ def in_buckets(parts: Sequence[Slots]) -> Block:
 
 
 def buckets_of(counts: Sequence[int], call: int) -> list[tuple[int, ...]]:
-    """Which heads lie together: the parting of the sorted counts that costs least, found by dynamic programming.
+    """Which heads lie together: the parting that costs least.
+
+    Heads of like counts, or neighbours: where these are no neighbours, queries and outputs are put in another order,
+    which costs half a call.
 
     Args:
         counts: of each head; call: slots that cost as much to read as a call.
     """
-    order = sorted(range(len(counts)), key=lambda n: counts[n])
+    neighbours = range(len(counts))
+    alike = sorted(neighbours, key=lambda n: counts[n])
+    options = [_cheapest(counts, neighbours, call), _cheapest(counts, alike, call)]
+    return min(options, key=lambda buckets: _cost(counts, buckets, call))
+
+
+def _cost(counts: Sequence[int], buckets: Sequence[tuple[int, ...]], call: int) -> float:
+    """Of a token's attention, in slots."""
+    order = [head for own in sorted(buckets) for head in own]
+    moved = call / 2 if order != sorted(order) else 0
+    return moved + sum(call + len(own) * max(counts[n] for n in own) for own in buckets)
+
+
+def _cheapest(counts: Sequence[int], order: Sequence[int], call: int) -> list[tuple[int, ...]]:
+    """The parting of heads in this order into runs that costs least, by dynamic programming."""
     spare = sum(counts) // _FILLED
     best: list[tuple[int, int, list[tuple[int, ...]]]] = [(0, 0, [])]  # cost and empty slots of the first heads
     for end in range(1, len(order) + 1):
-        most, found = counts[order[end - 1]], []
+        found = []
         for start in range(end):
             cost, empty, before = best[start]
             own = order[start:end]
-            empty += len(own) * most - sum(counts[n] for n in own)
+            slots = len(own) * max(counts[n] for n in own)
+            empty += slots - sum(counts[n] for n in own)
             if empty <= spare:
-                found.append((cost + call + len(own) * most, empty, [*before, tuple(sorted(own))]))
+                found.append((cost + call + slots, empty, [*before, tuple(sorted(own))]))
         best.append(min(found))
     return best[-1][2]
 

@@ -26,7 +26,8 @@ cache; the others cut each layer straight after its attention.
 _COMMON = """All take `budget`: a share in (0, 1], tokens as an int, or bytes such as `"256MiB"`; and the options
 below. With `defer=k` the prompt stays whole while k tokens are decoded, and a method that scores by attention counts
 theirs as well; one that does not (such as flashcache, keydiff or random) simply cuts later. Layer budgets go by
-the prompt alone. A reply shorter than k is never cut. Peak memory is the full cache until the cut."""
+the prompt alone. A reply shorter than k is never cut. Peak memory is the full cache until the cut, or what `coarse`
+says."""
 
 _ANALYSIS = """For analysis alone, of every method, is the option below. The tables of results use it where a method
 defers: without it the first tokens of an answer come from the full cache."""

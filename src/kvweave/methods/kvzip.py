@@ -48,6 +48,7 @@ class KVzip(ScoredMethod):
     )
 
     replay: bool = flag(True, help="without probes and defer, read the prompt again before it is cut")
+    images: bool = flag(False, help="read the images again, too, instead of describing them")
     surprise: float = real(
         0.0,
         lo=0,
@@ -58,7 +59,8 @@ class KVzip(ScoredMethod):
 
     @property
     def needs(self) -> Needs:
-        return replace(super().needs, rows=ALL_ROWS, replay=self.replay and not self.defer, surprise=self.surprise)
+        replay = self.replay and not self.defer
+        return replace(super().needs, rows=ALL_ROWS, replay=replay, images=self.images, surprise=self.surprise)
 
     def score(self, view: LayerView, quota: Quota) -> Tensor:
         probed = view.decoded_attention(*self.reduction)

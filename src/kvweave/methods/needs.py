@@ -29,6 +29,7 @@ class Needs:
         rotary: the rotary tables.
         projection: the layer's output projection (`LayerView.projection`).
         replay: where the user names no probes, the prompt is read again before it is cut (SPEC 15.5).
+        images: what is read again are the images too, as the decoder was given them, and not the text alone.
         by_slot: statistics are of single slots, [batch, kv_heads, length], so that those of some may be had alone: a
             coarse cut asks that (`Method.coarse_cut`).
         surprise: nats; a row of a prompt that is read again counts by how surprising the text behind it was when it
@@ -47,6 +48,7 @@ class Needs:
     rotary: bool = False
     projection: bool = False
     replay: bool = False
+    images: bool = False
     by_slot: bool = False
     unasked: bool = False
     surprise: float = 0.0

@@ -48,8 +48,10 @@ FORMS: dict[str, dict[str, Any]] = {
     }
 }
 FORMS["even"] = FORMS["lent"] | {"allocation": "head"}
+#: Where a profile is shipped for the model: heads have more for themselves of the half that they compete for.
+BY_PROFILE: dict[str, Any] = {"allocation": "profile", "floor": 0.5}
 #: Of a prompt that was read again: every token of it has been looked at itself, by the heads that want it.
-READ_AGAIN: dict[str, Any] = {"ahead": 0, "fade": 1.0, "sinks": 0, "recent": 0, "floor": 0.0}
+READ_AGAIN: dict[str, Any] = {"ahead": 0, "fade": 1.0, "sinks": 0, "recent": 0}
 
 
 @register("weave")
@@ -168,7 +170,7 @@ class Weave(MergingMethod, ScoredMethod):
         if self.form != "auto":
             return super().on_model(profile)
         mark = profile()
-        shares: dict[str, Any] = {} if mark is None else {"allocation": "profile", "profile": mark}
+        shares: dict[str, Any] = {} if mark is None else BY_PROFILE | {"profile": mark}
         return replace(self, form="spelled", **shares)
 
     @property
@@ -210,6 +212,7 @@ class Weave(MergingMethod, ScoredMethod):
             by_slot=True,
             replay=self.replay and not self.defer,
             unasked=self.replay and not self.coarse,  # what went by then cannot be looked at again
+            images=self.replay,
             surprise=self.surprise,
         )
 

@@ -44,8 +44,10 @@ def compress(
         probes: for contexts whose question is not known: what the model is asked about a prompt before it is cut;
             what it then looks at stays (SPEC 13.2, 15.5). A list of texts or of token ids; "default": to describe
             the images and repeat the text; "replay": the prompt's text is read again behind it, then images are
-            described; "template": the tokens that end a user's turn. They take the place of `defer`, which is
-            ignored. A method that reads no attention is none the wiser. None: nothing, but kvzip asks "replay".
+            described, but weave and `kvzip:images=true` read the images again, too, where the model tells what its
+            decoder is given for them (`report["probes"]["images"]`); "template": the tokens that end a user's turn.
+            They take the place of `defer`, which is ignored. A method that reads no attention is none the wiser.
+            None: nothing, but kvzip asks "replay".
         processor: the model's, or its tokenizer, where probes are texts. Without it "replay" comes without an
             instruction, and images are not described.
         probe_tokens: most tokens of an answer to a probe.

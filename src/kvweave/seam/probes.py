@@ -27,8 +27,9 @@ class Probes:
         answered: probes that the model answers greedily.
         most: tokens of an answer.
         fed: probes that it reads only.
-        chunk: the prompt is said again, images and all, so many tokens at once; 0: it is not.
+        chunk: the prompt is said again, so many tokens at once; 0: it is not.
         instruction: comes before each chunk; then `answered` is about pictures, and asked where there are some.
+        generic: what is asked about pictures is no processor's own, and idle where they are said again too.
     """
 
     answered: Sequence[list[int]] = ()
@@ -36,12 +37,13 @@ class Probes:
     fed: Sequence[list[int]] = ()
     chunk: int = 0
     instruction: list[int] = field(default_factory=list)
+    generic: bool = False
 
 
 def read_probes(probes: Any, processor: Any, tokens: int, chunk: int = CHUNK) -> Probes:
     """Probes as they are spelled: a text is the end of a user's turn, by the processor's chat template.
 
-    Without a processor "replay" has no instruction; where a processor has `default_probes`, they are asked too.
+    Without a processor "replay" has neither instruction nor questions about pictures.
 
     Args:
         probes: "default", "replay", "template", texts, or lists of token ids.
@@ -61,9 +63,9 @@ def read_probes(probes: Any, processor: Any, tokens: int, chunk: int = CHUNK) ->
         case "replay":
             if processor is None:
                 return Probes(chunk=chunk)
-            pictures = getattr(processor, "default_probes", ())
-            ids = [_ids(probe, processor) for probe in pictures]
-            return Probes(ids, tokens, chunk=chunk, instruction=_ids(INSTRUCTION, processor))
+            own = getattr(processor, "default_probes", None)
+            ids = [_ids(probe, processor) for probe in own or DEFAULT[:1]]
+            return Probes(ids, tokens, chunk=chunk, instruction=_ids(INSTRUCTION, processor), generic=own is None)
         case "default":
             probes = getattr(processor, "default_probes", DEFAULT)
         case str():

@@ -109,7 +109,8 @@ def answer_probes(model: nn.Module, cache: CompressedCache, probes: Probes) -> N
             step()
     seconds = round(time.perf_counter() - start, 3)
     facts: dict[str, Any] = {"count": len(passes), "tokens": tokens, "seconds": seconds}
-    facts |= {"instructed": bool(probes.instruction)} if probes.chunk else {}
+    if probes.chunk:
+        facts |= {"instructed": bool(probes.instruction), "images": _says_images(cache)}
     if cache.shared.method != cache.method:
         facts["works_as"] = cache.shared.method.spelling()
     cache.shared.turn.note_probes(facts)
@@ -124,9 +125,10 @@ def _passes(model: nn.Module, cache: CompressedCache, probes: Probes) -> list[_P
     again: list[_Pass] = []
     answered = probes.answered
     if probes.chunk:
-        pictures = prompt.visual & prompt.valid
-        answered = answered if bool(pictures.any()) else ()
-        again = _replay(model, cache, probes)
+        pictures = bool((prompt.visual & prompt.valid).any())
+        images = pictures and _says_images(cache)
+        answered = answered if pictures and not (images and probes.generic) else ()
+        again = _replay(model, cache, probes, images)
     fed = [_pad([probe] * rows, device) for probe in probes.fed]
     asked = [_pad([probe] * rows, device, probes.most) for probe in answered]
     return again + fed + asked
@@ -140,18 +142,28 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device, most: int = 1) -> 
     return _Pass(tokens, torch.arange(longest, device=device) < lengths[:, None], most)
 
 
-def _replay(model: nn.Module, cache: CompressedCache, probes: Probes) -> list[_Pass]:
-    """The prompts in chunks, each behind the instruction; a shorter prompt has nothing left in the end."""
+def _says_images(cache: CompressedCache) -> bool:
+    """The method wants images said again, and what the decoder was given for them is known."""
+    known = cache.shared.turn.embeddings
+    return cache.shared.needs.images and known is not None and known.shape[1] >= cache.get_seq_length()
+
+
+def _replay(model: nn.Module, cache: CompressedCache, probes: Probes, images: bool) -> list[_Pass]:
+    """The prompts in chunks, each behind the instruction; a shorter prompt has nothing left in the end.
+
+    Args:
+        images: as what the decoder was given, images and all; else the texts' tokens.
+    """
     prompt, length = cache.prompt, cache.get_seq_length()
     assert prompt is not None
     valid = prompt.valid[:, :length]
-    pictures = bool((prompt.visual[:, :length] & valid).any())
-    inputs = _embeddings(cache, length) if pictures else _ids(cache, length)
+    said = valid if images else valid & ~prompt.visual[:, :length]
+    inputs = cache.shared.turn.embeddings[:, :length] if images else _ids(cache, length)  # type: ignore[index]
     instruction = torch.tensor(probes.instruction, dtype=torch.int64, device=inputs.device)
-    if pictures:
+    if images:
         instruction = model.get_input_embeddings()(instruction).to(inputs)  # type: ignore[operator]
-    rows = [row[own] for row, own in zip(inputs, valid.to(inputs.device), strict=True)]
-    weights = _weights(model, cache, valid)
+    rows = [row[own] for row, own in zip(inputs, said.to(inputs.device), strict=True)]
+    weights = _weights(model, cache, valid, said)
     passes = []
     for start in range(0, max(map(len, rows)), probes.chunk):
         first = max(0, start - _OVERLAP)
@@ -168,10 +180,11 @@ def _replay(model: nn.Module, cache: CompressedCache, probes: Probes) -> list[_P
     return passes
 
 
-def _weights(model: nn.Module, cache: CompressedCache, valid: Tensor) -> list[Tensor]:
-    """What attention that leads to each real token counts, of each row, in [0, 1]; none: all alike.
+def _weights(model: nn.Module, cache: CompressedCache, valid: Tensor, said: Tensor) -> list[Tensor]:
+    """What attention that leads to each token that is `said` again counts, of each row, in [0, 1]; none: all alike.
 
-    A token counts by its surprise where the method asks for that and the model tells it; images count in full.
+    A token counts by its surprise where the method asks for that and the model tells it; an image's as text's in the
+    mean, so that neither crowds the other out.
     """
     turn, most, length = cache.shared.turn, cache.shared.needs.surprise, valid.shape[1]
     known = turn.hidden is not None and turn.hidden.shape[1] >= length and turn.ids is not None
@@ -181,8 +194,11 @@ def _weights(model: nn.Module, cache: CompressedCache, valid: Tensor) -> list[Te
     assert turn.hidden is not None
     assert turn.prompt is not None
     nats = surprise(model, turn.hidden[:, :length], turn.ids[:, :length], valid)
-    shares = (nats / most).clamp(max=1).masked_fill(turn.prompt.visual[:, :length].to(nats.device), 1)
-    return [row[own] for row, own in zip(shares, valid.to(shares.device), strict=True)]
+    shares, visual = (nats / most).clamp(max=1), turn.prompt.visual[:, :length].to(nats.device)
+    text = valid.to(nats.device) & ~visual
+    mean = (shares * text).sum(-1, keepdim=True) / text.sum(-1, keepdim=True).clamp(min=1)
+    shares = torch.where(visual & text.any(-1, keepdim=True), mean, shares.masked_fill(visual, 1))
+    return [row[own] for row, own in zip(shares, said.to(shares.device), strict=True)]
 
 
 def _ids(cache: CompressedCache, length: int) -> Tensor:
@@ -194,17 +210,6 @@ def _ids(cache: CompressedCache, length: int) -> Tensor:
             "that was decoded into fixed buffers: allowed is input_ids, other probes, or kvzip's replay=false"
         )
     return ids[:, :length]
-
-
-def _embeddings(cache: CompressedCache, length: int) -> Tensor:
-    """What the decoder was given for prompts with images: [batch, length, hidden]."""
-    embeddings = cache.shared.turn.embeddings
-    if embeddings is None or embeddings.shape[1] < length:
-        raise ValueError(
-            "probes='replay' needs what the model makes of the images, and nothing told what its decoder was given, "
-            "or not of the whole prompt: allowed is other probes, or kvzip's replay=false"
-        )
-    return embeddings[:, :length]
 
 
 def _answer(model: nn.Module, cache: CompressedCache, probe: _Pass) -> int:

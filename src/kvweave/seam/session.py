@@ -234,7 +234,9 @@ class Session:
             return
         prompted = turn.end is None or running.before < turn.end
         if prompted and cache.shared.may_replay and not turn.is_cut and not running.aside:
-            turn.append_read(embeddings, hidden if cache.shared.needs.surprise else None, running.before)
+            needs = cache.shared.needs
+            embeddings, hidden = embeddings if needs.images else None, hidden if needs.surprise else None
+            turn.append_read(embeddings, hidden, running.before)
         like = turn.prompt.valid
         if running.new != 1:
             turn.places.note_ahead(names.offsets(self.keepers), len(like))
