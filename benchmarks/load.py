@@ -4,6 +4,8 @@
 streamed, each with an album and a needle of its own. Every answer is compared with what `kvweave.compress` and
 `generate` answer to that prompt alone, so that none is lost, cut short or mixed with another. All methods run on the
 same server under the same limit of memory. Replies go on past their end (`ignore_eos`), so that they overlap.
+
+Then the same of two replicas behind one address, one of which is killed in the middle.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import io
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,6 +44,7 @@ EVEN = f"{DEFAULT_METHOD},defer=0"
 #: What is asked, and of how many of the requests: the first is the one that memory is watched over.
 METHODS = {EVEN: 1.0, "full": 0.1, DEFAULT_METHOD: 0.05, "weave:form=spelled,defer=0": 0.05}
 BUDGET, TOKENS = 0.2, 32
+KILLED = 0.3  # of the requests go to two replicas, one of which is killed
 FLAT = 0.05  # that resident memory may grow from request 200 to the last
 
 
@@ -53,6 +57,7 @@ class Figures:
         first, between: seconds to the first token, and between two, of streamed replies.
         rows: most replies that were decoded at a time.
         cpu: seconds that the server computed; resident: its bytes after so many requests.
+        told: what the gateway counted, where there is one.
     """
 
     method: str
@@ -69,13 +74,14 @@ class Figures:
     kept: int = 0
     whole: int = 0
     resident: dict[int, int] = field(default_factory=dict)
+    told: dict[str, float] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
-def server(rows: int, memory: str) -> Iterator[tuple[str, int]]:
+def server(rows: int, memory: str, replicas: int = 1) -> Iterator[tuple[str, int]]:
     """`kvweave serve` on a port that is free; where it is, and its process."""
     command = [sys.executable, "-m", "kvweave", "serve", "--port", "0", "--rows", str(rows), "--queue", "64"]
-    command += ["--budget", str(BUDGET), "--memory", memory]
+    command += ["--budget", str(BUDGET), "--memory", memory, "--replicas", str(replicas)]
     for method in METHODS:
         command += ["--method", method]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -87,10 +93,23 @@ def server(rows: int, memory: str) -> Iterator[tuple[str, int]]:
         else:
             raise RuntimeError("the server does not start")
         threading.Thread(target=process.stderr.read, daemon=True).start()  # or its log would fill the pipe
+        while replicas > 1 and gateway_counts(found[1])["replicas_up"] < replicas:
+            time.sleep(0.5)
         yield found[1], process.pid
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def gateway_counts(url: str) -> dict[str, float]:
+    """What a gateway counts."""
+    told = httpx2.get(f"{url}/metrics").raise_for_status().text
+    return {name: float(x) for name, x in re.findall(r"^kvweave_gateway_(\w+) (\S+)$", told, re.MULTILINE)}
+
+
+def children(process: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def resident(process: int) -> int:
@@ -99,9 +118,9 @@ def resident(process: int) -> int:
 
 
 def computed(process: int) -> float:
-    """Seconds that a process has computed."""
-    ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    """Seconds that a process has computed, and all that it has started, those that have ended too."""
+    ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") + sum(map(computed, children(process)))
 
 
 def openai_messages(sample: Any) -> list[dict[str, Any]]:
@@ -172,8 +191,13 @@ async def loaded(
     right: Sequence[str],
     at_once: int,
     advance: Any,
+    kill_after: int | None = None,
 ) -> None:
-    """All requests, so many at once."""
+    """All requests, so many at once.
+
+    Args:
+        kill_after: so many answers one of the gateway's replicas is killed; None: there is none.
+    """
     gate, done = asyncio.Semaphore(at_once), 0
 
     async def asked(number: int) -> None:
@@ -187,13 +211,16 @@ async def loaded(
         done += 1
         if done in (200, len(requests)):
             figures.resident[done] = resident(process)
+        if done == kill_after:
+            guard, *_ = children(process)
+            os.kill(children(guard)[0], signal.SIGKILL)
         advance()
 
     async def watched() -> None:
         async with httpx2.AsyncClient() as watcher:
             while True:
                 told = (await watcher.get(f"{url}/metrics")).text
-                rows = re.findall(r"^kvweave_rows_\w+ ([\d.]+)$", told, re.MULTILINE)
+                rows = re.findall(r"^kvweave_rows_\w+(?:{.*})? ([\d.]+)$", told, re.MULTILINE)
                 figures.rows = max(figures.rows, int(sum(map(float, rows))))
                 await asyncio.sleep(0.2)
 
@@ -248,24 +275,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise RuntimeError("the needles are not each their own")
     lengths = [chance.randint(8, TOKENS) for _ in samples]
     model, processor = models.load("lab")
-    found = []
-    with server(options.at_once, options.memory) as (url, process), Progress(console=terminal(stderr=True)) as bar:
-        for method, share in METHODS.items():
-            count = max(1, int(share * options.requests))
-            figures = Figures(method, count)
+
+    def measured(figures: Figures, url: str, process: int, kill_after: int | None = None) -> Figures:
+        method, count = figures.method, figures.requests
+        right = truths(model, processor, samples[:count], method, lengths)
+        requests = [
+            {
+                "messages": openai_messages(sample),
+                "max_tokens": length,
+                "extra_body": {"kvweave": {"method": method, "ignore_eos": True}},
+            }
+            for sample, length in zip(samples[:count], lengths, strict=False)
+        ]
+        with Progress(console=terminal(stderr=True)) as bar:
             task = bar.add_task(method, total=count)
-            right = truths(model, processor, samples[:count], method, lengths)
-            requests = [
-                {
-                    "messages": openai_messages(sample),
-                    "max_tokens": length,
-                    "extra_body": {"kvweave": {"method": method, "ignore_eos": True}},
-                }
-                for sample, length in zip(samples[:count], lengths, strict=False)
-            ]
-            advance = lambda task=task: bar.advance(task)  # noqa: E731
-            asyncio.run(loaded(url, process, figures, requests, right, options.at_once, advance))
-            found.append(figures)
+            asyncio.run(
+                loaded(url, process, figures, requests, right, options.at_once, lambda: bar.advance(task), kill_after)
+            )
+        return figures
+
+    def some(share: float) -> int:
+        return max(1, int(share * options.requests))
+
+    with server(options.at_once, options.memory) as (url, process):
+        found = [measured(Figures(method, some(share)), url, process) for method, share in METHODS.items()]
+    with server(options.at_once, options.memory, 2) as (url, process):
+        killed = measured(Figures(EVEN, some(KILLED)), url, process, some(KILLED) // 3)
+        killed.told = gateway_counts(url)
+    found.append(killed)
 
     columns = [
         "method",
@@ -281,10 +318,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "CPU ms a request",
     ]
     rows = [cells(figures) for figures in found]
+    rows[-1][0] += ", two replicas, one killed"
     first = found[0]
     after, end = (first.resident.get(n, 0) for n in (200, options.requests))
     grown = end / after - 1 if after else float("nan")
     good = all(not figures.lost and not figures.mixed for figures in found) and not grown > FLAT
+    good = good and killed.told["went_on_total"] > 0
     prompt = statistics.mean(figures.whole / figures.requests for figures in found)
     command = f"kvweave serve --model lab --budget {BUDGET} --memory {options.memory} --rows {options.at_once}"
     note = (
@@ -294,7 +333,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "differ from what `kvweave.compress` and `generate` answer to that prompt alone. `most rows`: replies that "
         "were decoded at a time under the limit of memory. The CPU's time is the server's. Resident memory after 200 "
         f"requests of the first method {after / 2**20:.0f} MiB, after {options.requests} {end / 2**20:.0f} MiB "
-        f"({100 * grown:+.1f} %)."
+        f"({100 * grown:+.1f} %). Of two replicas (`--replicas 2`) one was killed after {some(KILLED) // 3} answers: "
+        f"{killed.told['again_total']:.0f} requests went on to the other, {killed.told['went_on_total']:.0f} of them "
+        f"streams that had begun; the longest wait for a token of a stream was {max(killed.between):.1f} s."
     )
     text = f"# A served model under load\n\n{note}\n\n{measure.markdown_table(columns, rows)}"
     show(console, "Load", columns, rows)

@@ -139,6 +139,21 @@ def test_other_logits_are_refused_and_nothing_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("gap", [1, -1])
+def test_a_position_too_many_is_seen_in_half_precision(tmp_path, gap, monkeypatch):
+    """Though it changes logits by less than half precision may round them."""
+    monkeypatch.setattr(decoder, "_ULPS", 1e4)
+    model = in_bfloat16(text_model("llava"))
+
+    def shift(module, args, kwargs):
+        places = torch.arange(kwargs["inputs_embeds"].shape[1])
+        return args, kwargs | {"position_ids": (places + gap * (places >= len(places) // 2))[None]}
+
+    model.model.language_model.register_forward_pre_hook(shift, with_kwargs=True)
+    with pytest.raises(models.ModelError, match="is no LlamaForCausalLM: its logits differ"):
+        models.export_decoder(model, tmp_path / "decoder")
+
+
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "decoder").mkdir()
     (tmp_path / "decoder" / "mine.txt").write_text("keep")

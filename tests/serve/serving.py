@@ -40,7 +40,7 @@ class Running:
         server: its insides; url: where it is.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Any) -> None:
         self.server = server
         config = uvicorn.Config(server.application(), host="127.0.0.1", port=0, log_level="warning")
         self._uvicorn = uvicorn.Server(config)
@@ -115,9 +115,9 @@ def metrics(running: Running, key: str = "-") -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for it, half a minute at most."""
-    end = time.monotonic() + 30
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for it."""
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)

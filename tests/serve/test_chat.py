@@ -205,3 +205,43 @@ def test_memory_comes_back(client: openai.OpenAI, running: Running) -> None:
     for sample in samples(4):
         ask(client, sample)
     assert settled(running, kvweave_kv_bytes=0, kvweave_requests_open=0, kvweave_rows_together=0)
+
+
+@pytest.mark.parametrize("more", [{"temperature": 0}, {"seed": 7}, {"seed": 7, "n": 3, "stop": ["9"]}])
+@pytest.mark.parametrize("method", ["snapkv", "h2o:defer=3", "weave"])
+def test_a_reply_goes_on_from_tokens_that_are_known(client: openai.OpenAI, method: str, more: dict[str, Any]) -> None:
+    """Whatever was known of it: text, reason and tokens are those of the whole reply."""
+    (sample,) = samples(1, task="lookup")
+
+    def asked(**own: Any) -> Any:
+        return client.chat.completions.create(
+            model="lab",
+            messages=openai_messages(sample),
+            max_tokens=12,
+            **more,
+            extra_body={"kvweave": {"method": method, "return_token_ids": True, "ignore_eos": True, **own}},
+        )
+
+    whole = asked().choices
+    assert all(choice.token_ids for choice in whole)
+    for count in (1, 4, 12):
+        known = [choice.token_ids[:count] for choice in whole]
+        for told, right in zip(asked(known_token_ids=known).choices, whole, strict=True):
+            assert (told.message.content, told.finish_reason, told.token_ids) == (
+                right.message.content,
+                right.finish_reason,
+                right.token_ids,
+            )
+
+
+def test_known_tokens_are_taken_as_they_are(client: openai.OpenAI) -> None:
+    (sample,) = samples(1, task="lookup")
+    told = client.chat.completions.create(
+        model="lab",
+        messages=openai_messages(sample),
+        max_tokens=4,
+        temperature=0,
+        stream=True,
+        extra_body={"kvweave": {"known_token_ids": [[30, 31, 32]], "return_token_ids": True, "ignore_eos": True}},
+    )
+    assert [chunk.choices[0].token_ids[0] for chunk in told][:3] == [30, 31, 32]

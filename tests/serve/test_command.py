@@ -56,6 +56,13 @@ def test_it_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
         (["--least-budget", "0.9", "--most-budget", "0.1"], "least <= most"),
         (["--model", "/nowhere"], "--model"),
         (["--port", "70000"], "--port"),
+        (["--replicas", "0"], "--replicas 0"),
+        (["--replica", "example.org:80"], "--replica"),
+        (["--engine", "sglang"], "--engine 'sglang': allowed is one of kvweave, vllm"),
+        (["--decoders", "2"], "--decoders is not allowed with --engine kvweave"),
+        (["--engine", "vllm", "--decoder", "http://x"], "without --handoff"),
+        (["--engine", "vllm", "--decoders", "0"], "--decoders 0"),
+        (["--context-probes", "oracle"], "--context-probes 'oracle': allowed is one of none"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(

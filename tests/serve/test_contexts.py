@@ -13,6 +13,7 @@ import kvweave
 from kvweave import models
 from kvweave.models.chat import written
 from kvweave.seam import names
+from kvweave.serve.app import Server
 from kvweave.serve.contexts import Context, Contexts
 from kvweave.serve.engine.reading import Reading, read_prompt
 from kvweave.serve.errors import Refusal
@@ -69,7 +70,7 @@ def questions(sample: Any) -> list[str]:
     return [f"what digit is hidden in image #{n} ?" for n in range(1, len(sample.images) + 1)]
 
 
-def frozen_answers(lab_model: tuple[Any, Any], sample: Any, method: str) -> list[str]:
+def frozen_answers(lab_model: tuple[Any, Any], sample: Any, method: str, probes: str | None = None) -> list[str]:
     """What the same context answers without a server: read, cut and frozen, anew for each question."""
     model, processor = lab_model
     (turn,) = sample.messages()
@@ -80,8 +81,10 @@ def frozen_answers(lab_model: tuple[Any, Any], sample: Any, method: str) -> list
             text, _, asked = written(processor, own).partition(question)
             images = [part["image"] for part in turn["content"] if part["type"] == "image"]
             inputs = processor(text=[text], images=[images], return_tensors="pt")
-            cache = kvweave.CompressedCache(model.config, kvweave.parse_method(method))
+            cache = kvweave.CompressedCache(model.config, kvweave.parse_method(method), hold=probes is not None)
             model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+            if probes is not None:
+                cache.compress(probes, processor=processor)
             cache.freeze()
             more = processor.tokenizer([question + asked], add_special_tokens=False, return_tensors="pt")
             whole = torch.cat([inputs["input_ids"], more["input_ids"]], 1)
@@ -117,6 +120,26 @@ def test_questions_are_answered_from_what_was_kept(shared: Running, lab_model: t
     assert told["kvweave"]["prompt_bytes"] == read * 2048
     if method == "snapkv":
         assert told["kvweave"]["kept_bytes"] == read // 2 * 2048
+
+
+def test_probes_that_the_chat_template_has_no_words_for_are_refused_at_the_start(lab_model: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="probes='template' is empty"):
+        Server("lab", *models.load("lab"), context_probes="template")
+
+
+@pytest.mark.parametrize("probes", ["replay", "default"])
+def test_contexts_are_cut_by_what_the_model_is_asked_before(lab_model: tuple[Any, Any], probes: str) -> None:
+    (sample,) = samples(1, images=3, task="image_needle")
+    limits, offers = Limits(rows=4, choices=4), Offers(["snapkv"], 0.1)
+    own = start(limits=limits, offers=offers, keys=Keys([ALICE]), context_probes=probes)
+    try:
+        told = post(own, ALICE, sample).json()
+        answers = [ask(own, ALICE, told["id"], question).choices[0].message.content for question in questions(sample)]
+    finally:
+        own.stop()
+    assert answers == frozen_answers(lab_model, sample, "snapkv:budget=0.1", probes)
+    assert answers != frozen_answers(lab_model, sample, "snapkv:budget=0.1")
+    assert told["kvweave"]["kept_bytes"] < 0.15 * told["kvweave"]["prompt_bytes"]
 
 
 @pytest.fixture(scope="module")

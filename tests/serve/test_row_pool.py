@@ -11,6 +11,7 @@ from serving import samples
 import kvweave
 from kvweave import models
 from kvweave.seam.row_pool import RowPool, refusal
+from kvweave.serve.engine import proof
 from kvweave.serve.engine.proof import prove
 from kvweave.serve.engine.reading import Reading, read_on, read_prompt
 
@@ -117,3 +118,15 @@ def test_a_model_whose_rows_differ_is_found_out(monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(RowPool, "decode", failing)
         assert "TypeError" in prove(model, processor.tokenizer).alone
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_a_position_too_many_is_seen_in_half_precision(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it changes logits by less than half precision rounds some models' by."""
+    model, processor = models.load("lab", dtype="bfloat16")
+    monkeypatch.setitem(proof._NEAR, torch.bfloat16, 1.0)
+    admit = RowPool.admit
+    with kvweave.attach(model):
+        assert prove(model, processor.tokenizer).alone == ""
+        monkeypatch.setattr(RowPool, "admit", lambda self, cache, left, at: admit(self, cache, left, at + shift))
+        assert prove(model, processor.tokenizer).alone == "its rows decode otherwise in a pool than alone"

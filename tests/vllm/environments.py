@@ -76,7 +76,7 @@ _QUIET = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the tests' process
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # test_vllm.py's engine runs in the tests' process
 }
 
 if __name__ == "__main__":

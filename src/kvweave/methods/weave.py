@@ -186,11 +186,21 @@ class Weave(MergingMethod, ScoredMethod):
         return replace(self, **again)  # a profile is a mean of such scores
 
     def spelling(self) -> str:
-        """Without the form where other options say it."""
+        """By the form that leaves the fewest options to be said."""
         if self.form == "auto":
             return super(Weave, self.without_model).spelling().replace(",form=spelled", "")
         text = super().spelling()
-        return text if self._is({}) else text.replace(",form=spelled", "")
+        spelled = [text if self._is({}) else text.replace(",form=spelled", "")]
+        for name, defaults in FORMS.items():
+            form = Weave(self.budget, form=name, defer=self.defer)
+            names = (field.name for field in dataclasses.fields(self) if field.name not in ("budget", "form"))
+            changed = {n: getattr(self, n) for n in names if getattr(self, n) != getattr(form, n)}
+            if self.defer != defaults["defer"]:
+                changed["defer"] = self.defer
+            if Weave(self.budget, form=name, **changed) == self:
+                options = {"budget": self.budget, "form": name} | changed
+                spelled.append(f"{self.address()}:" + ",".join(f"{key}={value}" for key, value in options.items()))
+        return min(spelled, key=len)
 
     @property
     def kl_factor(self) -> float | None:

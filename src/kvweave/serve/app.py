@@ -1,67 +1,43 @@
 """The endpoints, put together."""
 
 import asyncio
-import logging
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
-from kvweave import __version__
 from kvweave.report.grids import Grid
 from kvweave.seam import names
+from kvweave.seam.probes import read_probes
 from kvweave.serve.body import read_json, unless_gone
-from kvweave.serve.chat import Answer, Inbox, Stream
+from kvweave.serve.chat import Answer, Inbox
 from kvweave.serve.contexts import Context, Contexts
+from kvweave.serve.endpoints import Endpoint, application
 from kvweave.serve.engine.job import Begun, ContextSource, Job, PromptSource, QuestionSource, Source
 from kvweave.serve.engine.loop import Engine
+from kvweave.serve.engine.queue import Queue
 from kvweave.serve.engine.reply import Reply
 from kvweave.serve.engine.sampling import Sampler
-from kvweave.serve.errors import Refusal, place_of
+from kvweave.serve.errors import Refusal
+from kvweave.serve.events import EventStream
 from kvweave.serve.fetch import Fetcher
+from kvweave.serve.gate import Gate
 from kvweave.serve.images import Album
 from kvweave.serve.keys import Keys
 from kvweave.serve.limits import Limits, Offers
 from kvweave.serve.metrics import Metrics
 from kvweave.serve.page import page
 from kvweave.serve.prompts import Prompts
+from kvweave.serve.remote.engine import Remote, RemoteEngine
 from kvweave.serve.schema import ChatRequest, ContextRequest, parsed
-
-_LOCAL = ("localhost", "127.0.0.1", "::1")
-_log = logging.getLogger("kvweave.serve")
-
-
-@dataclass
-class Gate:
-    """How many requests are inside, from their first byte to their last."""
-
-    most: int
-    inside: int = 0
-
-    def enter(self) -> None:
-        """Raises:
-        Refusal: it is full.
-        """
-        if self.inside >= self.most:
-            raise Refusal(429, "too many requests wait: try again later", code="queue_full", retry_after=self.pause)
-        self.inside += 1
-
-    def leave(self) -> None:
-        self.inside -= 1
-
-    @property
-    def pause(self) -> int:
-        """Seconds to wait, not the same for all, so that they do not come back at once."""
-        return random.randint(1, 3)
 
 
 @dataclass(frozen=True)
@@ -87,6 +63,10 @@ class Server:
         image_hosts: where images may be fetched from; none: nowhere.
         data: folder where contexts survive a restart; None: nowhere.
         context_probes: what the model is asked about a context before it is cut, as `probes` of `kvweave.compress`.
+        shares_data: other servers of the model keep contexts in the same folder.
+        remote: to whom replies are handed over; None: they are decoded here.
+    Raises:
+        ValueError: probes that the chat template has no words for, or methods that decoders do not go on from.
     """
 
     def __init__(
@@ -101,6 +81,8 @@ class Server:
         image_hosts: Sequence[str] = (),
         data: Path | None = None,
         context_probes: str | None = None,
+        remote: Remote | None = None,
+        shares_data: bool = False,
     ) -> None:
         self.name, self.limits = name, limits or Limits()
         self.offers, self.keys = offers or Offers(), keys or Keys()
@@ -109,17 +91,18 @@ class Server:
         self.fetcher = Fetcher(image_hosts) if image_hosts else None
         self.gate = Gate(self.limits.rows + self.limits.queue)
         self.metrics.open.set_function(lambda: self.gate.inside)
+        if context_probes is not None:
+            read_probes(context_probes, processor, 1)  # so that it is refused now, and not by each context
         self.context_probes = context_probes
-        self.contexts = Contexts(self.limits, data, model, counted=self._count_contexts)
+        self.contexts = Contexts(self.limits, data, model, shared=shares_data, counted=self._count_contexts)
         self._ends = names.listed(getattr(model.generation_config, "eos_token_id", None))
         self._desk = ThreadPoolExecutor(1, "kvweave-prompts")
-        self.engine = Engine(
-            model,
-            self.prompts.tokenizer,
-            rows=self.limits.rows,
-            memory=self.limits.memory,
-            metrics=self.metrics,
-        )
+        tokenizer, room = self.prompts.tokenizer, {"rows": self.limits.rows, "memory": self.limits.memory}
+        self.engine: Queue
+        if remote is None:
+            self.engine = Engine(model, tokenizer, **room, metrics=self.metrics)
+        else:
+            self.engine = RemoteEngine(model, tokenizer, self.offers.methods, remote, **room, metrics=self.metrics)
 
     def _count_contexts(self, number: int, kept: int) -> None:
         self.metrics.contexts.set(number)
@@ -132,7 +115,7 @@ class Server:
         owner = self.keys.owner(request)
         self.gate.enter()
         answer: Answer | None = None
-        streamed: Stream | None = None
+        streamed: EventStream | None = None
         try:
             asked = parsed(ChatRequest, await read_json(request, self.limits))
             self._check(asked)
@@ -142,14 +125,18 @@ class Server:
             await unless_gone(request, answer.begin())
             if asked.stream:
                 usage = asked.stream_options is not None and asked.stream_options.include_usage
-                streamed = Stream(self.engine, answer, usage, self.gate.leave)
+                streamed = EventStream(answer.chunks(usage), partial(self._leave, answer.job))
                 return streamed
             return JSONResponse(await unless_gone(request, answer.body()))
         finally:
             if streamed is None:
-                self.gate.leave()
-                if answer is not None:
-                    self.engine.leave(answer.job)
+                self._leave(None if answer is None else answer.job)
+
+    def _leave(self, job: Job | None) -> None:
+        """A request is over, and its job with it."""
+        self.gate.leave()
+        if job is not None:
+            self.engine.leave(job)
 
     def _check(self, asked: ChatRequest) -> None:
         """Refuse what no model is needed to refuse."""
@@ -168,6 +155,15 @@ class Server:
         if asked.stream_options is not None and not asked.stream:
             raise Refusal(
                 400, "stream_options is not allowed without stream: allowed is stream=true", "stream_options"
+            )
+
+        known = asked.kvweave.known_token_ids
+        if len(known) > asked.n or any(token >= self.prompts.vocabulary for reply in known for token in reply):
+            raise Refusal(
+                400,
+                f"kvweave.known_token_ids are not allowed: allowed are tokens below {self.prompts.vocabulary} of at "
+                f"most {asked.n} replies",
+                "kvweave.known_token_ids",
             )
 
     def check_model(self, name: str) -> None:
@@ -208,22 +204,35 @@ class Server:
             Refusal: it would not fit though nothing else were there.
         """
         top = (asked.top_logprobs or 0) if asked.logprobs else None
+        own = asked.kvweave
         replies = [
             Reply(
                 n,
                 Sampler(asked.temperature, asked.top_p, None if asked.seed is None else asked.seed + n, top),
                 ready.most,
                 self.prompts.decode,
-                () if asked.kvweave.ignore_eos else self._ends,
+                () if own.ignore_eos else self._ends,
                 asked.stops,
+                known,
             )
-            for n in range(asked.n)
+            for n, known in zip(range(asked.n), [*own.known_token_ids, *[[]] * asked.n], strict=False)
         ]
         inbox = Inbox()
-        job = Job(ready.source, replies, ready.most, inbox.put, traced=asked.kvweave.trace)
+        job = Job(ready.source, replies, ready.most, inbox.put, traced=own.trace)
         self.check_memory(job)
         word, first = self.prompts.word, self.metrics.first_seconds.observe
-        return Answer(self.name, ready.method, job, inbox, word, ready.words, ready.grids, ready.context, first)
+        return Answer(
+            self.name,
+            ready.method,
+            job,
+            inbox,
+            word,
+            ready.words,
+            ready.grids,
+            context=ready.context,
+            token_ids=own.return_token_ids,
+            first=first,
+        )
 
     def check_memory(self, job: Job) -> None:
         """Refuse what would not fit though nothing else were there."""
@@ -272,9 +281,7 @@ class Server:
             await self._beside(lambda: self.contexts.add(context, reading))
             return JSONResponse(self._told(context))
         finally:
-            self.gate.leave()
-            if job is not None:
-                self.engine.leave(job)
+            self._leave(job)
 
     def _to_read(self, asked: ContextRequest) -> tuple[ContextSource, str, list[dict[str, Any]]]:
         """In a thread of its own, as `_prepare`."""
@@ -355,8 +362,7 @@ class Server:
 
     def application(self) -> FastAPI:
         """The ASGI application."""
-        app = FastAPI(title="kvweave", version=__version__, lifespan=self._life, openapi_url=None)
-        routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+        routes: list[tuple[str, str, Endpoint]] = [
             ("GET", "/", self.home),
             ("POST", "/v1/chat/completions", self.chat),
             ("POST", "/v1/contexts", self.read),
@@ -368,37 +374,4 @@ class Server:
             ("GET", "/health", self.health),
             ("GET", "/metrics", self.told),
         ]
-        for verb, path, answer in routes:
-            app.add_api_route(path, self._counted(path, answer), methods=[verb], response_model=None)
-        app.add_exception_handler(HTTPException, _not_here)
-        return app
-
-    def _counted(self, path: str, answer: Callable[[Request], Awaitable[Response]]) -> Any:
-        """The endpoint, counted, and what it refuses as a response."""
-
-        async def endpoint(request: Request) -> Response:
-            try:
-                self._check_host(request)
-                response = await answer(request)
-            except Refusal as refusal:
-                response = refusal.response
-            except ClientDisconnect:
-                response = Response(status_code=499)
-            except Exception as error:
-                _log.error("%s: %s", path, place_of(error))
-                response = Refusal(500, "the server failed").response
-            self.metrics.requests.labels(path, str(response.status_code)).inc()
-            return response
-
-        return endpoint
-
-    def _check_host(self, request: Request) -> None:
-        """Without keys, a page of another site must not reach this machine by a name that was made to lead here."""
-        if not self.keys and request.url.hostname not in _LOCAL:
-            raise Refusal(403, f"Host is not allowed without API keys: allowed is one of {', '.join(_LOCAL)}")
-
-
-async def _not_here(request: Request, error: Exception) -> Response:
-    """Paths that there are none of, in OpenAI's form."""
-    status = getattr(error, "status_code", 500)
-    return Refusal(status, f"{request.method} {request.url.path} is not here").response
+        return application(routes, counted=self.metrics.requests, keys=self.keys, life=self._life)

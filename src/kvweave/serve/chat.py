@@ -1,7 +1,6 @@
 """`POST /v1/chat/completions`: answers as OpenAI words them, whole or in pieces."""
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -9,17 +8,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
 from kvweave.report.grids import Grid
-from kvweave.serve.body import unless_gone
 from kvweave.serve.engine.job import Begun, Event, Failed, Job, Kept
-from kvweave.serve.engine.loop import Engine
 from kvweave.serve.engine.reply import Piece
 from kvweave.serve.engine.sampling import Logprob
-from kvweave.serve.errors import Refusal
+from kvweave.serve.errors import STOPPED, Refusal
 
 
 class Inbox:
@@ -42,8 +35,10 @@ class Inbox:
         """
         event = await self._events.get()
         if isinstance(event, Failed):
+            if event.refusal is not None:
+                raise event.refusal
             if event.kind == "Stopped":
-                raise Refusal(503, "the server is being stopped", retry_after=10)
+                raise Refusal(503, "the server is being stopped", code=STOPPED, retry_after=10)
             raise Refusal(500, f"the model failed ({event.kind})")
         return event
 
@@ -56,6 +51,7 @@ class Answer:
         model: its name; method: the spelling that it is compressed by.
         words, grids: texts of its tokens and cells of its images, where the request wants to know what is kept.
         context: tokens read before.
+        token_ids: tell tokens beside their text.
         first: when the first token came.
     """
 
@@ -67,6 +63,7 @@ class Answer:
     words: list[str] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
     context: int = 0
+    token_ids: bool = False
     first: Callable[[float], None] = lambda seconds: None
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
@@ -112,6 +109,7 @@ class Answer:
                 "finish_reason": finishes[n],
                 "logprobs": {"content": logprobs[n], "refusal": None} if told else None,
             }
+            | ({"token_ids": self.job.replies[n].tokens} if self.token_ids else {})
             for n, text in enumerate(texts)
         ]
         return self._object("chat.completion", choices) | {"usage": self.usage, "kvweave": self.compression}
@@ -125,7 +123,7 @@ class Answer:
                 delta: dict[str, Any] = {} if piece.index in begun else {"role": "assistant", "content": ""}
                 begun.add(piece.index)
                 logprobs = self._logprobs(piece)
-                if not (piece.text or piece.finish or delta or logprobs):
+                if not (piece.text or piece.finish or delta or logprobs or self.token_ids):
                     continue
                 if piece.text:
                     delta["content"] = piece.text
@@ -135,6 +133,8 @@ class Answer:
                     "finish_reason": piece.finish or None,
                     "logprobs": {"content": logprobs, "refusal": None} if logprobs else None,
                 }
+                if self.token_ids:
+                    choice["token_ids"] = [piece.token]
                 chunk = self._object("chat.completion.chunk", [choice])
                 if untold != self.compression:  # once it is known, and again where a cut was deferred
                     untold = chunk["kvweave"] = self.compression
@@ -189,43 +189,3 @@ class Answer:
     def _entry(self, token: int, value: float) -> dict[str, Any]:
         text = self.word(token)
         return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode())}
-
-
-class Stream(Response):
-    """The answer in pieces, as server-sent events; a client that leaves takes its request away.
-
-    Args:
-        done: called once, when it is over.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, engine: Engine, answer: Answer, include_usage: bool, done: Callable[[], None]) -> None:
-        self.status_code, self.background = 200, None
-        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._engine, self._answer, self._usage, self._done = engine, answer, include_usage, done
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await unless_gone(Request(scope, receive), self._send(send))
-        except ClientDisconnect:
-            pass
-        finally:
-            self._engine.leave(self._answer.job)
-            self._done()
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async with aclosing(self._answer.chunks(self._usage)) as chunks:
-                async for chunk in chunks:
-                    await _write(send, json.dumps(chunk, ensure_ascii=False))
-            await _write(send, "[DONE]")
-        except Refusal as refusal:
-            await _write(send, json.dumps(refusal.body))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _write(send: Send, text: str) -> None:
-    body = f"data: {text}\n\n".encode()
-    await send({"type": "http.response.body", "body": body, "more_body": True})

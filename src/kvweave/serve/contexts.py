@@ -68,6 +68,8 @@ class Contexts:
     Args:
         folder: where they survive a restart; None: nowhere.
         model: that reads them.
+        shared: other servers keep theirs in the folder as well: what one has read all can be asked about, and limits
+            count what this one knows of.
         clock: seconds since the epoch.
         counted: told how many there are and their bytes, whenever that changes.
     """
@@ -78,10 +80,11 @@ class Contexts:
         folder: Path | None,
         model: Any,
         *,
+        shared: bool = False,
         clock: Callable[[], float] = time.time,
         counted: Callable[[int, int], None] = lambda number, kept: None,
     ) -> None:
-        self._limits, self._folder, self._model = limits, folder, model
+        self._limits, self._folder, self._model, self._shared = limits, folder, model, shared
         self._clock, self._counted = clock, counted
         self._known: dict[str, Context] = {}
         self._readings: dict[str, Reading] = {}
@@ -141,6 +144,8 @@ class Contexts:
 
     def all_of(self, owner: str) -> list[Context]:
         """An owner's contexts, the one used last at the end."""
+        if self._shared and self._folder is not None:
+            self._known |= {context.id: context for context in self._found(self._folder)}
         self._expire()
         return self._of(owner)
 
@@ -153,6 +158,8 @@ class Contexts:
 
     def _own(self, id: str, owner: str) -> Context:
         self._expire()
+        if self._shared and _ID.fullmatch(id):
+            self._look_again(id)
         context = self._known.get(id)
         if context is None or context.owner != owner:
             raise self._none()
@@ -178,8 +185,19 @@ class Contexts:
     def _expire(self) -> None:
         end = self._clock() - self._limits.context_seconds
         for context in [context for context in self._known.values() if context.used < end]:
-            self._forget(context)
+            if self._shared:
+                self._look_again(context.id)
+            if self._known.get(context.id, context).used < end:
+                self._forget(context)
         self._count()
+
+    def _look_again(self, id: str) -> None:
+        """What another server may have done with a context: read it, used it or forgotten it."""
+        context = self._noted(id)
+        if context is not None:
+            self._known[id] = context
+        elif id in self._known:
+            self._forget(self._known[id])
 
     def _forget(self, context: Context) -> None:
         self._known.pop(context.id, None)
@@ -210,16 +228,23 @@ class Contexts:
         self._cache_file(context.id).chmod(0o600)
         part.replace(file)
 
+    def _noted(self, id: str) -> Context | None:
+        """What the folder says of a context; None: nothing."""
+        try:
+            context = Context(**json.loads(self._note_file(id).read_text(encoding="utf-8")))
+        except (ValueError, TypeError, OSError):
+            return None
+        return context if self._cache_file(id).exists() else None
+
     def _found(self, folder: Path) -> Iterator[Context]:
-        """The contexts in the folder; what is left of others is removed."""
+        """The contexts in the folder; what is left of others is removed, unless somebody may be writing it."""
         for file in sorted(folder.iterdir()):
             id = file.name.partition(".")[0]
             if not _ID.fullmatch(id):
                 continue
-            if not self._note_file(id).exists() or not self._cache_file(id).exists() or file.suffix == ".part":
-                file.unlink()
-            elif file.suffix == ".json":
-                try:
-                    yield Context(**json.loads(file.read_text(encoding="utf-8")))
-                except (ValueError, TypeError, OSError):
+            context = self._noted(id)
+            if context is None or file.suffix == ".part":
+                if not self._shared:
                     file.unlink()
+            elif file.suffix == ".json":
+                yield context

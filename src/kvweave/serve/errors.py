@@ -7,6 +7,9 @@ from fastapi.responses import JSONResponse
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
+#: The code of what is refused because the server is being stopped: another one may answer.
+STOPPED = "stopped"
+
 
 class Refusal(Exception):  # noqa: N818  it is the answer to a request, and reads so where it is raised
     """A request that is not answered.

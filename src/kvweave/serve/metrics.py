@@ -33,6 +33,7 @@ class Metrics:
         self.together = gauge("rows_together", "Replies that share a forward pass")
         self.alone = gauge("rows_alone", "Replies that take a forward pass each")
         self.kv_bytes = gauge("kv_bytes", "Bytes of keys and values of replies that are decoded")
+        self.again = counter("decoders_again", "Replies that went on to another of several decoders")
         self.contexts = gauge("contexts", "Contexts that are held")
         self.context_bytes = gauge("context_bytes", "Bytes of keys and values of contexts")
 

@@ -27,7 +27,9 @@ class Prompts:
     def __init__(self, model: Any, processor: Any, prompt_tokens: int | None) -> None:
         self.config, self.processor = model.config, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
+        decoder = model.config.get_text_config(decoder=True)
+        self.vocabulary = int(decoder.vocab_size)
+        positions = getattr(decoder, "max_position_embeddings", None) or 2**31
         self.most = min(prompt_tokens or positions, positions)
         self.positions = positions
         ids = visual_token_ids(model.config)

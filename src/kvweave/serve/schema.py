@@ -52,6 +52,8 @@ class Compression(_Part):
         context: the id of a context that the messages are a question about.
         trace: tell which tokens of the prompt are kept.
         ignore_eos: the model's own end of a reply does not end it, to measure with.
+        return_token_ids: tell the tokens of replies beside their text.
+        known_token_ids: the first tokens of each reply, one that was cut off elsewhere: it is decoded on behind them.
     """
 
     method: str | None = None
@@ -59,6 +61,8 @@ class Compression(_Part):
     context: Annotated[str, Field(max_length=64)] | None = None
     trace: bool = False
     ignore_eos: bool = False
+    return_token_ids: bool = False
+    known_token_ids: list[list[Annotated[int, Field(ge=0)]]] = Field(default=[], max_length=128)
 
     @model_validator(mode="after")
     def _one_source(self) -> "Compression":
@@ -134,8 +138,9 @@ class ContextRequest(_Part):
     def _is_no_question(self) -> "ContextRequest":
         if self.kvweave.context is not None:
             raise ValueError("kvweave.context is not allowed: a context does not go on from another")
-        if self.kvweave.trace:
-            raise ValueError("kvweave.trace is not allowed: ask with trace and without a context")
+        for name in ("trace", "ignore_eos", "return_token_ids", "known_token_ids"):
+            if getattr(self.kvweave, name):
+                raise ValueError(f"kvweave.{name} is not allowed: a context is no reply")
         return self
 
 

@@ -9,6 +9,7 @@ from kvweave.methods.base import Method
 from kvweave.ops.budget import entries
 from kvweave.serve.engine.reading import Reading, read_on, read_prompt
 from kvweave.serve.engine.reply import Piece, Reply
+from kvweave.serve.errors import Refusal
 
 
 class Source(Protocol):
@@ -39,6 +40,9 @@ class Source(Protocol):
 
     def read(self, model: Any) -> Reading:
         """Let the model read it."""
+
+    def split(self, model: Any) -> tuple[Reading, Sequence[int]]:
+        """What is compressed of it, and the tokens behind that, which are not and which the model need not read."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class PromptSource:
 
     def read(self, model: Any) -> Reading:
         return read_prompt(model, self.inputs, self.method)
+
+    def split(self, model: Any) -> tuple[Reading, Sequence[int]]:
+        return self.read(model), ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,9 @@ class QuestionSource:
         own = self.context.fork()
         return read_on(model, own.cache, list(self.question), own.position)
 
+    def split(self, model: Any) -> tuple[Reading, Sequence[int]]:
+        return self.context, self.question
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -168,9 +178,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Failed:
-    """The job came to nothing; `kind` is the class of what was raised, whose words may quote the prompt."""
+    """The job came to nothing.
+
+    Attributes:
+        kind: the class of what was raised, whose words may quote the prompt.
+        refusal: what the client is told instead, where it may be told.
+    """
 
     kind: str
+    refusal: Refusal | None = None
 
 
 Event = Begun | Kept | Piece | Failed

@@ -5,140 +5,72 @@ longer than for one prompt. Replies whose caches agree in their counts are rows 
 others take one each. A reply whose cut is deferred joins the pool once it has been cut.
 """
 
-import logging
-import threading
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from time import monotonic
 from typing import Any
 
-import torch
-
-from kvweave.seam.entry import attach
 from kvweave.seam.row_pool import RowPool, refusal
-from kvweave.serve.engine.job import Begun, Failed, Job, Kept, Live
+from kvweave.serve.engine.job import Begun, Job, Kept, Live
 from kvweave.serve.engine.proof import prove
+from kvweave.serve.engine.queue import Queue
 from kvweave.serve.engine.reading import Reading, read_on
-from kvweave.serve.engine.reply import Piece
-from kvweave.serve.errors import place_of
 from kvweave.serve.metrics import Metrics
 
-_log = logging.getLogger("kvweave.serve")
 
-
-class Engine:
-    """The model and everything that is decoded.
+class Engine(Queue):
+    """The model and everything that is decoded; see `Queue`.
 
     Args:
-        model, tokenizer: as `kvweave.models.load` returns them; the processor's tokenizer.
-        rows: replies that are decoded at a time.
-        memory: bytes of keys and values that they may take, and a prompt that is read.
-        metrics: what is counted.
+        tokenizer: the model's.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, rows: int, memory: int, metrics: Metrics) -> None:
-        self.model, self.rows, self.memory, self.metrics = model, rows, memory, metrics
-        self._session = attach(model)
+        super().__init__(model, rows=rows, memory=memory, metrics=metrics)
         try:
             self.proof = prove(model, tokenizer)
         except BaseException:
-            self._session.detach()
+            self.stop()
             raise
         self._pool = RowPool(self.proof.layers, rows)
         self._together: list[Live] = []  # one for each row of the pool
         self._alone: list[Live] = []
-        self._waiting: deque[Job] = deque()
-        self._awake = threading.Condition()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="kvweave-engine", daemon=True)
-
-    # ---------------------------------------------------------------- from other threads
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Let everybody who waits know, and end."""
-        with self._awake:
-            self._stopped = True
-            self._awake.notify()
-        if self._thread.is_alive():
-            self._thread.join()
-        self._session.detach()
-
-    def submit(self, job: Job) -> None:
-        """Put a job at the end of the queue."""
-        with self._awake:
-            if self._stopped:
-                job.emit(Failed("Stopped"))
-                return
-            self._waiting.append(job)
-            self.metrics.waiting.set(len(self._waiting))
-            self._awake.notify()
-
-    def leave(self, job: Job) -> None:
-        """Nobody waits for it any more: what it holds is given back before the next token."""
-        with self._awake:
-            job.left = True
-            self._awake.notify()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive() and not self._stopped
 
     def needed(self, job: Job) -> int:
-        """Bytes that a job takes when nothing else is there."""
         return self._bytes_with(job, RowPool(0, self.rows), [])
 
     # ---------------------------------------------------------------- the loop
 
-    def _run(self) -> None:
-        while self._wait():
-            self._forget()
-            job = self._next()
-            if job is not None:
-                self._begin(job)
-            if self._together:
-                self._step_pool()
-            for live in list(self._alone):
-                self._step_alone(live)
-            self._count()
-        for job in {*self._waiting, *(live.job for live in (*self._together, *self._alone))}:
-            job.emit(Failed("Stopped"))
-        self._waiting.clear()
+    def _turn(self, job: Job | None) -> None:
+        if job is not None:
+            self._begin(job)
+        if self._together:
+            self._step_pool()
+        for live in list(self._alone):
+            self._step_alone(live)
+        self._count()
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._together or self._alone)
+
+    def _end(self) -> Iterable[Job]:
+        found = [live.job for live in (*self._together, *self._alone)]
         self._together.clear()
         self._alone.clear()
         self._pool.clear()
-
-    def _wait(self) -> bool:
-        """Until there is something to do; False: the engine is stopped."""
-        with self._awake:
-            while not (self._stopped or self._waiting or self._together or self._alone):
-                self._awake.wait()
-            return not self._stopped
+        return found
 
     def _forget(self) -> None:
-        """Drop what nobody waits for."""
-        with self._awake:
-            if any(job.left for job in self._waiting):
-                self._waiting = deque(job for job in self._waiting if not job.left)
         for row in reversed(range(len(self._together))):
             if self._together[row].job.left:
                 self._drop(row)
         self._alone = [live for live in self._alone if not live.job.left]
 
-    def _next(self) -> Job | None:
-        """The first job of the queue, if there is room for it now; nobody overtakes it."""
-        with self._awake:
-            if not self._waiting:
-                return None
-            job = self._waiting[0]
-            live = len(self._together) + len(self._alone)
-            if live + len(job.replies) > self.rows:
-                return None
-            if live and self._bytes_with(job, self._pool, self._alone) > self.memory:
-                return None
-            return self._waiting.popleft()
+    def _has_room(self, job: Job) -> bool:
+        live = len(self._together) + len(self._alone)
+        if live + len(job.replies) > self.rows:
+            return False
+        return not live or self._bytes_with(job, self._pool, self._alone) <= self.memory
 
     def _begin(self, job: Job) -> None:
         """Read its prompt and take the first token of each reply."""
@@ -218,22 +150,6 @@ class Engine:
         self._pool.drop(row)
         self._together[row] = self._together[-1]
         self._together.pop()
-
-    def _emit(self, job: Job, piece: Piece) -> bool:
-        """Hand out what a token adds; whether the reply has ended."""
-        self.metrics.tokens.inc()
-        job.emit(piece)
-        return bool(piece.finish)
-
-    def _fail(self, jobs: list[Job], error: Exception) -> None:
-        """Let go of these jobs before the next token; the others go on. What was raised may quote a prompt, so only
-        its class and its place are told."""
-        _log.error("%d requests failed: %s", len(set(jobs)), place_of(error))
-        for job in set(jobs):
-            job.left = True
-            job.emit(Failed(type(error).__name__))
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
 
     # ---------------------------------------------------------------- bytes
 

@@ -18,6 +18,7 @@ MARK = "kvweave.json"  # beside a decoder's weights: which model's contexts it g
 _STAND_IN = 0  # a token that is never embedded
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_FOLDER = re.compile(r"[a-z0-9_-]{1,64}")
 _CHUNK = 1 << 24
 
 
@@ -44,8 +45,9 @@ def context_of(
     """The context that a request's `kv_transfer_params` name; None: it names none.
 
     A request says {"context": DIGEST, "slots": N}. Its first N tokens are all the same and stand for the slots; the
-    context is ROOT/DIGEST.safetensors. `cache_salt` must be the digest: a prefix cache knows blocks by their tokens'
-    ids and the salt, and the stand-ins of all contexts are alike.
+    context is ROOT/DIGEST.safetensors, or ROOT/NAME/DIGEST.safetensors where "folder": NAME stands beside.
+    `cache_salt` must be the digest: a prefix cache knows blocks by their tokens' ids and the salt, and the stand-ins
+    of all contexts are alike.
 
     Args:
         root: folder of all contexts; model: the mark of the model whose contexts are taken.
@@ -59,7 +61,10 @@ def context_of(
         raise ContextError("context is no digest: allowed is 64 hexadecimal digits")
     if salt != digest:
         raise ContextError("cache_salt is not the context's digest: allowed is no other")
-    path = Path(root) / f"{digest}.safetensors"
+    folder = parameters.get("folder", "")
+    if folder != "" and not (isinstance(folder, str) and _FOLDER.fullmatch(folder)):
+        raise ContextError("folder is no name: allowed are up to 64 of a-z, 0-9, _ and -")
+    path = Path(root) / folder / f"{digest}.safetensors"
     known = described(str(path))
     for name, right in (("digest", digest), ("model", model), ("slots", slots)):
         if known.get(name) != right:
@@ -73,20 +78,22 @@ def context_of(
     return Context(str(path), slots)
 
 
-def request_of(context: Mapping[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+def request_of(context: Mapping[str, Any], tokens: Sequence[int], folder: str = "") -> dict[str, Any]:
     """What a request says to go on from a context, as vLLM's completions name it: `prompt` and the rest.
 
     Args:
         context: what `cache.export` returned.
         tokens: that follow it, at least one: a question, or the context's `first_token`.
+        folder: of the root that the file is in; empty: the root itself.
     """
     digest, slots = context["digest"], context["slots"]
     if not tokens:
         raise ValueError("tokens=[] is not allowed: allowed is at least one")
+    named = {"context": digest, "slots": slots} | ({"folder": folder} if folder else {})
     return {
         "prompt": [_STAND_IN] * slots + list(tokens),
         "cache_salt": digest,
-        "kv_transfer_params": {"context": digest, "slots": slots},
+        "kv_transfer_params": named,
     }
 
 
