@@ -41,6 +41,7 @@ try:
         model="lab",
         messages=[{"role": "user", "content": pieces}],
         max_tokens=8,
+        temperature=0,
         extra_body={"kvweave": {"budget": 0.4}},
     )
     print(said.choices[0].message.content, f"(right: {album.answer})")

@@ -1,11 +1,21 @@
-"""The documentation as a site: every page is in its navigation, every link and anchor leads somewhere."""
+"""The documentation as a site: every page is in its navigation, all links and anchors lead somewhere.
 
+What it names of the code is there.
+"""
+
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src/kvweave"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # it speaks of what was
 
 
 def test_the_site_builds_with_all_its_links(tmp_path):
@@ -17,3 +27,29 @@ def test_the_site_builds_with_all_its_links(tmp_path):
     reference = (tmp_path / "site/API/index.html").read_text(encoding="utf-8")
     for name in ("compress", "CompressedCache", "LayerView", "from_published"):
         assert f"{name}</span>" in reference
+
+
+def named(page: Path, pattern: str) -> list[str]:
+    """What a page sets in code type and is all of this pattern."""
+    return re.findall(f"`({pattern})`", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    paths = named(page, r"[\w.-]+(?:/[\w.-]+)+\.(?:py|md|html)")
+    assert [path for path in paths if not any((home / path).is_file() for home in (ROOT, SOURCE))] == []
+
+
+def test_files_that_the_design_names_without_their_folder_exist():
+    names = named(ROOT / "docs/DESIGN.md", r"\w+\.py")
+    assert names
+    assert set(names) <= {path.name for path in SOURCE.rglob("*.py")}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "SERVING.md"], ids=lambda page: page.name)
+def test_names_of_the_library_that_a_page_uses_exist(page):
+    for name in named(page, r"kvweave(?:\.\w+)+"):
+        thing, at = importlib.import_module("kvweave"), "kvweave"
+        for part in name.split(".")[1:]:
+            at = f"{at}.{part}"
+            thing = getattr(thing, part) if hasattr(thing, part) else importlib.import_module(at)

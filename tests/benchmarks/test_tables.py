@@ -117,7 +117,7 @@ def test_gpu_runs_small_on_a_cpu(tmp_path, capsys):
     assert [row[""].split(", ", 1)[1] for row in data["end_to_end"]][:4] == settings
     assert {row["mark"].split()[0] for row in data["marks"]} == {"column", "decode", "end"}
     held = {row[""]: row["of full"] for row in data["whole_model"]}
-    assert held["L=128, snapkv"] == held["L=128, weave:defer=0"] == "20 %"
+    assert held["L=128, snapkv"] == held["L=128, weave:form=even,defer=0"] == "20 %"
 
 
 def test_a_part_that_fails_leaves_the_others(tmp_path, capsys):

@@ -107,6 +107,7 @@ class Looking(Listening):
 
 
 LOOKING = Looking(budget=0.3, window=4)
+SURPRISED = parse_method("weave:form=lent,surprise=8", budget=0.3)
 
 
 def test_images_are_said_again_as_the_decoder_was_given_them():
@@ -359,6 +360,14 @@ def test_weave_reads_a_context_again_when_it_is_asked_before_a_reply(asking, pic
     assert cache.shared.turn.embeddings is None
 
 
+def test_rows_of_unlike_lengths_are_read_again_too():
+    model, inputs = vision_model(), picture_inputs((30, 22))
+    (named,) = whole(model, inputs, probes="replay")
+    with contextlib.contextmanager(whole)(model, inputs) as session:
+        session.cache.freeze()
+    assert kept(session.cache) == kept(named.cache)
+
+
 def test_weave_reads_nothing_again_once_a_reply_tells():
     model, inputs = text_model(), text_inputs((26,), images=())
     with kvweave.compress(model, budget=0.3) as session:
@@ -420,7 +429,7 @@ def test_a_row_counts_by_the_surprise_of_what_it_leads_to(instructed, monkeypatc
         return own
 
     monkeypatch.setattr(kvweave.Weave, "score", score)
-    with kvweave.compress(model, kvweave.Weave(budget=0.3), processor=processor) as session:
+    with kvweave.compress(model, SURPRISED, processor=processor) as session:
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
         session.cache.freeze()
     monkeypatch.undo()
@@ -452,7 +461,7 @@ def test_an_image_counts_as_text_does_in_the_mean(monkeypatch):
 
     monkeypatch.setattr(kvweave.Weave, "score", score)
     noting = decoder.register_forward_pre_hook(lambda part, args, kwargs: given.append(kwargs), with_kwargs=True)
-    with contextlib.contextmanager(whole)(model, inputs) as session:
+    with contextlib.contextmanager(whole)(model, inputs, SURPRISED) as session:
         session.cache.freeze()
     noting.remove()
     ids = inputs["input_ids"]
@@ -486,12 +495,9 @@ def test_a_context_that_is_read_again_goes_by_its_own_scores():
 
 
 @pytest.mark.parametrize("pictures", [0, 2])
-def test_on_a_context_weave_keeps_what_kvzip_would_by_surprise(pictures):
+def test_on_a_context_weave_keeps_what_kvzip_would(pictures):
     model, inputs = vision_model(), picture_inputs((26,), pictures=pictures)
-    surprise = FORMS["lent"]["surprise"]
-    (zipped,) = whole(
-        model, inputs, parse_method(f"kvzip:surprise={surprise},sinks=0,floor=0.2,images=true", budget=0.3)
-    )
+    (zipped,) = whole(model, inputs, parse_method("kvzip:sinks=0,floor=0.2,images=true", budget=0.3))
     with contextlib.contextmanager(whole)(model, inputs) as session:
         session.cache.freeze()
     assert kept(session.cache) == kept(zipped.cache)

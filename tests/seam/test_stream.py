@@ -10,6 +10,7 @@ from tiny import assert_close, cut_of, decode, masked, picture_inputs, text_inpu
 
 import kvweave
 from kvweave.memory import tables
+from kvweave.methods.weave import FORMS
 
 BUDGET, EVERY = 16, 6
 EVICTION = {
@@ -480,7 +481,7 @@ def test_a_default_defer_is_none():
     """What a model makes of `weave` lives on decoded tokens: in a stream it is that of the specification."""
     model = text_model()
     lent = kvweave.CompressedCache(model.config, kvweave.Weave(budget=16, form="lent"), every=8).method
-    assert (lent.defer, lent.temperature, lent.ahead) == (0, None, 8)
+    assert (lent.defer, lent.temperature, lent.ahead) == (0, None, FORMS["lent"]["ahead"])
     with kvweave.compress(model, kvweave.Weave(budget=16), every=8) as session:
         decode(model, text_inputs((30,)), 4)
     assert session.cache.shared.method == kvweave.Weave(budget=16, defer=0)

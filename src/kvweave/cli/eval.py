@@ -15,83 +15,100 @@ if TYPE_CHECKING:
     from kvweave.evals import Task
     from kvweave.evals.run.plan import Cell
     from kvweave.evals.run.results import Result
+    from kvweave.evals.tasks.sources import Source
+
+
+_Data = Annotated[
+    Path | None, typer.Option(help="Folder in MileBench's layout.", show_default="the lab's questions, drawn")
+]
+_Tasks = Annotated[list[str] | None, typer.Option(help="Separated by commas.", show_default="all")]
+_Methods = Annotated[
+    list[str] | None, typer.Option(help="Such as snapkv,flowmm:theta=0.3.", show_default="all registered")
+]
+_Budgets = Annotated[str, typer.Option(help="Shares in (0, 1] or tokens, separated by commas.")]
+_Count = Annotated[
+    int | None, typer.Option(help="Samples a task.", show_default="100 of the lab's, all of a folder's")
+]
+_Images = Annotated[int | None, typer.Option(help="Images an album, of generated ones.", show_default="8")]
+_Tokens = Annotated[int | None, typer.Option(help="Of the texts that smol-text is asked about.", show_default="600")]
+_Seeds = Annotated[str, typer.Option("--seeds", "--seed", help="Of samples and random draws, separated by commas.")]
+_Protocol = Annotated[
+    str,
+    typer.Option(
+        help="seen: the question is part of what is compressed; unseen: it comes after; probed: after the "
+        "processor's own probes; or several."
+    ),
+]
+_Combined = Annotated[int | None, typer.Option(help="Ask about each sample's images combined into so many (1, ...).")]
+_Adversarial = Annotated[bool, typer.Option("--adversarial", help="The folder's -adv.json questions.")]
+_Scoring = Annotated[str, typer.Option(help="official: MileBench's metrics; strict: without their quirks.")]
+_Truncation = Annotated[str, typer.Option(help="ours: none; official: MileBench's, from the left.")]
+_MaxContextLen = Annotated[int, typer.Option(help="Tokens left by the official truncation.")]
+_TokensPerImage = Annotated[int, typer.Option(help="As the official truncation counts an image.")]
+_MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Where an answer is cut off.", show_default="what the task says, 512 in MileBench"),
+]
+_Baseline = Annotated[
+    str | None,
+    typer.Option(help="Method that others are tested against.", show_default="snapkv, if it is evaluated"),
+]
+_Fidelity = Annotated[
+    bool, typer.Option("--fidelity/--no-fidelity", help="Compare with the full cache token by token.")
+]
+_Batch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        "--batch",
+        help="Prompts answered together.",
+        show_default="50 for lab, 20 for smol, 8 for smol-text, else 1",
+    ),
+]
+_Workers = Annotated[int, typer.Option(help="Processes.")]
+_Ray = Annotated[
+    str | None,
+    typer.Option(help="Share the plan over a Ray cluster: its address, auto or local; --workers of it."),
+]
+_Out = Annotated[Path, typer.Option(help="Folder of the results; resumes if it holds some.")]
+_Pictures = Annotated[
+    int,
+    typer.Option(**options.NUMBER, help="Samples that the page shows kept tokens, speed and flow of; 0: none."),
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
 
 
 def evaluate(
     model: options.ModelName = "lab",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder in MileBench's layout.", show_default="the lab's questions, drawn")
-    ] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="Separated by commas.", show_default="all")] = None,
-    methods: Annotated[
-        list[str] | None, typer.Option(help="Such as snapkv,flowmm:theta=0.3.", show_default="all registered")
-    ] = None,
-    budgets: Annotated[
-        str, typer.Option(help="Shares in (0, 1] or tokens, separated by commas.")
-    ] = "0.5,0.2,0.1,0.05",
-    count: Annotated[
-        int | None, typer.Option(help="Samples a task.", show_default="100 of the lab's, all of a folder's")
-    ] = None,
-    images: Annotated[int | None, typer.Option(help="Images an album, of generated ones.", show_default="8")] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Of the texts that smol-text is asked about.", show_default="600")
-    ] = None,
+    data: _Data = None,
+    tasks: _Tasks = None,
+    methods: _Methods = None,
+    budgets: _Budgets = "0.5,0.2,0.1,0.05",
+    count: _Count = None,
+    images: _Images = None,
+    tokens: _Tokens = None,
     questions: options.Questions = None,
-    seeds: Annotated[
-        str, typer.Option("--seeds", "--seed", help="Of samples and random draws, separated by commas.")
-    ] = "0",
-    protocol: Annotated[
-        str,
-        typer.Option(
-            help="seen: the question is part of what is compressed; unseen: it comes after; probed: after the "
-            "processor's own probes; or several."
-        ),
-    ] = "seen",
-    combined: Annotated[
-        int | None, typer.Option(help="Ask about each sample's images combined into so many (1, ...).")
-    ] = None,
-    adversarial: Annotated[bool, typer.Option("--adversarial", help="The folder's -adv.json questions.")] = False,
-    scoring: Annotated[str, typer.Option(help="official: MileBench's metrics; strict: without their quirks.")] = (
-        "official"
-    ),
-    truncation: Annotated[str, typer.Option(help="ours: none; official: MileBench's, from the left.")] = "ours",
-    max_context_len: Annotated[int, typer.Option(help="Tokens left by the official truncation.")] = 4096,
-    tokens_per_image: Annotated[int, typer.Option(help="As the official truncation counts an image.")] = 576,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="Where an answer is cut off.", show_default="what the task says, 512 in MileBench"),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(help="Method that others are tested against.", show_default="snapkv, if it is evaluated"),
-    ] = None,
-    fidelity: Annotated[
-        bool, typer.Option("--fidelity/--no-fidelity", help="Compare with the full cache token by token.")
-    ] = True,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-size",
-            "--batch",
-            help="Prompts answered together.",
-            show_default="50 for lab, 20 for smol, 8 for smol-text, else 1",
-        ),
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Share the plan over a Ray cluster: its address, auto or local; --workers of it."),
-    ] = None,
+    seeds: _Seeds = "0",
+    protocol: _Protocol = "seen",
+    combined: _Combined = None,
+    adversarial: _Adversarial = False,
+    scoring: _Scoring = "official",
+    truncation: _Truncation = "ours",
+    max_context_len: _MaxContextLen = 4096,
+    tokens_per_image: _TokensPerImage = 576,
+    max_new_tokens: _MaxNewTokens = None,
+    baseline: _Baseline = None,
+    fidelity: _Fidelity = True,
+    batch: _Batch = None,
+    workers: _Workers = 1,
+    ray: _Ray = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
-    out: Annotated[Path, typer.Option(help="Folder of the results; resumes if it holds some.")] = Path("out/eval"),
+    out: _Out = Path("out/eval"),
     json: options.Json = False,
-    pictures: Annotated[
-        int,
-        typer.Option(**options.NUMBER, help="Samples that the page shows kept tokens, speed and flow of; 0: none."),
-    ] = 2,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")] = False,
+    pictures: _Pictures = 2,
+    quiet: _Quiet = False,
 ) -> None:
     """Evaluate methods at equal budgets; interrupted anywhere, the same command resumes.
 
@@ -99,46 +116,33 @@ def evaluate(
     folder in MileBench's layout also OUT/outputs, which its own scorer reads. Exits with 1 if samples failed: they
     are listed, not scored.
     """
-    from kvweave.evals import Evaluation, Options, milebench_tasks, run, summarise, write_tables
+    from kvweave.evals import Evaluation, run, summarise, write_tables
     from kvweave.evals.run.plan import parse_budgets, parse_methods
     from kvweave.evals.tables.outputs import write_outputs
     from kvweave.evals.tables.page import write_page
-    from kvweave.evals.tasks.sources import make_tasks
 
     check_out(out)
     quiet_libraries()
     start = time.perf_counter()
     names = _pieces(*tasks or [])
+    sizes = {"images": images, "tokens": tokens}
+    reading: dict[str, Any] = {
+        "count": count,
+        "combined": combined,
+        "adversarial": adversarial,
+        "scoring": scoring,
+        "truncation": truncation,
+        "max_context_len": max_context_len,
+        "tokens_per_image": tokens_per_image,
+        "tokenizer": model if truncation == "official" else "",
+        "max_new_tokens": max_new_tokens,
+    }
     with bad_input(), options.model_errors():
-        if data is None:
-            own = {
-                "combined": combined,
-                "adversarial": adversarial,
-                "max-new-tokens": max_new_tokens,
-                "scoring": scoring != "official",
-                "truncation": truncation != "ours",
-            }
-            for option, value in own.items():
-                if value:
-                    raise ValueError(f"--{option} is for a folder of data: allowed is --data with it")
-            source = options.source(model, questions)
-            chosen_tasks: tuple[Task, ...] = make_tasks(source, names, count, images=images, tokens=tokens)
-        else:
-            reading: dict[str, Any] = {
-                "count": count,
-                "combined": combined,
-                "adversarial": adversarial,
-                "scoring": scoring,
-                "truncation": truncation,
-                "max_context_len": max_context_len,
-                "tokens_per_image": tokens_per_image,
-                "tokenizer": model if truncation == "official" else "",
-                "max_new_tokens": max_new_tokens,
-            }
-            for option, size in {"images": images, "tokens": tokens, "questions": questions}.items():
-                if size is not None:
-                    raise ValueError(f"--{option} {size} is for generated questions: a folder's samples have theirs")
-            chosen_tasks = milebench_tasks(data, names, Options(**reading))
+        chosen_tasks = (
+            _generated(options.source(model, questions), names, count, sizes, reading)
+            if data is None
+            else _milebench(data, names, reading, sizes | {"questions": questions})
+        )
         evaluation = Evaluation(
             model=model,
             tasks=chosen_tasks,
@@ -175,6 +179,30 @@ def evaluate(
     if summary["failed"]:
         err().print(f"{len(summary['failed'])} answers are missing: {out / 'table.md'} lists them", markup=False)
         raise typer.Exit(1)
+
+
+def _generated(
+    source: "Source", names: list[str], count: int | None, sizes: dict[str, int | None], reading: dict[str, Any]
+) -> "tuple[Task, ...]":
+    """Generated tasks; refuses what `reading` says of a folder's samples."""
+    from kvweave.evals.tasks.sources import make_tasks
+
+    foreign = {option: reading[option] for option in ("combined", "adversarial", "max_new_tokens")}
+    foreign |= {"scoring": reading["scoring"] != "official", "truncation": reading["truncation"] != "ours"}
+    for option, value in foreign.items():
+        if value:
+            raise ValueError(f"--{option.replace('_', '-')} is for a folder of data: allowed is --data with it")
+    return make_tasks(source, names, count, **sizes)
+
+
+def _milebench(data: Path, names: list[str], reading: dict[str, Any], foreign: dict[str, Any]) -> "tuple[Task, ...]":
+    """A folder's tasks; refuses what only generated questions have."""
+    from kvweave.evals import Options, milebench_tasks
+
+    for option, size in foreign.items():
+        if size is not None:
+            raise ValueError(f"--{option} {size} is for generated questions: a folder's samples have theirs")
+    return milebench_tasks(data, names, Options(**reading))
 
 
 def _print(summary: dict[str, Any], page: Path, layout: Path | None) -> None:

@@ -13,7 +13,7 @@ from kvweave.cli.eval import CellProgress
 from kvweave.cli.tables import fitted
 
 if TYPE_CHECKING:
-    from kvweave.evals.paper import Sheet
+    from kvweave.evals.paper import Recipe, Sheet
     from kvweave.evals.tasks import sources
     from kvweave.evals.tasks.tasks import Task
 
@@ -21,66 +21,69 @@ _LENGTHS = (1, 2, 4, 8, 12)  # images of the prompts whose time is measured
 _TOKENS = (250, 500, 1000, 2000)  # of those of smol-text
 
 
+_Names = Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Such as flowmm:table1; see --list.")]
+_List = Annotated[bool, typer.Option("--list", help="What there is.")]
+_Everything = Annotated[bool, typer.Option("--all", help="All of them.")]
+_Data = Annotated[Path | None, typer.Option(help="Folder in MileBench's layout.", show_default="the lab's questions")]
+_Tasks = Annotated[
+    str | None, typer.Option(help="Separated by commas.", show_default="the lab's, or the paper's of a folder")
+]
+_Methods = Annotated[
+    str | None,
+    typer.Option(
+        help="In tables of all methods, only these; such as snapkv,flowmm:theta=0.3.",
+        show_default="all registered",
+    ),
+]
+_Samples = Annotated[
+    int | None,
+    typer.Option(**options.COUNT, help="Samples a task.", show_default="100 of the lab's, all of a folder's"),
+]
+_Batch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch",
+        **options.COUNT,
+        help="Prompts answered together.",
+        show_default="50 with lab, 20 with smol, 8 with smol-text, else 1",
+    ),
+]
+_Workers = Annotated[int, typer.Option(**options.COUNT, help="Processes, of one thread each.")]
+_Out = Annotated[Path, typer.Option(help="Folder that all tables share; resumes.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
+
+
 def paper(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME...", help="Such as flowmm:table1; see --list.")
-    ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="What there is.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    names: _Names = None,
+    list_: _List = False,
+    everything: _Everything = False,
     model: options.ModelName = "lab",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder in MileBench's layout.", show_default="the lab's questions")
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Separated by commas.", show_default="the lab's, or the paper's of a folder")
-    ] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            help="In tables of all methods, only these; such as snapkv,flowmm:theta=0.3.",
-            show_default="all registered",
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(**options.COUNT, help="Samples a task.", show_default="100 of the lab's, all of a folder's"),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            "--batch",
-            **options.COUNT,
-            help="Prompts answered together.",
-            show_default="50 with lab, 20 with smol, 8 with smol-text, else 1",
-        ),
-    ] = None,
-    workers: Annotated[int, typer.Option(**options.COUNT, help="Processes, of one thread each.")] = 1,
+    data: _Data = None,
+    tasks: _Tasks = None,
+    methods: _Methods = None,
+    samples: _Samples = None,
+    batch: _Batch = None,
+    workers: _Workers = 1,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
-    out: Annotated[Path, typer.Option(help="Folder that all tables share; resumes.")] = Path("out/paper"),
+    out: _Out = Path("out/paper"),
     json: options.Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")] = False,
+    quiet: _Quiet = False,
 ) -> None:
     """Make a table or figure of the papers: methods at equal budgets on one model and its data.
 
     Writes OUT/NAME.json, NAME.md and NAME.png. What two tables need is computed once; interrupted anywhere, the same
     command resumes.
     """
-    from kvweave.evals.paper import RECIPES, Subject, find, make
+    from kvweave.evals.paper import Subject, make
 
     if list_:
         _list(json)
         return
-    if everything == bool(names):
-        raise BadInput(
-            f"NAME {names or ''} with --all {everything}: allowed is one of the two; --list shows the names"
-        )
     quiet_libraries()
     with bad_input(), options.model_errors():
-        recipes = list(RECIPES.values()) if everything else [find(name) for name in names or ()]
-        if methods is not None:
-            recipes = [recipe.with_methods(methods) for recipe in recipes]
+        recipes = _recipes(names or [], everything, methods)
         check_out(out)
         task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         selection, by_length = (
@@ -108,6 +111,18 @@ def paper(
         print_json([{"name": sheet.name, "data": sheet.data} for sheet in sheets])
     elif not quiet:
         _print(sheets, paths)
+
+
+def _recipes(names: Sequence[str], everything: bool, methods: str | None) -> "list[Recipe]":
+    """Those that are asked for, of these methods alone."""
+    from kvweave.evals.paper import RECIPES, find
+
+    if everything == bool(names):
+        raise BadInput(
+            f"NAME {names or ''} with --all {everything}: allowed is one of the two; --list shows the names"
+        )
+    recipes = list(RECIPES.values()) if everything else [find(name) for name in names]
+    return recipes if methods is None else [recipe.with_methods(methods) for recipe in recipes]
 
 
 Source = tuple[Callable[[Sequence[str]], "tuple[Task, ...]"], Callable[[], "tuple[Task, ...]"]]

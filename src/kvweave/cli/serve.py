@@ -11,7 +11,7 @@ import typer
 
 from kvweave.cli import console, options
 from kvweave.cli.console import BadInput, bad_input
-from kvweave.cli.gateway import DECODER_KEY, VLLM, gateway
+from kvweave.cli.gateway import DECODER_KEY, gateway
 
 if TYPE_CHECKING:
     from kvweave.serve.keys import Keys
@@ -80,7 +80,7 @@ def serve(
     ] = None,
     vllm: Annotated[
         str | None,
-        typer.Option(help="Command that starts vLLM, and options of its own.", show_default=f"python -m {VLLM}"),
+        typer.Option(help="Command that starts vLLM, and options of its own.", show_default="vLLM's own module"),
     ] = None,
     rows: Annotated[int, typer.Option(**options.COUNT, help="Replies that are decoded at a time.")] = 32,
     queue: Annotated[

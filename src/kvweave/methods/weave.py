@@ -43,7 +43,6 @@ FORMS: dict[str, dict[str, Any]] = {
         "defer": 8,
         "temperature": 1.0,  # what the prompt's own rows look at counts only where none is decoded
         "replay": True,
-        "surprise": 8.0,
         "allocation": "global",
     }
 }
@@ -149,7 +148,7 @@ class Weave(MergingMethod, ScoredMethod):
             values = {name: defaults[name] for name, value in lent.items() if getattr(self, name) == value}
         else:
             open_to_form = (name for name in FORMS.get(form, {}) if name not in explicit)
-            late = () if self.defer else ("temperature", "replay", "surprise")
+            late = () if self.defer else ("temperature", "replay")
             values = {name: FORMS[form][name] for name in open_to_form if name not in late}
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -235,14 +234,17 @@ class Weave(MergingMethod, ScoredMethod):
             return self.uneven_plan(view, self.selection(view, budget))
         quota = self.quota(budget, budget)
         score = self.ranking(view, quota).value  # [batch, kv_heads, length]
-        pivots = top(score[..., quota.sinks : view.length - quota.recent], quota.free) + quota.sinks
-        keep = torch.cat([first(score, quota.sinks), pivots, last(score, quota.recent)], -1)
+        pivots, parts = top(score[..., quota.sinks : view.length - quota.recent], quota.free), []
+        if quota.sinks:
+            pivots, parts = pivots + quota.sinks, [first(score, quota.sinks)]
+        keep = torch.cat([*parts, pivots, last(score, quota.recent)], -1)
         source = complement(keep, view.length)
         if not self.merge:
             return Plan(keep)
         eligible = lowest(score.gather(-1, pivots), self.sensitivity_quantile)
         target, cosine = self.match(view, pivots, eligible, source)
-        target = target.where(target < 0, target + quota.sinks)  # of what stays
+        if quota.sinks:  # by what stays, of which the first tokens come first
+            target = target.where(target < 0, target + quota.sinks)
         plan = self.merged(view, keep, source, target, cosine, score)
         return replace(plan, log=_log(plan, eligible, view))
 

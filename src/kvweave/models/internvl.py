@@ -21,18 +21,12 @@ from transformers import (
 )
 
 from kvweave.models import tokens
-from kvweave.models.published import Layout, local, pick, require
+from kvweave.models.published import DECODER, DECODER_OPTIONAL, Layout, local, pick, require
 from kvweave.models.source import ModelError
 
 CONTEXT, END = "<IMG_CONTEXT>", "<|im_end|>"
 _FROM_THE_END = 7  # <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box> end the vocabulary
 
-_LLM = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "rms_norm_eps",
-)  # fmt: skip
-_LLM_OPTIONAL = ("num_key_value_heads", "hidden_act", "initializer_range", "bos_token_id", "eos_token_id",
-                 "pad_token_id")  # fmt: skip
 _SLIDING = ("use_sliding_window", "sliding_window", "max_window_layers")
 _VIT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
@@ -149,7 +143,7 @@ class InternVL(Layout):
 def _text(where: str, llm: Mapping[str, Any]) -> PreTrainedConfig:
     kind = (llm.get("architectures") or [None])[0]
     require(where, {"architectures[0]": kind}, **{"architectures[0]": ("InternLM2ForCausalLM", "Qwen2ForCausalLM")})
-    fields = pick(where, llm, *_LLM, optional=_LLM_OPTIONAL)
+    fields = pick(where, llm, *DECODER, optional=DECODER_OPTIONAL)
     fields |= {"rope_parameters": _rope(where, llm), "tie_word_embeddings": False}
     if kind == "InternLM2ForCausalLM":
         return LlamaConfig(**fields, attention_bias=bool(llm.get("bias", True)), mlp_bias=False)

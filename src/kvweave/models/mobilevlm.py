@@ -23,16 +23,10 @@ from transformers import (
     ProcessorMixin,
 )
 
-from kvweave.models.published import Layout, local, pick, require
+from kvweave.models.published import DECODER, DECODER_OPTIONAL, Layout, local, pick, require
 from kvweave.models.source import ModelError
 
 _SIDE = 12  # an image is 12 x 12 tokens, whatever its size
-_LLM = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "rms_norm_eps",
-)  # fmt: skip
-_LLM_OPTIONAL = ("num_key_value_heads", "hidden_act", "initializer_range", "bos_token_id", "eos_token_id",
-                 "pad_token_id")  # fmt: skip
 _CLIP = "openai/clip-vit-large-patch14-336"
 _CLIP_CONFIG = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -133,7 +127,7 @@ class MobileVLM(Layout):
         require(where, published, mm_projector_type="ldpnetv2", vision_tower_type=("clip", None))
         require(where, published, mm_use_im_start_end=(False, None), mm_use_im_patch_token=False)  # absent: True
         require(where, published, mm_vision_select_feature=("patch", None), rope_scaling=None)
-        fields = pick(where, published, *_LLM, optional=_LLM_OPTIONAL)
+        fields = pick(where, published, *DECODER, optional=DECODER_OPTIONAL)
         rope = {"rope_type": "default", "rope_theta": float(published.get("rope_theta", 10000.0))}
         vision = _tower(folder, published.get("mm_vision_tower"))
         require(where, published, mm_hidden_size=vision.hidden_size)

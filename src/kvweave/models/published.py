@@ -22,6 +22,13 @@ from kvweave.models import weights
 from kvweave.models.loading import DTYPES, refusals
 from kvweave.models.source import ModelError
 
+#: What a decoder's configuration must say, and what it may.
+DECODER = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
+DECODER_OPTIONAL = ("num_key_value_heads", "hidden_act", "initializer_range", "bos_token_id", "eos_token_id",
+                    "pad_token_id")  # fmt: skip
 _DERIVED = ("position_ids", "rotary_emb.inv_freq")  # old files hold these, the model computes them
 
 

@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvweave.memory.block import Block
 from kvweave.memory.heads import RaggedHeads, for_flash, ragged
 from kvweave.memory.masks import by_head
-from kvweave.memory.slots import Slots
 from kvweave.ops.statistics import AttentionRule
 from kvweave.seam.layer import Link
 from kvweave.seam.lookup import output_projection
+from kvweave.seam.parts import by_flash, by_part
 
 #: What an attention function returns, and the mask that it used, at the slots.
 Read = tuple[Any, Tensor | None]
@@ -85,72 +84,29 @@ def _to_block(
     return attention(query, *tensors, mask, **more), mask
 
 
-def _by_flash(
-    attention: Attention, query: Tensor, tensors: tuple[Tensor, Tensor] | None, mask: Tensor | None, slots: Slots
-) -> Read:
-    """The same by flash attention, to which new slots are the last, and which masks nothing but padding.
-
-    Args:
-        mask: [batch, columns], or None.
-    """
-    if slots.has_positions:
-        visible = slots.shown(mask)
-        mask = None if visible is None else visible[:, 0]
-    return attention(query, *(tensors or slots.tensors), mask), None
-
-
-def _by_part(
-    attention: Attention, query: Tensor, mask: Tensor | None, block: RaggedHeads, to: Callable[..., Read]
-) -> Read:
-    """A call of `to` for each part where heads hold counts of their own: only what is kept is read."""
-    outs, masks = [], []
-    for part, heads in zip(block.parts, block.query_heads(query), strict=True):
-        own = mask[:, heads] if mask is not None and mask.dim() == 4 and mask.shape[1] > 1 else mask
-        queries = query[:, heads]
-        out, used = to(attention.of_heads(heads), queries, part.tensors, own, part)
-        outs.append(out)
-        masks.append(None if used is None else by_head(used, queries.shape[1]))
-    weights = [o[1] for o in outs if o[1] is not None]  # [batch, heads, new, slots], where they were asked for
-    together = block.in_order(_together(weights, 0), 1) if weights else None
-    out = block.in_order(torch.cat([o[0] for o in outs], 2), 2)
-    own_masks = [m for m in masks if m is not None]
-    if query.shape[2] == 1 or len(own_masks) < len(masks):
-        return (out, together), None
-    hidden = False if own_masks[0].dtype == torch.bool else torch.finfo(own_masks[0].dtype).min
-    return (out, together), block.in_order(_together(own_masks, hidden), 1)
-
-
-def _together(parts: list[Tensor], empty: float) -> Tensor:
-    """Heads' [batch, group, new, slots] as [batch, heads, new, most slots], `empty` in front where they are fewer."""
-    count = max(part.shape[-1] for part in parts)
-    return torch.cat([F.pad(part, (count - part.shape[-1], 0), value=empty) for part in parts], 1)
-
-
-def _read(
-    attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, block: Block, apart: bool
-) -> Read:
-    tensors = None if apart else (key, value)
+def _read(attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, link: Link) -> Read:
+    block, tensors = link.block, None if link.values is None else (key, value)
     if "flash" in attention.base:
         slots = for_flash(block, mask)
         if len(slots) > 1:
-            return _by_part(attention, query, mask, RaggedHeads(tuple(slots)), _by_flash)
-        return _by_flash(attention, query, tensors, mask, slots[0])
-    heads = ragged(block)
+            return by_part(attention, query, mask, RaggedHeads(tuple(slots)), by_flash)
+        return by_flash(attention, query, tensors, mask, slots[0])
+    heads = ragged(block) if tensors is None else None  # such a block has none of its own
     if heads is None:
         return _to_block(attention, query, tensors, mask, block)
     if query.shape[2] == 1 and attention.is_sdpa:
         out = block.attend(query, mask, attention.scaling, attention.options.get("dropout", 0.0))
         if out is not None:
             return (out, None), None
-    return _by_part(attention, query, mask, heads, _to_block)
+    return by_part(attention, query, mask, heads, _to_block)
 
 
 def _left_behind(link: Link, value: Tensor) -> bool:
     """Attention reads other values than those that were handed out with the keys."""
-    tensors = link.block.tensors
-    if link.apart or tensors is None or torch.compiler.is_compiling():
+    handed = link.values
+    if handed is None or torch.compiler.is_compiling():
         return False
-    return value.shape != tensors[1].shape or value.data_ptr() != tensors[1].data_ptr()
+    return value.shape != handed.shape or value.data_ptr() != handed.data_ptr()
 
 
 def _weighs_slots(mask: Tensor | None) -> bool:
@@ -201,7 +157,7 @@ def read(attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: 
         layer.why = "attention adds a bias of each head's own"
     if query.shape[2] == 1 and layer.shared.turn.sees_all and block.has_positions:
         mask = None  # it hides nothing of what is kept
-    out, mask = _read(attention, query, key, value, mask, block, link.apart)
+    out, mask = _read(attention, query, key, value, mask, link)
     scaling = query.shape[-1] ** -0.5 if attention.scaling is None else attention.scaling
     rule = AttentionRule(scaling, softcap=options.get("softcap"), sinks=options.get("s_aux"))
     if layer.shared.needs.projection:

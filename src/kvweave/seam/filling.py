@@ -1,4 +1,4 @@
-"""The cache that a forward pass fills, and what it is told before: where the prompt ends, what its columns are."""
+"""The cache that a forward pass fills: what it is told before, as where the prompt ends, and what follows after."""
 
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,12 @@ from kvweave.prompt import Prompt, given_images, visual_mask, visual_token_ids
 from kvweave.seam import guard, latents, lookup, names, reader
 from kvweave.seam.asides import redecode
 from kvweave.seam.cache import CompressedCache
+from kvweave.seam.foresight import foresee
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.names import Call
+from kvweave.seam.probing import answer_if_due
 from kvweave.seam.profiles import check_profiles
-from kvweave.seam.stream import begin_stream, may_be_narrow, note_tables
+from kvweave.seam.stream import begin_stream, may_be_narrow
 from kvweave.seam.turn import State
 
 if TYPE_CHECKING:
@@ -49,13 +51,14 @@ def cache_for(session: "Session", part: Any, own: Any = None) -> CompressedCache
                 f"{names.CACHE}={kind}{type(own).__name__} cannot be compressed: allowed is none, an empty "
                 "DynamicCache or a kvweave.CompressedCache"
             )
-        if tokens := names.tokens_in(own):
+        if tokens := max((x.get_seq_length() for x in own.layers if hasattr(x, "get_seq_length")), default=0):
             raise ValueError(
                 f"{names.CACHE}=DynamicCache already holds {tokens} tokens that were not "
                 "compressed: allowed is none, an empty DynamicCache or a kvweave.CompressedCache"
             )
     cache = CompressedCache(part.config, session.method, trace=session.trace, **session.bounds)
-    cache.shared.go_by(session.working or session.method)
+    if cache.shared.method is not session.working:
+        cache.shared.go_by(session.working or session.method)
     return cache if own is None else _in_place(own, cache)
 
 
@@ -110,7 +113,8 @@ def begin(session: "Session", part: nn.Module, call: Call) -> CompressedCache | 
 def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: Call) -> None:
     """Tell the cache what the forward pass's columns are, and where the prompt ends."""
     running, shared, turn = session.running, cache.shared, cache.shared.turn
-    latents.introduce(session.expansions, cache)
+    if session.expansions:
+        latents.introduce(session.expansions, cache)
     running.fixed = call.new == 1 and cache.fixed
     if running.fixed:  # buffers take the token in, and nothing else changes
         shared.attached = True
@@ -141,32 +145,52 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
     if session.tensor_parallel:
         shared.spread_over(session.base)
     prompt = prompt_of(session, cache, call, past, past + new if end is None else end)
-    noting = shared.stream is not None and shared.stream.asks and not running.aside
+    asks = shared.stream is not None and shared.stream.asks and not running.aside
+    if asks or (shared.may_replay and prompted):
+        turn.places.note_last(call.last_position())
     turn.begin(
         prompt,
         end,
         past,
         generating=running.prompted,
         masked=call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.dim() == 2),
-        last_position=call.last_position() if noting or (turn.on_request and prompted) else None,
-        noting=noting,
-        narrow=may_be_narrow(session, cache, new),
+        narrow=shared.stream is not None and may_be_narrow(session, cache, new),
     )
     if (turn.on_request or shared.method.defer) and turn.end is not None:
         count_decoded(session, cache, call.ids, past, new)
 
 
-def note_rotary(session: "Session", module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A hook before a module's forward pass: the rotary tables, for methods that turn keys."""
-    cache, place = session.running.cache, module.layer_idx
-    if cache is None or not cache.shared.needs.rotary or place >= len(cache.layers):
+def end(session: "Session", part: nn.Module, cache: CompressedCache, kwargs: dict[str, Any], out: Any) -> None:
+    """It has ended, and returned `out`; None: it raised. What is due is cut."""
+    running = session.running
+    cache.shared.attached = False
+    if out is None or running.fixed:
+        return  # or it changed tensors alone
+    guard.check(session, cache, kwargs, out)
+    _note_what_was_read(session, cache)
+    if cache.target is not None and not running.aside:
+        foresee(session, part, cache, kwargs, getattr(out, "logits", None))
+    if cache.finish_pass(running.new) and not running.aside:
+        answer_if_due(session, cache)
+
+
+def _note_what_was_read(session: "Session", cache: CompressedCache) -> None:
+    """What the pass told of tokens and positions; nothing may grow with a stream, which has no end."""
+    running, turn = session.running, cache.shared.turn
+    embeddings, hidden = running.embeddings, running.hidden
+    running.embeddings = running.hidden = None
+    if turn.prompt is None:
         return
-    layer = cache.layers[place]
-    if not isinstance(layer, CompressedLayer) or layer.index or not getattr(module, "is_causal", True):
-        return  # all compressed layers are turned by the same tables; a vision tower has its own
-    tables = lookup.rotary_tables(kwargs, session.base.config.get_text_config(decoder=True))
-    if tables is not None:
-        note_tables(cache, tables, layer.seen, interleaved=lookup.interleaved(module))
+    prompted = turn.end is None or running.before < turn.end
+    if prompted and cache.shared.may_replay and not turn.is_cut and not running.aside:
+        needs = cache.shared.needs
+        embeddings, hidden = embeddings if needs.images else None, hidden if needs.surprise else None
+        turn.append_read(embeddings, hidden, running.before)
+    like = turn.prompt.valid
+    if session.keepers and running.new != 1:
+        turn.places.note_ahead(lookup.offsets(session.keepers), len(like))
+    if cache.shared.stream is None and (running.new > 1 or not running.before):
+        turn.places.note(running.positions, running.before, running.new, like)
 
 
 # -------------------------------------------------------------------- what its columns are
@@ -222,7 +246,7 @@ def _visual(session: "Session", cache: CompressedCache, call: Call, past: int, e
     if marks is None and session.running.visual is not None:  # what the outer generate was given
         marks = session.running.visual[:, past : past + new]
     if marks is None:
-        if method.uses_modality and visual_token_ids(config) and not past:
+        if not past and method.uses_modality and visual_token_ids(config):
             guard.warn(
                 f"{method.name} goes by modality, and embeddings alone do not tell which tokens are visual: "
                 "all count as text unless kvweave.compress(..., visual=mask) says otherwise"

@@ -87,10 +87,7 @@ def _cost(
     """What these budgets, by row, are expected to cost: mean KL, in nats."""
     put_back = remember(cache)
     try:
-        for layer in cache.compressed_layers:  # a cut adds to what waits
-            if layer.prompt_cut.waiting is not None:
-                rows = torch.arange(len(budgets))
-                layer.prompt_cut.waiting = replace(layer.prompt_cut.waiting.rows(rows), budgets=list(budgets))
+        _take(cache, budgets)
         cache.shared.turn.note_choice({"tried": budgets})
         cache.cut_waiting()
         cache.crop(-len(steps))
@@ -106,10 +103,11 @@ def _cost(
 
 
 def _take(cache: CompressedCache, budgets: list[int]) -> None:
-    """Let what waits be cut to these budgets, by row."""
+    """Let a copy of what waits, to which a cut adds, be cut to these budgets, by row."""
+    rows = torch.arange(len(budgets))
     for layer in cache.compressed_layers:
         if layer.prompt_cut.waiting is not None:
-            layer.prompt_cut.waiting = replace(layer.prompt_cut.waiting, budgets=list(budgets))
+            layer.prompt_cut.waiting = replace(layer.prompt_cut.waiting.rows(rows), budgets=list(budgets))
 
 
 def _lengths(cache: CompressedCache) -> list[int]:

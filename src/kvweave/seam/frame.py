@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvweave.seam.cache import CompressedCache
-from kvweave.seam.names import Request
+from kvweave.seam.request import Request
 
 
 class Frame(threading.local):
@@ -67,14 +68,23 @@ class Frame(threading.local):
         finally:
             (self.forwards, self.positions, self.embeddings, self.hidden), self.aside = outer, False
 
-    def note_given(self, positions: Tensor | None, embeddings: Tensor | None) -> None:
-        """An inner stack was given these; None: none. Compiled steps note nothing."""
-        if torch.compiler.is_compiling():
-            return
-        self.positions = self.positions if positions is None else positions
-        self.embeddings = self.embeddings if embeddings is None else embeddings
+    def note_inputs(self, kwargs: dict[str, Any], *, outermost: bool = False) -> None:
+        """A stack was given these: what it says of tokens replaces what those around it said.
 
-    def note_made(self, hidden: Tensor | None) -> None:
-        """An inner stack made this of its tokens; None: it does not say."""
-        if hidden is not None and not torch.compiler.is_compiling():
-            self.hidden = hidden
+        Args:
+            outermost: a pass begins; of the stacks inside, steps that are compiled note nothing.
+        """
+        positions, embeddings = kwargs.get("position_ids"), kwargs.get("inputs_embeds")
+        compiled = torch.compiler.is_compiling()
+        if outermost:
+            self.positions = self.embeddings = self.hidden = None
+        if isinstance(positions, Tensor) and (outermost or not compiled):
+            self.positions = positions
+        if isinstance(embeddings, Tensor) and not compiled:
+            self.embeddings = embeddings.detach()
+
+    def note_output(self, output: Any) -> None:
+        """A stack made this of its tokens, if it says so; None: it raised."""
+        hidden = getattr(output, "last_hidden_state", None)
+        if isinstance(hidden, Tensor) and not torch.compiler.is_compiling():
+            self.hidden = hidden.detach()

@@ -16,7 +16,7 @@ from kvweave.cut.stream import Stream, stream_of
 from kvweave.prompt import visual_mask
 from kvweave.seam.cache import CompressedCache
 from kvweave.seam.filling import cache_for, tokens_before_the_cut
-from kvweave.seam.names import Request
+from kvweave.seam.request import Request
 from kvweave.seam.resume import resume
 from kvweave.seam.stream import check_request
 

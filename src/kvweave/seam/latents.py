@@ -90,7 +90,7 @@ def _linking(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tens
         link: Link | None = getattr(latents, "_kvweave", None)
         if link is not None:
             linked: Any = keys
-            linked._kvweave = Link(link.layer, Expanded(link.block, (keys, values)), False)
+            linked._kvweave = Link(link.layer, Expanded(link.block, (keys, values)), values)
         return keys, values
 
     return linking

@@ -26,12 +26,12 @@ class Link:
     """Goes with the keys from `update` to attention: whose they are, and what lies in memory at that moment.
 
     Attributes:
-        apart: the keys and values of `block` are not those that `update` returned: packed, or by head.
+        values: of `block`, as `update` returned them; None: what it holds is apart from that, packed or by head.
     """
 
     layer: "CompressedLayer"
     block: Block
-    apart: bool
+    values: Tensor | None
 
 
 class CompressedLayer(HeldLayer):
@@ -65,9 +65,10 @@ class CompressedLayer(HeldLayer):
         if tensors is None and new > 1:  # one token is attended to without unpacking what is packed
             block = unpacked(block)
             tensors = block.tensors
-        keys, values = tensors or (keys, values)
+        if tensors is not None:
+            keys, values = tensors
         linked: Any = keys.view_as(keys)
-        linked._kvweave = Link(self, block, tensors is None)
+        linked._kvweave = Link(self, block, None if tensors is None else values)
         return linked, values
 
     @torch.no_grad()
@@ -88,36 +89,25 @@ class CompressedLayer(HeldLayer):
             self.why = "cross attention"
         if self.why or turn.end is None:
             return
+        assert self.block is not None
+        assert turn.prompt is not None
         if isinstance(cut, StreamCut):
             if not turn.frozen:
-                self._go_on(cut, queries, rule, mask, ended=start < turn.end <= self._seen)
+                ended = start < turn.end <= self._seen
+                self._keep(cut.take(self.block, turn.prompt, queries, rule, mask, ended=ended, terms=self._terms))
         elif start >= turn.end:
             if cut.waiting is not None:
                 cut.waiting.note(queries.detach(), start - turn.end)
-        elif cut.collect(queries, start, turn.end, self.shared.query_rows):
-            self._complete(queries, rule, mask, turn.end)
+        elif cut.collect(queries, start, turn.end, self.shared.query_rows):  # the prompt's last ones have been seen
+            turn.observe()
+            behind = self._seen - turn.end
+            self._keep(cut.complete(self.block, turn.prompt, turn.end, behind, queries, rule, mask, self._terms))
+            if cut.waiting is not None:
+                turn.wait()
 
-    def _complete(self, queries: Tensor, rule: AttentionRule, mask: Tensor | None, end: int) -> None:
-        """The prompt's last queries have been seen."""
-        turn, cut = self.shared.turn, self.prompt_cut
-        assert self.block is not None
-        assert turn.prompt is not None
-        turn.observe()
-        behind = self._seen - end
-        self.block, valid = cut.complete(self.block, turn.prompt, end, behind, queries, rule, mask, self._terms)
-        if valid is not None:
-            turn.note_cut(valid)
-        if cut.waiting is not None:
-            turn.wait()
-
-    def _go_on(
-        self, cut: StreamCut, queries: Tensor, rule: AttentionRule, mask: Tensor | None, *, ended: bool
-    ) -> None:
-        """A pass of a stream has been read."""
-        assert self.block is not None
-        assert self.shared.turn.prompt is not None
-        prompt = self.shared.turn.prompt
-        self.block, valid = cut.take(self.block, prompt, queries, rule, mask, ended=ended, terms=self._terms)
+    def _keep(self, outcome: tuple[Block, Tensor | None]) -> None:
+        """Hold what a cut has left, as in `PromptCut.cut`."""
+        self.block, valid = outcome
         if valid is not None:
             self.shared.turn.note_cut(valid)
 
@@ -151,9 +141,7 @@ class CompressedLayer(HeldLayer):
             share: entries that each row of the batch keeps in this layer.
         """
         assert self.block is not None
-        self.block, valid = self.prompt_cut.cut(self.block, pending, share, self._terms)
-        if valid is not None:
-            self.shared.turn.note_cut(valid)
+        self._keep(self.prompt_cut.cut(self.block, pending, share, self._terms))
 
     @torch.no_grad()
     def ready(self, probing: int = 0) -> Pending:

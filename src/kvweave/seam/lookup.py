@@ -6,13 +6,19 @@ Beside `names.py` the only file that reaches into it; nothing here is needed to 
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+#: What attention modules are given rotary tables as.
+ROTARY = "position_embeddings"
+#: Inputs that `generate` hands to a prompt's own forward pass and to no later one.
+READ_ONCE = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 
 # -------------------------------------------------------------------- attention
 
@@ -107,7 +113,7 @@ def replace_expansion(module: nn.Module, by: Callable[..., Any]) -> Callable[[],
 
 def rotary_tables(kwargs: dict[str, Any], config: Any) -> tuple[Tensor, Tensor] | None:
     """(cos, sin), [batch or 1, new, rotary_dim] each, among what an attention module was given; None: not there."""
-    tables = kwargs.get("position_embeddings")
+    tables = kwargs.get(ROTARY)
     if not isinstance(tables, tuple):
         return None
     cos, sin = (_one_axis(table, config) for table in tables)
@@ -149,3 +155,22 @@ def show_window_alone(layer: Any) -> Callable[[], None]:
 
     layer.update = narrowed
     return lambda: vars(layer).pop("update", None)
+
+
+# -------------------------------------------------------------------- positions that run ahead of columns
+
+
+def keepers_of_offsets(model: nn.Module) -> list[Any]:
+    """Parts of a model that keep, from one forward pass to the next, how far positions run ahead of columns."""
+    return [part for part in model.modules() if "rope_deltas" in vars(part)]
+
+
+def offsets(keepers: Sequence[Any]) -> Tensor | None:
+    """That, [batch, 1]; None: positions are columns, or nothing was read."""
+    return next((part.rope_deltas for part in keepers if part.rope_deltas is not None), None)
+
+
+def set_offsets(keepers: Sequence[Any], value: Tensor | None) -> None:
+    """Let the model count positions from there; None: anew, from the next inputs."""
+    for part in keepers:
+        part.rope_deltas = value

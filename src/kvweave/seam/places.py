@@ -15,7 +15,7 @@ class Places:
             their axes. None: not known.
         last: position ids of the prompt's last tokens, [..., batch, 1], where the model was given them.
         ahead: [batch, 1], how far positions have run ahead of columns, where the model keeps that itself
-            (`names.offsets`).
+            (`lookup.offsets`).
     """
 
     ids: Tensor | None = None
@@ -38,6 +38,10 @@ class Places:
             self.ids = None if before is None else torch.cat([before, ids], 1)
         else:
             self.ids = ids
+
+    def note_last(self, last: Tensor | None) -> None:
+        """Note where the prompt that comes ends, as far as its tokens have come."""
+        self.last = last
 
     def of(self, columns: int) -> Tensor | None:
         """The positions of the first `columns`, [batch, columns], those of decoded tokens written out."""

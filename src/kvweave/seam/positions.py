@@ -149,14 +149,14 @@ def _listening(stack: nn.Module, config: Any) -> Iterator[dict[int, list[Any]]]:
                     cos_sin = module(
                         *(_at(x, positions) for x in args), **{k: _at(x, positions) for k, x in kwargs.items()}
                     )
-                pair = lookup.rotary_tables({names.ROTARY: cos_sin}, config)
+                pair = lookup.rotary_tables({lookup.ROTARY: cos_sin}, config)
                 assert pair is not None
                 return unit_tables(*(x[0, 0].float() for x in pair))
 
             makers[id(out[0])] = tables, out
 
     def note_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tables = kwargs.get(names.ROTARY)
+        tables = kwargs.get(lookup.ROTARY)
         if isinstance(tables, tuple) and id(tables[0]) in makers:
             heard[module.layer_idx] = [makers[id(tables[0])][0]]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from kvweave.prompt import given_images, visual_mask
-from kvweave.seam import names
+from kvweave.seam import lookup
 from kvweave.seam.cache import CompressedCache
-from kvweave.seam.names import Request
+from kvweave.seam.request import Request
 
 if TYPE_CHECKING:
     from kvweave.seam.session import Session
@@ -35,7 +35,7 @@ def resume(session: "Session", request: Request) -> None:
             f"the cache has read {past} tokens, and input_ids are {request.length}: allowed is the whole "
             "conversation, or inside `with cache.question(ids) as inputs:` those inputs"
         )
-    names.set_offsets(session.keepers, turn.places.ahead)
+    lookup.set_offsets(session.keepers, turn.places.ahead)
     if request.ids.shape[1] == request.length:  # else it is what is new alone, with a mask of all
         _check_beginning(session, request.ids, turn.ids, cache.prompt.valid[:, :past])
         _drop_what_was_read(session, request, past)
@@ -63,9 +63,9 @@ def _drop_what_was_read(session: "Session", request: Request, past: int) -> None
     if visual is None or not given_images(request.kwargs):
         return
     if not bool(visual[:, past:].any()):
-        request.kwargs = {name: x for name, x in request.kwargs.items() if name not in names.READ_ONCE}
+        request.kwargs = {name: x for name, x in request.kwargs.items() if name not in lookup.READ_ONCE}
     else:
-        names.set_offsets(session.keepers, None)  # they are counted anew
+        lookup.set_offsets(session.keepers, None)  # they are counted anew
         if bool(visual[:, :past].any()):
             _drop_pictures_before(past, visual, session, request)
 

@@ -18,15 +18,14 @@ from transformers import PreTrainedModel
 
 from kvweave.methods.base import Method
 from kvweave.methods.needs import Needs
-from kvweave.seam import guard, latents, lookup, names, reader
+from kvweave.seam import guard, latents, lookup, reader, rotary
 from kvweave.seam.cache import CompressedCache
-from kvweave.seam.filling import begin, check_bias, note_rotary
-from kvweave.seam.foresight import foresee
+from kvweave.seam.filling import begin, check_bias, end
 from kvweave.seam.frame import Frame
 from kvweave.seam.generate import wrap
 from kvweave.seam.names import Call, Signature
 from kvweave.seam.probes import Probes
-from kvweave.seam.probing import answer, answer_if_due
+from kvweave.seam.probing import answer
 from kvweave.seam.profiles import check_profiles, working
 
 #: Sessions by the parts of models that they are attached to: a part has one at most.
@@ -62,7 +61,7 @@ class Session:
         self.probes, self.processor = probes, processor
         self.bounds = bounds or {}  # of caches over endless input: every, total, stream_sinks
         self.cache: CompressedCache | None = None
-        self.keepers = names.keepers_of_offsets(self.base) if isinstance(self.base, nn.Module) else []
+        self.keepers = lookup.keepers_of_offsets(self.base) if isinstance(self.base, nn.Module) else []
         self.implementation = ""  # the name of the model's attention
         self.tensor_parallel = (getattr(self.base, "_tp_size", None) or 1) > 1
         self.expansions: dict[int, latents.Expansion] = {}
@@ -114,7 +113,7 @@ class Session:
                 if hasattr(part, "generate"):
                     self._undo += wrap(self, part)
             if self.working is None or self.working.needs.rotary:
-                self._hook_rotary()
+                self._undo += rotary.watch(self)
         except BaseException:
             self.detach()
             raise
@@ -153,12 +152,6 @@ class Session:
         ):
             self._undo.append(hook.remove)
 
-    def _hook_rotary(self) -> None:
-        note = functools.partial(note_rotary, self)
-        for module in self.base.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                self._undo.append(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-
     # ------------------------------------------------------------ what users ask
 
     @property
@@ -193,12 +186,10 @@ class Session:
             del forwards[forwards.index(part) :]
         forwards.append(part)
         if len(forwards) > 1:
-            self.running.note_given(names.position_ids(kwargs), names.embeddings(kwargs))
+            self.running.note_inputs(kwargs)
             return None  # the outer model's hook knows more: ids, token types, but for this
         call = Call(signature, args, kwargs)
-        running = self.running
-        running.positions, running.embeddings, running.hidden = names.position_ids(call.kwargs), None, None
-        self.running.note_given(None, names.embeddings(call.kwargs))
+        self.running.note_inputs(call.kwargs, outermost=True)
         cache = begin(self, part, call)
         if cache is None:
             return ((), call.arguments(call.cache)) if call.misnamed else None
@@ -209,39 +200,12 @@ class Session:
         if not running.forwards or running.forwards[-1] is not part:
             return  # a hook that raised before ours: the forward pass never began
         running.forwards.pop()
-        running.note_made(names.hidden_states(out))
+        running.note_output(out)
         if running.forwards:
             return
         cache, running.cache = running.cache, None
-        if cache is None:
-            return
-        cache.shared.attached = False
-        if out is None or running.fixed:
-            return  # the forward pass raised, or changed tensors alone
-        guard.check(self, cache, kwargs, out)
-        self._note_places(cache)
-        if cache.target is not None and not running.aside:
-            foresee(self, part, cache, kwargs, getattr(out, "logits", None))
-        if cache.finish_pass(running.new) and not running.aside:
-            answer_if_due(self, cache)
-
-    def _note_places(self, cache: CompressedCache) -> None:
-        """What the pass told of positions; nothing may grow with a stream, which has no end."""
-        running, turn = self.running, cache.shared.turn
-        embeddings, hidden = running.embeddings, running.hidden
-        running.embeddings = running.hidden = None
-        if turn.prompt is None:
-            return
-        prompted = turn.end is None or running.before < turn.end
-        if prompted and cache.shared.may_replay and not turn.is_cut and not running.aside:
-            needs = cache.shared.needs
-            embeddings, hidden = embeddings if needs.images else None, hidden if needs.surprise else None
-            turn.append_read(embeddings, hidden, running.before)
-        like = turn.prompt.valid
-        if running.new != 1:
-            turn.places.note_ahead(names.offsets(self.keepers), len(like))
-        if cache.shared.stream is None and (running.new > 1 or not running.before):
-            turn.places.note(running.positions, running.before, running.new, like)
+        if cache is not None:
+            end(self, part, cache, kwargs, out)
 
     # ------------------------------------------------------------ probes
 

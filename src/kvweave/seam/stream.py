@@ -2,10 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from kvweave.cut.stream import Stream
-from kvweave.seam.names import Request
+from kvweave.seam.request import Request
 
 if TYPE_CHECKING:
     from kvweave.seam.cache import CompressedCache
@@ -27,21 +25,7 @@ def begin_stream(session: "Session", stream: Stream, columns: int) -> None:
 
 def may_be_narrow(session: "Session", cache: "CompressedCache", new: int) -> bool:
     """Whether the model may make a mask of a pass's `new` columns alone: all of a long stream's would be too many."""
-    return (
-        cache.shared.stream is not None
-        and new > 1
-        and "flash" not in session.implementation
-        and cache.speaks_of_slots
-    )
-
-
-def note_tables(cache: "CompressedCache", tables: tuple[Tensor, Tensor], past: int, *, interleaved: bool) -> None:
-    """Keep a pass's rotary tables, [batch or 1, new, rotary_dim], of the columns from `past` on."""
-    stream, turn = cache.shared.stream, cache.shared.turn
-    if stream is None or turn.prompt is None:
-        turn.append_rotary(*tables, past, interleaved=interleaved)
-    else:
-        stream.tables.append(*tables, past, len(turn.prompt.valid), interleaved=interleaved)
+    return new > 1 and "flash" not in session.implementation and cache.speaks_of_slots
 
 
 def check_request(request: Request, stream: Stream | None) -> None:

@@ -122,8 +122,6 @@ class Turn:
         *,
         generating: bool = False,
         masked: bool = False,
-        last_position: Tensor | None = None,
-        noting: bool = False,
         narrow: bool = False,
     ) -> None:
         """A forward pass begins.
@@ -134,7 +132,6 @@ class Turn:
             past: columns before.
             generating: inside a `generate` that knows its prompt, whose mask only grows by what it adds.
             masked: with a mask that `prompt` does not speak of.
-            last_position: of the prompt's last tokens; noting: note it whatever is filled.
             narrow: the model may make a mask of the new columns alone, where it hides no slot.
         """
         self.prompt = prompt
@@ -142,8 +139,6 @@ class Turn:
         ended = self.end if end is None else end  # of another cache than the one that `generate` was given
         self.look(decoding=generating and ended is not None and past >= ended, masked=masked)
         self.narrow = narrow and not masked and self._shows_slots(prompt.valid[:, :past])
-        if noting or (self.on_request and prompted):
-            self.places.last = last_position
         if end is not None and not self.frozen:
             self.end = end
             if prompted:
@@ -159,11 +154,7 @@ class Turn:
 
     def append_ids(self, ids: Tensor | None, past: int) -> None:
         """Add a forward pass's tokens [batch, new] behind `past` columns; None, or a gap: not all are known."""
-        before = None if self.ids is None else self.ids[:, :past]
-        if ids is None or (past and (before is None or before.shape[1] < past)):
-            self.ids = None
-        else:
-            self.ids = ids if not past or before is None else torch.cat([before.to(ids.device), ids], 1)
+        self.ids = _joined(self.ids, ids, past)
 
     def append_read(self, embeddings: Tensor | None, hidden: Tensor | None, past: int) -> None:
         """Add what the decoder was given for a forward pass's tokens, and made of them, behind `past` columns.
@@ -286,21 +277,20 @@ class Turn:
     def select(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order."""
 
-        def of(x: Tensor) -> Tensor:
-            return x[rows.to(x.device)]
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows.to(x.device)]
 
         self.prompt = None if self.prompt is None else self.prompt.rows(rows)
-        self.counted = None if self.counted is None else of(self.counted)
-        self.cut = None if self.cut is None else of(self.cut)
-        self.ids = None if self.ids is None else of(self.ids)
-        self.embeddings = None if self.embeddings is None else of(self.embeddings)
-        self.hidden = None if self.hidden is None else of(self.hidden)
+        self.counted, self.cut = of(self.counted), of(self.cut)
+        self.ids, self.embeddings, self.hidden = of(self.ids), of(self.embeddings), of(self.hidden)
         self.places.select(rows)
-        self.rotary = None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1]))
+        if self.rotary is not None:
+            cos, sin = self.rotary
+            self.rotary = cos[rows.to(cos.device)], sin[rows.to(sin.device)]
 
 
 def _joined(before: Tensor | None, new: Tensor | None, past: int) -> Tensor | None:
-    """What is known of all columns [batch, columns, width], `past` before the new ones; None: not of all."""
+    """What is known of all columns [batch, columns, ...], `past` before the new ones; None: not of all."""
     if new is None or not past:
         return new
     if before is None or before.shape[1] < past:

@@ -161,8 +161,9 @@ class Prefill:
         cache.shared.memo = self.memo
         session = None if cache.session is None else cache.session()
         if session is not None:
-            session.running.note_given(None, self.embeddings)
-            session.running.note_made(self.hidden)
+            running = session.running
+            running.embeddings = running.embeddings if self.embeddings is None else self.embeddings
+            running.hidden = running.hidden if self.hidden is None else self.hidden
         if cache.shared.needs.rotary:
             cache.shared.turn.recall_rotary(self.rotary, interleaved=self.interleaved)
         remembered = iter(memory)

@@ -28,9 +28,8 @@ def by_task(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
     own = printed(recipe.printed, subject.model, subject.data)
     tables, panels = [], []
     for protocol in recipe.protocols:
-        names = _names(recipe, protocol)
-        means, scores = _means(summary, protocol), _scores(summary, protocol)
-        tasks = list(dict.fromkeys(task for _, _, task in scores))
+        names, means = _names(recipe, protocol), _means(summary, protocol)
+        scores, tasks = _scores(summary, protocol)
         at = {method: 1.0 if method == FULL else budget for method in names}
         order = sorted(names, key=lambda method: (method != FULL, -(means[method, at[method]]["score"] or 0)))
         rows = [
@@ -98,9 +97,8 @@ def by_variant(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
     own = printed(recipe.printed, subject.model, subject.data)
     tables, panels = [], []
     for protocol in recipe.protocols:
-        names = _names(recipe, protocol)
-        means, scores = _means(summary, protocol), _scores(summary, protocol)
-        tasks = list(dict.fromkeys(task for _, _, task in scores))
+        names, means = _names(recipe, protocol), _means(summary, protocol)
+        scores, tasks = _scores(summary, protocol)
         tests = {t["method"]: t for t in summary["tests"] if t["protocol"] == protocol}
         rows = []
         for m in names:
@@ -163,10 +161,11 @@ def _means(summary: Summary, protocol: str) -> dict[tuple[str, float], dict[str,
     return {(row["method"], row["budget"]): row for row in summary["means"] if row["protocol"] == protocol}
 
 
-def _scores(summary: Summary, protocol: str) -> dict[tuple[str, float, str], dict[str, Any]]:
-    return {
-        (row["method"], row["budget"], row["task"]): row for row in summary["scores"] if row["protocol"] == protocol
-    }
+def _scores(summary: Summary, protocol: str) -> tuple[dict[tuple[str, float, str], dict[str, Any]], list[str]]:
+    """Rows by method, budget and task; and the tasks in order."""
+    rows = [row for row in summary["scores"] if row["protocol"] == protocol]
+    scores = {(row["method"], row["budget"], row["task"]): row for row in rows}
+    return scores, list(dict.fromkeys(row["task"] for row in rows))
 
 
 def _share(value: float | None) -> str:

@@ -44,6 +44,7 @@ EASY = 0.08  # of its share a family keeps when it makes no errors
 SHARPNESS = 20.0  # of the cosine between a patch and the nouns
 MEMORY = 200  # questions over which a family's running accuracy forgets two thirds
 STATE = "smol.safetensors"
+_CHECKPOINT, _LOG = "checkpoint.pt", "log.jsonl"
 
 
 class Lengths(NamedTuple):
@@ -341,6 +342,52 @@ def _draw_bytes(step: int, done: float, shares: Mapping[str, float]) -> bytes:
     return pickle.dumps(draw_batch(*_worker, step, done, shares))
 
 
+@dataclass
+class _Run:
+    """A training under way in a folder.
+
+    Attributes:
+        clock: seconds of training alone, over all resumed parts.
+    """
+
+    out: Path
+    trainer: Trainer
+    painters: Painters
+    on_save: Callable[[], None]
+    clock: float = 0.0
+
+    def restore(self) -> None:
+        """Go on where the folder's files left off."""
+        saved = torch.load(self.out / _CHECKPOINT, map_location=self.trainer.device, weights_only=True)
+        self.trainer.restore(saved["trainer"])
+        self.clock = saved["clock"]
+
+    def save(self) -> None:
+        state = {"trainer": self.trainer.state(), "clock": self.clock}
+        write_whole(self.out / _CHECKPOINT, partial(torch.save, state))
+        write_whole(self.out / STATE, partial(save_file, self.trainer.own_state()))
+        self.on_save()
+
+    def go_on(self, done: Callable[[], float], save_every: float, on_step: Callable[[dict[str, Any]], None]) -> None:
+        """Take steps until `done` says 1."""
+        trainer = self.trainer
+        last_saved = last = time.perf_counter()
+        with (self.out / _LOG).open("a") as lines:
+            while (now := done()) < 1:
+                record = trainer.advance(self.painters.batch(trainer.step, now, trainer.shares()), now)
+                if not math.isfinite(record["loss"]) or not math.isfinite(record["norm"]):
+                    raise FloatingPointError(f"step {trainer.step}: loss {record['loss']}, norm {record['norm']}")
+                this = time.perf_counter()
+                record["seconds"] = round(this - last, 4)
+                self.clock, last = self.clock + this - last, this
+                lines.write(json.dumps(record) + "\n")
+                on_step(record)
+                if this - last_saved > save_every:
+                    lines.flush()
+                    self.save()
+                    last_saved = last = time.perf_counter()
+
+
 def train(
     out: Path,
     language: Path,
@@ -376,45 +423,23 @@ def train(
     if steps is not None and minutes is not None:
         raise ValueError(f"steps={steps} and minutes={minutes} are not allowed together: allowed is one of them")
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
-    if checkpoint.exists() and not resume:
+    found = (out / _CHECKPOINT).exists()
+    if found and not resume:
         raise FileExistsError(f"{out} holds a run: resume it, or choose another folder")
     recipe = recipe or (Recipe() if torch.device(device).type == "cpu" else GPU)
     minutes = recipe.minutes if minutes is None else minutes
     painters = Painters(load_tokenizer(language), recipe, seed, workers)
     trainer = Trainer(language, recipe, seed, device, load_file(start) if start else None)
-    clock = 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=trainer.device, weights_only=True)
-        trainer.restore(saved["trainer"])
-        clock = saved["clock"]
-
-    forget_after(log, trainer.step)
-
-    def done() -> float:
-        return trainer.step / steps if steps is not None else clock / (60 * minutes)
-
-    def save() -> None:
-        write_whole(checkpoint, partial(torch.save, {"trainer": trainer.state(), "clock": clock}))
-        write_whole(out / STATE, partial(save_file, trainer.own_state()))
-        on_save()
-
-    last_saved = last = time.perf_counter()
+    run = _Run(out, trainer, painters, on_save)
+    if found:
+        run.restore()
+    forget_after(out / _LOG, trainer.step)
     try:
-        with log.open("a") as lines:
-            while (now := done()) < 1:
-                record = trainer.advance(painters.batch(trainer.step, now, trainer.shares()), now)
-                if not math.isfinite(record["loss"]) or not math.isfinite(record["norm"]):
-                    raise FloatingPointError(f"step {trainer.step}: loss {record['loss']}, norm {record['norm']}")
-                this = time.perf_counter()
-                clock, record["seconds"], last = clock + this - last, round(this - last, 4), this
-                lines.write(json.dumps(record) + "\n")
-                on_step(record)
-                if this - last_saved > save_every:
-                    lines.flush()
-                    save()
-                    last_saved = last = time.perf_counter()
+        run.go_on(
+            lambda: trainer.step / steps if steps is not None else run.clock / (60 * minutes), save_every, on_step
+        )
     finally:
         painters.close()
-    save()
-    return {"steps": trainer.step, "seconds": round(clock, 1), "sight": trainer.sight, "accuracy": trainer.accuracy}
+    run.save()
+    seconds = round(run.clock, 1)
+    return {"steps": trainer.step, "seconds": seconds, "sight": trainer.sight, "accuracy": trainer.accuracy}
