@@ -281,7 +281,7 @@ def test_what_a_processor_cannot_read_is_refused(home):
     ):
         with pytest.raises(ValueError, match=words):
             processor(images, text)
-    with pytest.raises(ValueError, match="videos for MobileVLM"):
+    with pytest.raises(ValueError, match="videos are given: allowed are texts and images"):
         processor(text="Hi", videos=[[picture(9, 9)]])
 
 

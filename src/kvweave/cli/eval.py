@@ -12,7 +12,7 @@ from kvweave.cli.console import out as stdout
 from kvweave.cli.tables import fitted
 
 if TYPE_CHECKING:
-    from kvweave.evals import Task
+    from kvweave.evals import Evaluation, Task
     from kvweave.evals.run.plan import Cell
     from kvweave.evals.run.results import Result
     from kvweave.evals.tasks.sources import Source
@@ -116,69 +116,75 @@ def evaluate(
     folder in MileBench's layout also OUT/outputs, which its own scorer reads. Exits with 1 if samples failed: they
     are listed, not scored.
     """
-    from kvweave.evals import Evaluation, run, summarise, write_tables
+    from kvweave.evals import Evaluation, summarise
     from kvweave.evals.run.plan import parse_budgets, parse_methods
-    from kvweave.evals.tables.outputs import write_outputs
-    from kvweave.evals.tables.page import write_page
 
     check_out(out)
     quiet_libraries()
-    start = time.perf_counter()
-    names = _pieces(*tasks or [])
-    sizes = {"images": images, "tokens": tokens}
-    reading: dict[str, Any] = {
-        "count": count,
-        "combined": combined,
-        "adversarial": adversarial,
-        "scoring": scoring,
-        "truncation": truncation,
-        "max_context_len": max_context_len,
-        "tokens_per_image": tokens_per_image,
-        "tokenizer": model if truncation == "official" else "",
-        "max_new_tokens": max_new_tokens,
-    }
+    reading: dict[str, Any] = {"count": count, "combined": combined, "adversarial": adversarial}
+    reading |= {"scoring": scoring, "max_new_tokens": max_new_tokens, "tokens_per_image": tokens_per_image}
+    reading |= {"truncation": truncation, "max_context_len": max_context_len}
     with bad_input(), options.model_errors():
-        chosen_tasks = (
-            _generated(options.source(model, questions), names, count, sizes, reading)
-            if data is None
-            else _milebench(data, names, reading, sizes | {"questions": questions})
-        )
-        evaluation = Evaluation(
-            model=model,
-            tasks=chosen_tasks,
-            methods=parse_methods(methods or []),
-            budgets=parse_budgets([budgets]),
-            seeds=_seeds(seeds),
-            protocols=tuple(dict.fromkeys(_pieces(protocol))),
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            fidelity=fidelity,
-        )
+        asked = _asked(model, data, questions, _pieces(*tasks or []), {"images": images, "tokens": tokens}, reading)
+        named, shares, drawn = parse_methods(methods or []), parse_budgets([budgets]), _seeds(seeds)
+        protocols = tuple(dict.fromkeys(_pieces(protocol)))
+        evaluation = Evaluation(model, asked, named, shares, drawn, protocols, dtype, fidelity, trust_remote_code)
         baseline = _baseline(baseline, evaluation.labels)
-        with CellProgress(quiet) as progress:
-            results = run(
-                evaluation,
-                out,
-                batch=options.batch_size(model) if batch is None else batch,
-                workers=workers,
-                ray=ray,
-                device=device,
-                command=command_line(),
-                progress=progress,
-                tick=progress.tick,
-            )
-    seconds = round(time.perf_counter() - start, 1)
+        results, seconds = _measured(evaluation, out, batch, workers, ray, device, quiet)
     summary = summarise(evaluation, results, baseline=baseline, command=command_line(), seconds=seconds)
-    write_tables(summary, out)
-    layout = write_outputs(evaluation, results, out)
-    page = write_page(evaluation, summary, out, samples=pictures, device=device)
+    page, layout = _written(evaluation, results, summary, out, pictures, device)
     if json:
         print_json(summary)
     elif not quiet:
         _print(summary, page, layout)
-    if summary["failed"]:
-        err().print(f"{len(summary['failed'])} answers are missing: {out / 'table.md'} lists them", markup=False)
-        raise typer.Exit(1)
+    _refuse_gaps(summary, out)
+
+
+def _asked(
+    model: str,
+    data: Path | None,
+    questions: str | None,
+    names: list[str],
+    sizes: dict[str, int | None],
+    reading: dict[str, Any],
+) -> "tuple[Task, ...]":
+    """The tasks: those of a folder, or generated ones."""
+    if data is not None:
+        reading |= {"tokenizer": model if reading["truncation"] == "official" else ""}
+        return _milebench(data, names, reading, sizes | {"questions": questions})
+    return _generated(options.source(model, questions), names, reading["count"], sizes, reading)
+
+
+def _measured(
+    evaluation: "Evaluation", out: Path, batch: int | None, workers: int, ray: str | None, device: str, quiet: bool
+) -> "tuple[list[Result], float]":
+    """All cells, a progress bar running, and the seconds that they took."""
+    from kvweave.evals import run
+
+    start = time.perf_counter()
+    batch = options.batch_size(evaluation.model) if batch is None else batch
+    with CellProgress(quiet) as progress:
+        shown: dict[str, Any] = {"progress": progress, "tick": progress.tick, "command": command_line()}
+        results = run(evaluation, out, batch=batch, workers=workers, ray=ray, device=device, **shown)
+    return results, round(time.perf_counter() - start, 1)
+
+
+def _written(
+    evaluation: "Evaluation",
+    results: "list[Result]",
+    summary: dict[str, Any],
+    out: Path,
+    pictures: int,
+    device: str,
+) -> tuple[Path, Path | None]:
+    """The page, and the folder that MileBench's scorer reads, where there is one; tables beside them."""
+    from kvweave.evals import write_tables
+    from kvweave.evals.tables.outputs import write_outputs
+    from kvweave.evals.tables.page import write_page
+
+    write_tables(summary, out)
+    layout = write_outputs(evaluation, results, out)
+    return write_page(evaluation, summary, out, samples=pictures, device=device), layout
 
 
 def _generated(
@@ -218,6 +224,13 @@ def _print(summary: dict[str, Any], page: Path, layout: Path | None) -> None:
     screen.print(f"written: [bold]{page}[/bold], table.md, table.csv, table.json")
     if layout is not None:
         screen.print(f"written: [bold]{layout}[/bold], as MileBench's scorer reads it")
+
+
+def _refuse_gaps(summary: dict[str, Any], out: Path) -> None:
+    """Exit with 1 where answers are missing."""
+    if summary["failed"]:
+        err().print(f"{len(summary['failed'])} answers are missing: {out / 'table.md'} lists them", markup=False)
+        raise typer.Exit(1)
 
 
 def _baseline(name: str | None, labels: list[str]) -> str | None:

@@ -1,5 +1,6 @@
 """`kvweave run`: one question, asked with the full cache and with each method."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from kvweave.report.data import Answer, Run
 
 _SHOWN = ["snapkv", "flowmm", "weave:redecode=True"]  # no token behind the first comes from the full cache
+_BANDS = 8  # rows of a table by layer, unless each layer is asked for
 _LONG_TEXT = 8192  # tokens behind which a small model's decoding is bound by its cache, no longer by Python
 
 
@@ -49,6 +51,7 @@ def run(
     attention: options.Attention = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = Path("out/run"),
+    layers: Annotated[bool, typer.Option("--layers", help="Print a row for each layer, however many.")] = False,
     json: options.Json = False,
 ) -> None:
     """Answer a question about images with the full KV cache and with a compressed one, and draw what stayed.
@@ -71,7 +74,7 @@ def run(
     if json:
         console.print_json(result.to_json())
     else:
-        _print(result, out)
+        _print(result, out, sys.maxsize if layers else _BANDS)
 
 
 def _write(run: "Run", out: Path) -> None:
@@ -114,8 +117,8 @@ def _measure(
             return compare(subject, methods, longest, repeats, console.command_line(), step, long)
 
 
-def _print(run: "Run", folder: Path) -> None:
-    """Both answers, the numbers, and a table by layer."""
+def _print(run: "Run", folder: Path, most: int) -> None:
+    """Both answers, the numbers, and a table by layer, of about so many rows at most."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -152,7 +155,11 @@ def _print(run: "Run", folder: Path) -> None:
         )
     screen.print(table)
     for answer in run.answers:
-        screen.print(_layers(answer))
+        screen.print(_layers(answer, most))
+    if any(len(answer.runs) > most for answer in run.answers):
+        screen.print(
+            "[dim]neighbouring layers stand together, from the least to the most; each by itself: --layers[/dim]"
+        )
     speed = run.full.speed
     screen.print(
         f"[dim]tokens/s: 1 / median time between tokens, prefill apart; {speed.steps} steps in {speed.repeats} "
@@ -182,17 +189,20 @@ def _marked(answer: "Answer", run: "Run") -> Any:
     return text
 
 
-def _layers(answer: "Answer") -> Any:
-    """A row for each run of layers that look alike."""
+def _layers(answer: "Answer", most: int) -> Any:
+    """A row for each run of layers that look alike, or for neighbours where these are more than `most`."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
+
+    from kvweave.report.data import cells_of
 
     table = Table(title=Text(answer.method, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", justify="right")
     for heading in answer.columns:
         table.add_column(heading, justify="left" if heading == "scope" else "right")
-    for place, layer in answer.runs:
-        cells = [layer.cells[name] for name in answer.columns]
-        table.add_row(place, *(cells if layer.compressed else [f"not compressed: {layer.kind}"]))
+    for place, layers in answer.bands(most):
+        cells = cells_of(layers)
+        row = [cells[name] for name in answer.columns]
+        table.add_row(place, *(row if layers[0].compressed else [f"not compressed: {layers[0].kind}"]))
     return table

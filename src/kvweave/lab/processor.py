@@ -15,7 +15,6 @@ from transformers import (
     BatchFeature,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
-    ProcessorMixin,
 )
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
@@ -24,6 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from kvweave.lab import words
 from kvweave.lab.draw import CELL, MERGE, PATCH, SIDE
 from kvweave.lab.world import WORLDS
+from kvweave.processor import PictureProcessor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,13 +63,15 @@ class LabImageProcessor(Qwen2VLImageProcessorPil):
         return PilBackend.resize(self, image, size=SizeDict(height=SIDE, width=SIDE), resample=resample)
 
 
-class LabProcessor(ProcessorMixin):
+class LabProcessor(PictureProcessor):
     """Pictures and text in, `input_ids`, `mm_token_type_ids`, `pixel_values`, `image_grid_thw` out.
 
     Attributes:
         default_probes: what the lab model is asked about an album before it is cut, with `probes="default"`.
     """
 
+    pictures = LabImageProcessor
+    inputs = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     default_probes = tuple(f"list image {label} ?" for label in words.LABELS)
 
     def __init__(
@@ -103,20 +105,8 @@ class LabProcessor(ProcessorMixin):
         list, or a list for each prompt. `padding` and the like go to the tokenizer. Raises ValueError where
         pictures and placeholders do not match, and for videos and sound.
         """
-        for kind in ("videos", "audio"):
-            if kwargs.pop(kind, None) is not None:
-                raise ValueError(f"the lab model reads texts and images, not {kind}")
-            kwargs.pop(f"{kind}_kwargs", None)
         kwargs.pop("return_mm_token_type_ids", None)  # always given
-        if text is None:
-            raise ValueError("no text: the lab model answers questions")
-
-        prompts = [text] if isinstance(text, str) else list(text)
-        pictures = _flatten(images)
-        placeholders = sum(prompt.count(IMAGE_TOKEN) for prompt in prompts)
-        if placeholders != len(pictures):
-            raise ValueError(f"{len(pictures)} images for {placeholders} {IMAGE_TOKEN} in the text")
-
+        prompts, pictures = self.prompts_and_pictures(text, images, kwargs)
         pixels, tokens = {}, []
         if pictures:
             pixels = self.image_processor(pictures, return_tensors=return_tensors, **(images_kwargs or {}))
@@ -129,19 +119,6 @@ class LabProcessor(ProcessorMixin):
             raise ValueError("truncation cut through an image: give fewer images or a longer max_length")
         read["mm_token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in ids]
         return BatchFeature({**read, **pixels}, tensor_type=return_tensors)
-
-    @classmethod
-    def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
-        """The two parts; transformers would choose another image processor with torchvision than without."""
-        return [
-            LabImageProcessor.from_pretrained(path, **kwargs),
-            PreTrainedTokenizerFast.from_pretrained(path, **kwargs),
-        ]
-
-    @property
-    def model_input_names(self) -> list[str]:
-        """What the model takes from this processor."""
-        return ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"]
 
 
 class LabConfig(PreTrainedConfig):
@@ -188,12 +165,3 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=4096,
     )
-
-
-def _flatten(images: Any) -> list[Any]:
-    """Pictures, singly, listed, or listed prompt by prompt, in one list."""
-    if images is None:
-        return []
-    if isinstance(images, (list, tuple)):
-        return [picture for part in images for picture in _flatten(part)]
-    return [images]

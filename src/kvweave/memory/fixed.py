@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvweave.memory.attend import attend
@@ -45,19 +46,9 @@ class FixedSlots:
             valid: bool [batch, columns], those that a token to come sees.
         """
         count = slots.count
-        capacity = -(-(count + tokens) // _ROUND) * _ROUND
-        room = Room.of(slots, capacity)
-        room.keys[:, :, count:] = 0  # never read, and not a number would spread
-        room.values[:, :, count:] = 0
-        bias = room.bias
-        if bias is None:
-            bias = slots.keys.new_zeros(*slots.keys.shape[:2], capacity)
-        least = torch.finfo(bias.dtype).min
-        bias[:, :, :count].masked_fill_(slots.stands_for_others_than(valid), least)
-        bias[:, :, count:] = least
-        columns = torch.arange(column, column + capacity - count, device=bias.device).clamp(max=column + tokens - 1)
-        all_positions = slots.all_positions()
-        positions = torch.cat([all_positions, columns.expand(*all_positions.shape[:2], -1)], -1)
+        bias, positions = with_room(slots, tokens, column, valid)
+        room = Room.of(slots, bias.shape[2])
+        clear(room.keys, room.values, count)
         cursor = torch.tensor(count, device=slots.keys.device)
         for tensor in (room.keys, room.values, bias, positions, cursor):
             torch._dynamo.mark_static_address(tensor)  # a captured step writes to them in place
@@ -142,3 +133,30 @@ class FixedSlots:
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float | None, dropout: float) -> Tensor:
         return attend(query, self.keys, self.values, mask, scaling, dropout)
+
+
+def with_room(slots: Slots, tokens: int, column: int, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to the logits of the slots and of those to come, and their columns.
+
+    Args:
+        slots, tokens, column, valid: as in `FixedSlots.of`.
+    Returns:
+        bias and positions, [batch, kv_heads, capacity], as those of `FixedSlots`.
+    """
+    count = slots.count
+    capacity = -(-(count + tokens) // _ROUND) * _ROUND
+    added = slots.added(slots.keys.dtype)
+    if added is None:
+        added = slots.keys.new_zeros(slots.keys.shape[:3])
+    least = torch.finfo(added.dtype).min
+    hidden = slots.stands_for_others_than(valid)
+    bias = F.pad(added.masked_fill(hidden, least), (0, capacity - count), value=least)
+    columns = torch.arange(column, column + capacity - count, device=bias.device).clamp(max=column + tokens - 1)
+    positions = slots.all_positions()
+    return bias, torch.cat([positions, columns.expand(*positions.shape[:2], -1)], -1)
+
+
+def clear(keys: Tensor, values: Tensor, count: int) -> None:
+    """Zero the room behind `count` slots: it is never read, and not a number would spread."""
+    keys[:, :, count:] = 0
+    values[:, :, count:] = 0

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvweave.memory.attend import by_kernel
 from kvweave.memory.block import Block, Fixed
-from kvweave.memory.fixed import FixedSlots
+from kvweave.memory.fixed import FixedSlots, clear, with_room
+from kvweave.memory.head_room import Layout
 from kvweave.memory.heads import RaggedHeads, of_parts, ragged
 from kvweave.memory.masks import biased_mask
 from kvweave.memory.slots import Slots
@@ -57,23 +58,23 @@ class FixedHeads(RaggedHeads):
 
     @classmethod
     @torch.inference_mode(False)  # a step writes to the buffers, in inference mode or outside
-    def of(cls, heads: Sequence[FixedSlots]) -> "FixedHeads":
-        """Slots of one KV head each, in order, to which no token has come."""
-        sizes = tuple(head.keys.shape[2] for head in heads)
-        keys, values, bias, positions = (
-            torch.cat([getattr(head, name)[:, 0] for head in heads], 1)
-            for name in ("keys", "values", "bias", "positions")
-        )
-        ends = [sum(sizes[:n]) + head.start.count for n, head in enumerate(heads)]
-        marks = torch.tensor(ends, device=keys.device), torch.tensor(0, device=keys.device)
-        buffers = Buffers(keys, values, bias, positions, bias.clone(), *marks)
+    def of(cls, heads: Sequence[Slots], tokens: int, column: int, valid: Tensor) -> "FixedHeads":
+        """Slots of one KV head each, in order, with room for `tokens` more, as `FixedSlots.of` lays them out."""
+        rooms = [with_room(head, tokens, column, valid) for head in heads]
+        sizes = tuple(bias.shape[2] for bias, _ in rooms)
+        layout = Layout.of(heads, sizes)
+        for head, views in zip(heads, layout.views, strict=True):
+            clear(*views, head.count)
+        bias, positions = (torch.cat([x[:, 0] for x in each], 1) for each in zip(*rooms, strict=True))
+        cursor = torch.tensor(0, device=bias.device)
+        buffers = Buffers(layout.keys, layout.values, bias, positions, bias.clone(), layout.ends, cursor)
         for tensor in buffers:
             torch._dynamo.mark_static_address(tensor)  # a captured step writes to them in place
         begin = tuple(
-            replace(head.start, keys=k[:, None, : head.start.count], values=v[:, None, : head.start.count])
-            for head, k, v in zip(heads, keys.split(sizes, 1), values.split(sizes, 1), strict=True)
+            replace(head, keys=keys[:, :, : head.count], values=values[:, :, : head.count], room=None)
+            for head, (keys, values) in zip(heads, layout.views, strict=True)
         )
-        return cls((), column=heads[0].column, buffers=buffers, sizes=sizes, begin=begin)
+        return cls((), column=column, buffers=buffers, sizes=sizes, begin=begin)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied, saved and sent: memory that another process may share is not written to."""
@@ -150,13 +151,11 @@ class FixedHeads(RaggedHeads):
 def in_fixed_buffers(block: Block, tokens: int, column: int, valid: Tensor) -> Block:
     """`block` in buffers of fixed shape, as `FixedSlots.of` lays them out."""
 
-    def fixed(part: Block) -> FixedSlots:
-        return FixedSlots.of(part.as_slots(valid), tokens, column, valid)
-
     heads = ragged(block)
     if heads is None:
-        return fixed(block)
-    return FixedHeads.of([fixed(head) for head in heads.one_by_one([part.as_slots(valid) for part in heads.parts])])
+        return FixedSlots.of(block.as_slots(valid), tokens, column, valid)
+    own = heads.one_by_one([part.as_slots(valid) for part in heads.parts])
+    return FixedHeads.of(own, tokens, column, valid)
 
 
 def out_of_fixed_buffers(block: Block) -> Block:

@@ -29,6 +29,40 @@ class Lane(NamedTuple):
     size: int
 
 
+class Layout(NamedTuple):
+    """A layer's parts in one pair of buffers, one head after the other, with room behind each.
+
+    Attributes:
+        keys, values: [batch, slots of all heads, dim]; what lies in the room is not written.
+        views: of each part's keys and values, [batch, heads, capacity, dim].
+        ends: int64 [kv_heads], by head as the parts hold them, where its room begins.
+    """
+
+    keys: Tensor
+    values: Tensor
+    views: list[tuple[Tensor, Tensor]]
+    ends: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[Slots], capacities: Sequence[int]) -> "Layout":
+        """Parts whose heads take so many slots each, room included."""
+        sizes = [part.keys.shape[1] for part in parts]
+        lengths = [heads * capacity for heads, capacity in zip(sizes, capacities, strict=True)]
+        keys, values = (x.new_empty(x.shape[0], sum(lengths), x.shape[3]) for x in parts[0].tensors)
+        views: list[tuple[Tensor, Tensor]] = []
+        ends: list[int] = []
+        start = 0
+        for part, heads, capacity in zip(parts, sizes, capacities, strict=True):
+            stop = start + heads * capacity
+            own = keys[:, start:stop].unflatten(1, (heads, capacity)), values[:, start:stop].unflatten(1, (heads, -1))
+            for view, old in zip(own, part.tensors, strict=True):
+                view[:, :, : part.count] = old
+            views.append(own)
+            ends += range(start + part.count, stop + part.count, capacity)
+            start = stop
+        return cls(keys, values, views, torch.tensor(ends, device=keys.device))
+
+
 class HeadRoom(NamedTuple):
     """Buffers that begin with the slots of a layer's parts.
 
@@ -36,16 +70,19 @@ class HeadRoom(NamedTuple):
         keys, values: [batch, slots of all lanes, dim].
         lanes: one for each part.
         sizes: how many heads each lane has.
-        next: int64 [kv_heads], by head, where its first new token goes.
-        spare: tokens that there is room for.
+        places: for each token to come int64 [kv_heads], by head, where it goes.
     """
 
     keys: Tensor
     values: Tensor
     lanes: tuple[Lane, ...]
     sizes: list[int]
-    next: Tensor
-    spare: int
+    places: tuple[Tensor, ...]
+
+    @property
+    def spare(self) -> int:
+        """Tokens that there is room for."""
+        return len(self.places)
 
     @classmethod
     @torch.inference_mode(False)  # decoding writes to the buffers, in inference mode or outside
@@ -55,31 +92,22 @@ class HeadRoom(NamedTuple):
         Args:
             back: int64 [kv_heads], where each head is in the parts; None: in order.
         """
-        batch, sizes = parts[0].keys.shape[0], [part.keys.shape[1] for part in parts]
-        total = sum(heads * (part.count + spare) for part, heads in zip(parts, sizes, strict=True))
-        keys, values = (x.new_empty(batch, total, x.shape[-1]) for x in (parts[0].keys, parts[0].values))
-        lanes: list[Lane] = []
-        ends: list[int] = []
-        start = 0
-        for part, heads in zip(parts, sizes, strict=True):
-            capacity, stop = part.count + spare, start + heads * (part.count + spare)
-            own = [x[:, start:stop].unflatten(1, (heads, capacity)) for x in (keys, values)]
-            for whole, old in zip(own, (part.keys, part.values), strict=True):
-                whole[:, :, : part.count] = old
-            bias = part.added(part.keys.dtype)
-            if bias is not None:
-                bias = F.pad(bias, (0, spare))[:, :, None]
-            lanes.append(Lane(own[0], own[1], bias, part.count))
-            ends += range(start + part.count, stop, capacity)
-            start = stop
-        following = torch.tensor(ends, device=keys.device)
-        return cls(keys, values, tuple(lanes), sizes, following if back is None else following[back], spare)
+        layout = Layout.of(parts, [part.count + spare for part in parts])
+        biases = [part.added(part.keys.dtype) for part in parts]
+        padded = [None if bias is None else F.pad(bias, (0, spare))[:, :, None] for bias in biases]
+        lanes = [
+            Lane(keys, values, bias, part.count)
+            for part, (keys, values), bias in zip(parts, layout.views, padded, strict=True)
+        ]
+        ends = layout.ends if back is None else layout.ends[back]
+        places = ends + torch.arange(spare, device=ends.device)[:, None]  # [spare, kv_heads]
+        sizes = [part.keys.shape[1] for part in parts]
+        return cls(layout.keys, layout.values, tuple(lanes), sizes, places.unbind())
 
     def write(self, keys: Tensor, values: Tensor, before: int) -> None:
         """Put new tokens [batch, kv_heads, new, dim] behind the `before` that came before them."""
-        at, new = self.next + before, keys.shape[2]
-        if new > 1:
-            at = (at[:, None] + torch.arange(new, device=at.device)).flatten()
+        new = keys.shape[2]
+        at = self.places[before] if new == 1 else torch.stack(self.places[before : before + new], 1).flatten()
         self.keys.index_copy_(1, at, keys.flatten(1, 2))
         self.values.index_copy_(1, at, values.flatten(1, 2))
 
@@ -93,7 +121,7 @@ class HeadRoom(NamedTuple):
             [batch, kv_heads, group, value_dim], alike.
         """
         outs = []
-        for (keys, values, bias, size), own in zip(self.lanes, query.split(self.sizes, 1), strict=True):
+        for (keys, values, bias, size), own in zip(self.lanes, query.split_with_sizes(self.sizes, 1), strict=True):
             slots = size + new
             mask = None if bias is None else bias.narrow(3, 0, slots)
             keys, values = keys.narrow(2, 0, slots), values.narrow(2, 0, slots)

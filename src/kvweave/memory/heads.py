@@ -17,7 +17,7 @@ from kvweave.ops.quantize import Quantization
 from kvweave.plan import Compacted
 
 #: What a further call costs a CPU: reading the keys and values of so many tokens times channels.
-_CALL = 15_000
+_CALL = 25_000
 #: Of a layer's slots so many hold a token for each one that is empty, at least.
 _FILLED = 3
 
@@ -148,7 +148,7 @@ class RaggedHeads:
 
     def _attend_in_room(self, query: Tensor, room: HeadRoom, scaling: float | None) -> Tensor:
         batch, heads, _, dim = query.shape
-        rows = query.reshape(batch, len(room.next), -1, dim)
+        rows = query.reshape(batch, sum(room.sizes), -1, dim)
         if self.order is None or self.back is None:
             return room.attend(rows, self.tail, scaling).view(batch, 1, heads, -1)
         out = room.attend(rows.index_select(1, self.order), self.tail, scaling)

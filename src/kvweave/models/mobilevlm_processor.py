@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast
 from transformers.image_utils import SizeDict
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -19,6 +19,7 @@ from kvweave.models.mobilevlm import MobileVLM, MobileVLMConfig, tower_folder
 from kvweave.models.published import require
 from kvweave.models.source import ModelError
 from kvweave.models.weights import read_json
+from kvweave.processor import PictureProcessor
 
 IMAGE = "<image>"
 _TEMPLATE = """\
@@ -65,7 +66,7 @@ class MobileVLMImageProcessor(CLIPImageProcessorPil):
         return super().resize(square, size, **options)
 
 
-class MobileVLMProcessor(ProcessorMixin):
+class MobileVLMProcessor(PictureProcessor):
     """Pictures and text in; `input_ids`, `attention_mask` and `pixel_values` out.
 
     `AutoProcessor` finds it for a converted folder once `kvweave.models` is imported.
@@ -74,6 +75,9 @@ class MobileVLMProcessor(ProcessorMixin):
         image_token: what stands for a picture in a prompt; image_token_id: what stands for each of its tokens.
         image_seq_length: tokens of a picture.
     """
+
+    pictures = MobileVLMImageProcessor
+    inputs = ("input_ids", "attention_mask", "pixel_values")
 
     def __init__(
         self,
@@ -104,21 +108,11 @@ class MobileVLMProcessor(ProcessorMixin):
         for each prompt. Options of padding go to the tokenizer. Raises ValueError where pictures and placeholders do
         not match, for truncation, and for videos and sound.
         """
-        for kind in ("videos", "audio"):
-            if kwargs.pop(kind, None) is not None:
-                raise ValueError(f"{kind} for MobileVLM: allowed are texts and images (of a video its frames)")
-            kwargs.pop(f"{kind}_kwargs", None)
         padding = {"padding": False, **kwargs, **(text_kwargs or {})}
         padding.pop("return_mm_token_type_ids", None)  # the model takes none
         if padding.pop("truncation", None):
             raise ValueError("truncation would cut through an image: allowed is none")
-        if text is None:
-            raise ValueError("no text: allowed is a prompt, or several")
-        prompts = [text] if isinstance(text, str) else list(text)
-        pictures = _flatten(images)
-        places = sum(prompt.count(IMAGE) for prompt in prompts)
-        if places != len(pictures):
-            raise ValueError(f"{len(pictures)} images for {places} {IMAGE} in the text: allowed is one each")
+        prompts, pictures = self.prompts_and_pictures(text, images, padding)
         rows = [self._row(prompt, add_special_tokens) for prompt in prompts]
         read = self.tokenizer.pad({"input_ids": rows}, **padding)
         pixels = self.image_processor(pictures, **(images_kwargs or {})) if pictures else {}
@@ -131,19 +125,6 @@ class MobileVLMProcessor(ProcessorMixin):
             row += [self.image_token_id] * self.image_seq_length if number else []
             row += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
         return row
-
-    @classmethod
-    def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
-        """The two parts; transformers would choose other pixels with torchvision than without."""
-        return [
-            MobileVLMImageProcessor.from_pretrained(path, **kwargs),
-            PreTrainedTokenizerFast.from_pretrained(path, **kwargs),
-        ]
-
-    @property
-    def model_input_names(self) -> list[str]:
-        """What the model takes from this processor."""
-        return ["input_ids", "attention_mask", "pixel_values"]
 
 
 AutoProcessor.register(MobileVLMConfig, MobileVLMProcessor, exist_ok=True)
@@ -173,12 +154,3 @@ def processor_of(folder: Path) -> MobileVLMProcessor:
     return MobileVLMProcessor(
         images, tokenizer, config.image_seq_length, _TEMPLATE.replace("SYSTEM", json.dumps(_SYSTEM))
     )
-
-
-def _flatten(images: Any) -> list[Any]:
-    """Pictures, singly, listed, or listed prompt by prompt, in one list."""
-    if images is None:
-        return []
-    if isinstance(images, (list, tuple)):
-        return [picture for part in images for picture in _flatten(part)]
-    return [images]

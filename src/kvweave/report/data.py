@@ -1,6 +1,7 @@
 """What a page or a picture of a run shows: plain data, collected elsewhere."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -44,15 +45,7 @@ class Layer:
     @property
     def cells(self) -> dict[str, str]:
         """Its row in a table: column to text; what its method does not have is empty."""
-        return {
-            "flow": "" if self.flow is None else f"{self.flow:.3f}",
-            "scope": self.scope or "",
-            "kept": str(self.kept),
-            "merged": str(self.merged),
-            "heaviest": str(self.heaviest) if self.merged else "",
-            "evicted": str(self.evicted),
-            "size": size(self.bytes),
-        }
+        return cells_of([self])
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,21 @@ class Answer:
         """Neighbouring layers that look alike in a table, together: ("0-29", the first of them)."""
         groups = groupby(self.layers, key=lambda layer: (layer.compressed, layer.kind, layer.cells))
         runs = [list(group) for _, group in groups]
-        return [(f"{run[0].index}-{run[-1].index}" if len(run) > 1 else f"{run[0].index}", run[0]) for run in runs]
+        return [(_places(run), run[0]) for run in runs]
+
+    def bands(self, most: int) -> list[tuple[str, list[Layer]]]:
+        """`runs`, or where they are more than `most`, neighbours together: about so many bands of compressed layers.
+
+        Layers that are not compressed stand together, by kind: ("0-4, 6-10", all of them).
+        """
+        if len(self.runs) <= most:
+            return [(place, [layer]) for place, layer in self.runs]
+        compressed = [layer for layer in self.layers if layer.compressed]
+        size = max(1, -(-len(compressed) // most))
+        bands = [compressed[start : start + size] for start in range(0, len(compressed), size)]
+        kinds = dict.fromkeys(layer.kind for layer in self.layers if not layer.compressed)
+        bands += [[layer for layer in self.layers if not layer.compressed and layer.kind == kind] for kind in kinds]
+        return [(_places(band), band) for band in sorted(bands, key=lambda band: band[0].index)]
 
     def total(self, what: str) -> int:
         """Sum over the compressed layers of "length", "kept", "merged" or "evicted"."""
@@ -187,6 +194,44 @@ def layers_of(report: dict[str, Any], fates: list[Any]) -> list[Layer]:
             )
         )
     return layers
+
+
+def cells_of(layers: Sequence[Layer]) -> dict[str, str]:
+    """A row of a table for layers of one kind: column to text, where they differ the least and the most."""
+    flows = [layer.flow for layer in layers if layer.flow is not None]
+    scopes = {layer.scope for layer in layers if layer.scope}
+    merged = [layer for layer in layers if layer.merged]
+    return {
+        "flow": _span(flows, lambda flow: f"{flow:.3f}" if len(flows) == 1 else f"{flow:.2f}"),
+        "scope": "both" if len(scopes) > 1 else "".join(scopes),
+        "kept": _span([layer.kept for layer in layers], str),
+        "merged": _span([layer.merged for layer in layers], str),
+        "heaviest": _span([layer.heaviest for layer in merged], str),
+        "evicted": _span([layer.evicted for layer in layers], str),
+        "size": _span([layer.bytes for layer in layers], size),
+    }
+
+
+def _span(values: Sequence[Any], text: Callable[[Any], str]) -> str:
+    """The least and the most of some numbers: "76-100", with their unit once where it is the same."""
+    if not values:
+        return ""
+    least, most = text(min(values)), text(max(values))
+    if least == most:
+        return least
+    number, _, unit = least.partition(" ")
+    return f"{number if unit == most.partition(' ')[2] else least}-{most}"
+
+
+def _places(layers: Sequence[Layer]) -> str:
+    """Numbers of layers, in order: "0-4, 6"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer.index == runs[-1][-1] + 1:
+            runs[-1].append(layer.index)
+        else:
+            runs.append([layer.index])
+    return ", ".join(_span(run, str) for run in runs)
 
 
 def finite(value: Any) -> Any:

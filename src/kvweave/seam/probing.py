@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvweave.cut.terms import Pending
@@ -93,7 +93,7 @@ class _Pass:
     weights: Tensor | None = None
 
 
-def answer_probes(model: nn.Module, cache: CompressedCache, probes: Probes) -> None:
+def answer_probes(model: Any, cache: CompressedCache, probes: Probes) -> None:
     """Let the model answer the probes from the whole context, crop the cache back, and cut it by what they looked at.
 
     Args:
@@ -118,7 +118,7 @@ def answer_probes(model: nn.Module, cache: CompressedCache, probes: Probes) -> N
         cache.cut_waiting()
 
 
-def _passes(model: nn.Module, cache: CompressedCache, probes: Probes) -> list[_Pass]:
+def _passes(model: Any, cache: CompressedCache, probes: Probes) -> list[_Pass]:
     prompt = cache.prompt
     assert prompt is not None
     rows, device = len(prompt.valid), prompt.valid.device
@@ -148,7 +148,7 @@ def _says_images(cache: CompressedCache) -> bool:
     return cache.shared.needs.images and known is not None and known.shape[1] >= cache.get_seq_length()
 
 
-def _replay(model: nn.Module, cache: CompressedCache, probes: Probes, images: bool) -> list[_Pass]:
+def _replay(model: Any, cache: CompressedCache, probes: Probes, images: bool) -> list[_Pass]:
     """The prompts in chunks, each behind the instruction; a shorter prompt has nothing left in the end.
 
     Args:
@@ -158,29 +158,60 @@ def _replay(model: nn.Module, cache: CompressedCache, probes: Probes, images: bo
     assert prompt is not None
     valid = prompt.valid[:, :length]
     said = valid if images else valid & ~prompt.visual[:, :length]
-    inputs = cache.shared.turn.embeddings[:, :length] if images else _ids(cache, length)  # type: ignore[index]
-    instruction = torch.tensor(probes.instruction, dtype=torch.int64, device=inputs.device)
-    if images:
-        instruction = model.get_input_embeddings()(instruction).to(inputs)  # type: ignore[operator]
+    inputs, instruction = _embedded(model, cache, probes, length) if images else _tokens(cache, probes, length)
     rows = [row[own] for row, own in zip(inputs, said.to(inputs.device), strict=True)]
+    fed = _chunks(rows, instruction, probes.chunk)
     weights = _weights(model, cache, valid, said)
+    return _weighed(fed, weights, len(instruction), probes.chunk) if weights else fed
+
+
+def _tokens(cache: CompressedCache, probes: Probes, length: int) -> tuple[Tensor, Tensor]:
+    """The prompts, int64 [batch, length], and the instruction, int64 [tokens]."""
+    ids = cache.shared.turn.ids
+    if ids is None or ids.shape[1] < length:
+        raise ValueError(
+            "probes='replay' needs the token ids of the whole prompt, and it came as embeddings, or with a reply "
+            "that was decoded into fixed buffers: allowed is input_ids, other probes, or kvzip's replay=false"
+        )
+    return ids[:, :length], torch.tensor(probes.instruction, dtype=torch.int64, device=ids.device)
+
+
+def _embedded(model: Any, cache: CompressedCache, probes: Probes, length: int) -> tuple[Tensor, Tensor]:
+    """The same as the decoder is given them: [batch, length, width] and [tokens, width]."""
+    embeddings = cache.shared.turn.embeddings
+    assert embeddings is not None
+    instruction = torch.tensor(probes.instruction, dtype=torch.int64, device=embeddings.device)
+    return embeddings[:, :length], model.get_input_embeddings()(instruction).to(embeddings)
+
+
+def _chunks(rows: Sequence[Tensor], instruction: Tensor, size: int) -> list[_Pass]:
+    """`size` of each row's tokens a pass and the last few before them, behind the instruction."""
     passes = []
-    for start in range(0, max(map(len, rows)), probes.chunk):
-        first = max(0, start - _OVERLAP)
-        chunks = [row[first : start + probes.chunk] if start < len(row) else row[:0] for row in rows]
+    for start in range(0, max(map(len, rows)), size):
+        chunks = [row[max(0, start - _OVERLAP) : start + size] if start < len(row) else row[:0] for row in rows]
         fed = [torch.cat([instruction, chunk]) if len(chunk) else chunk for chunk in chunks]
-        lengths = torch.tensor([len(row) for row in fed], device=inputs.device)
+        lengths = torch.tensor([len(row) for row in fed], device=instruction.device)
         tokens = pad_sequence(fed, batch_first=True)
-        live = torch.arange(tokens.shape[1], device=inputs.device) < lengths[:, None]
-        counts = None
-        if weights:  # a row counts as the token that it leads to
-            leads = [F.pad(row[first : start + probes.chunk + 1], (len(instruction), 1))[1:] for row in weights]
-            counts = pad_sequence([row[: len(own)] for row, own in zip(leads, fed, strict=True)], batch_first=True)
-        passes.append(_Pass(tokens, live, weights=counts))
+        passes.append(_Pass(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]))
     return passes
 
 
-def _weights(model: nn.Module, cache: CompressedCache, valid: Tensor, said: Tensor) -> list[Tensor]:
+def _weighed(passes: Sequence[_Pass], weights: Sequence[Tensor], behind: int, size: int) -> list[_Pass]:
+    """The chunks, each token counting as the one that it leads to.
+
+    Args:
+        weights: of each row float [tokens]; behind: tokens of the instruction.
+    """
+    weighed = []
+    for number, chunk in enumerate(passes):
+        first, end = max(0, number * size - _OVERLAP), (number + 1) * size
+        leads = [F.pad(row[first : end + 1], (behind, 1))[1:] for row in weights]
+        fed = [row[:count] for row, count in zip(leads, chunk.live.sum(-1).tolist(), strict=True)]
+        weighed.append(replace(chunk, weights=pad_sequence(fed, batch_first=True)))
+    return weighed
+
+
+def _weights(model: Any, cache: CompressedCache, valid: Tensor, said: Tensor) -> list[Tensor]:
     """What attention that leads to each token that is `said` again counts, of each row, in [0, 1]; none: all alike.
 
     A token counts by its surprise where the method asks for that and the model tells it; an image's as text's in the
@@ -188,7 +219,7 @@ def _weights(model: nn.Module, cache: CompressedCache, valid: Tensor, said: Tens
     """
     turn, most, length = cache.shared.turn, cache.shared.needs.surprise, valid.shape[1]
     known = turn.hidden is not None and turn.hidden.shape[1] >= length and turn.ids is not None
-    if not most or not known or model.get_output_embeddings() is None:  # type: ignore[operator]
+    if not most or not known or model.get_output_embeddings() is None:
         return []
     assert turn.ids is not None
     assert turn.hidden is not None
@@ -201,18 +232,7 @@ def _weights(model: nn.Module, cache: CompressedCache, valid: Tensor, said: Tens
     return [row[own] for row, own in zip(shares, said.to(shares.device), strict=True)]
 
 
-def _ids(cache: CompressedCache, length: int) -> Tensor:
-    """Tokens of the prompts: int64 [batch, length]."""
-    ids = cache.shared.turn.ids
-    if ids is None or ids.shape[1] < length:
-        raise ValueError(
-            "probes='replay' needs the token ids of the whole prompt, and it came as embeddings, or with a reply "
-            "that was decoded into fixed buffers: allowed is input_ids, other probes, or kvzip's replay=false"
-        )
-    return ids[:, :length]
-
-
-def _answer(model: nn.Module, cache: CompressedCache, probe: _Pass) -> int:
+def _answer(model: Any, cache: CompressedCache, probe: _Pass) -> int:
     """One pass and the greedy answer to it, what they looked at noted; returns how many columns they had."""
     turn = cache.shared.turn
     turn.expect(probe.tokens.shape[1], probe.most)
@@ -234,7 +254,7 @@ def _answer(model: nn.Module, cache: CompressedCache, probe: _Pass) -> int:
     return columns
 
 
-def _first(model: nn.Module, cache: CompressedCache, probe: _Pass) -> dict[str, Any]:
+def _first(model: Any, cache: CompressedCache, probe: _Pass) -> dict[str, Any]:
     """The inputs of the pass."""
     turn, last, tokens = cache.shared.turn, cache.shared.turn.places.last, probe.tokens
     assert turn.prompt is not None

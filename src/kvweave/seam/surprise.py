@@ -3,20 +3,20 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _TOKENS = 256  # whose logits are at hand at a time
 
 
 @torch.no_grad()
-def surprise(model: nn.Module, hidden: Tensor, ids: Tensor, valid: Tensor) -> Tensor:
+def surprise(model: Any, hidden: Tensor, ids: Tensor, valid: Tensor) -> Tensor:
     """Nats of each token given those before it; 0 for a prompt's first: float32 [batch, length].
 
     Args:
         hidden: [batch, length, width], what the decoder made of the tokens; ids: int64 [batch, length].
         valid: bool, alike, real tokens.
     """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     nats = torch.zeros(ids.shape, dtype=torch.float32, device=hidden.device)
     for start in range(0, ids.shape[1] - 1, _TOKENS):
         stop = min(start + _TOKENS, ids.shape[1] - 1)
