@@ -38,8 +38,8 @@ test-all: $(READY)  ## every model type of transformers that can be built tiny: 
 test-versions: $(READY)  ## the seam's tests on the oldest and the newest transformers (a venv each, sharing torch)
 	$(BIN)/python tests/versions.py
 
-test-vllm: $(READY)  ## stock vLLM decodes on from exported contexts (makes .venv-vllm, sharing torch)
-	$(BIN)/python tests/vllm/environments.py
+test-vllm: $(READY)  ## three versions of stock vLLM decode on from exported contexts, or one of them: VLLM=0.32.0
+	$(BIN)/python tests/vllm/environments.py $(if $(VLLM),--versions $(VLLM))
 
 test-ray: $(RAY)  ## two replicas on Ray Serve, one of which is killed (makes .venv-ray, sharing all else)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src .venv-ray/bin/python -m pytest tests/ray_serve

@@ -78,12 +78,9 @@ class Figures:
 
 
 @contextlib.contextmanager
-def server(rows: int, memory: str, replicas: int = 1) -> Iterator[tuple[str, int]]:
-    """`kvweave serve` on a port that is free; where it is, and its process."""
-    command = [sys.executable, "-m", "kvweave", "serve", "--port", "0", "--rows", str(rows), "--queue", "64"]
-    command += ["--budget", str(BUDGET), "--memory", memory, "--replicas", str(replicas)]
-    for method in METHODS:
-        command += ["--method", method]
+def server(*options: str, replicas: int = 1) -> Iterator[tuple[str, int]]:
+    """`kvweave serve` on a port that is free, once so many replicas answer; where it is, and its process."""
+    command = [sys.executable, "-m", "kvweave", "serve", "--port", "0", "--budget", str(BUDGET), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -297,9 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def some(share: float) -> int:
         return max(1, int(share * options.requests))
 
-    with server(options.at_once, options.memory) as (url, process):
+    served = ["--rows", str(options.at_once), "--queue", "64", "--memory", options.memory]
+    served += [word for method in METHODS for word in ("--method", method)]
+    with server(*served) as (url, process):
         found = [measured(Figures(method, some(share)), url, process) for method, share in METHODS.items()]
-    with server(options.at_once, options.memory, 2) as (url, process):
+    with server(*served, "--replicas", "2", replicas=2) as (url, process):
         killed = measured(Figures(EVEN, some(KILLED)), url, process, some(KILLED) // 3)
         killed.told = gateway_counts(url)
     found.append(killed)

@@ -18,7 +18,7 @@ from kvweave.evals.run import store
 from kvweave.evals.tables.tables import interval
 
 ROOT = Path(__file__).parents[1]
-IN_README = "flowmm-fig4"  # the budget curve
+IN_README = "flowmm-fig4"  # the budget curve, of `smol`
 RANKED = "flowmm-table1"  # the methods of both models side by side
 _NAMED = 8  # pairs of methods
 IN_LARGE = ("flowmm-fig4",)  # what is shown of the large world, too
@@ -68,17 +68,19 @@ def publish(source: Path, large: Path, real: Path, root: Path = ROOT) -> None:
             which the text names what is missing.
 
     Raises:
-        FileNotFoundError: a folder lacks a table, or that of `smol` has none.
+        FileNotFoundError: a folder lacks a table, or that of `smol` the README's.
         ValueError: the README has no marks.
     """
     stems = [name.replace(":", "-") for name in RECIPES]
     there = [stem for stem in stems if (real / f"{stem}.json").is_file()]
-    if not there:
-        raise FileNotFoundError(f"{real} holds no table: `make results-smol` writes them")
-    for folder, needed in ((source, stems), (large, IN_LARGE)):
+    for folder, needed, target in (
+        (source, stems, "results"),
+        (large, IN_LARGE, "results"),
+        (real, (IN_README,), "results-smol"),
+    ):
         for stem in needed:
             if not (folder / f"{stem}.json").is_file():
-                raise FileNotFoundError(f"{folder} holds no {stem}.json: `make results` writes it")
+                raise FileNotFoundError(f"{folder} holds no {stem}.json: `make {target}` writes it")
     docs = root / "docs"
     parts = [_HEAD, _REAL, *(_copied(real / stem, docs, f"smol-{stem}") for stem in there)]
     if missing := [name for name in RECIPES if name.replace(":", "-") not in there]:
@@ -94,8 +96,8 @@ def publish(source: Path, large: Path, real: Path, root: Path = ROOT) -> None:
     }.items():
         _figures(made, docs / "results", model)
     store.write_text(docs / "RESULTS.md", "\n".join(parts))
-    title = store.read_json(source / f"{IN_README}.json")["title"]
-    _into_readme(root / "README.md", f"![{title}](docs/images/{IN_README}.png)\n")
+    title = store.read_json(real / f"{IN_README}.json")["title"]
+    _into_readme(root / "README.md", f"![{title}](docs/images/smol-{IN_README}.png)\n")
 
 
 def disagreements(real: Mapping[str, Any], toy: Mapping[str, Any]) -> str:

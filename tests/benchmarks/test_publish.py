@@ -53,13 +53,13 @@ def made(folder: Path, names: Iterable[str] = RECIPES) -> Path:
 
 def test_results_go_where_readers_look(tmp_path: Path):
     (tmp_path / "README.md").write_text(f"before\n{MARKS}\nafter\n")
-    folders = made(tmp_path / "out"), made(tmp_path / "large"), made(tmp_path / "smol", ["flowmm:table1"])
+    folders = made(tmp_path / "out"), made(tmp_path / "large"), made(tmp_path / "smol", ["flowmm:table1", "flowmm:fig4"])
     publish(*folders, tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
     assert "old" not in readme
-    assert "(docs/images/flowmm-fig4.png)" in readme
+    assert "(docs/images/smol-flowmm-fig4.png)" in readme
     results = (tmp_path / "docs" / "RESULTS.md").read_text()
     for name in RECIPES:
         stem = name.replace(":", "-")
@@ -95,7 +95,7 @@ def test_where_the_toy_says_otherwise_is_counted_from_intervals():
 def test_half_of_the_results_are_refused(tmp_path: Path):
     (tmp_path / "README.md").write_text(MARKS)
     source, large, real = (made(tmp_path / name) for name in ("out", "large", "smol"))
-    with pytest.raises(FileNotFoundError, match=r"empty holds no table: `make results-smol`"):
+    with pytest.raises(FileNotFoundError, match=r"empty holds no flowmm-fig4\.json: `make results-smol`"):
         publish(source, large, made(tmp_path / "empty", []), tmp_path)
     (source / "lookm-merges.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no lookm-merges\.json"):

@@ -19,6 +19,7 @@ from kvweave.cli.eval import evaluate
 from kvweave.evals import Evaluation, Example, LabTask, lab_tasks, run, summarise
 from kvweave.evals.run import processes
 from kvweave.evals.run.plan import parse_methods
+from kvweave.evals.run.processes import Turns
 from kvweave.evals.run.results import Result
 from kvweave.evals.run.worker import Worker
 from kvweave.evals.tables.tables import markdown
@@ -164,29 +165,31 @@ class Cluster:
         def actor(kind: Any) -> Any:
             def make(*arguments: Any) -> Any:
                 made = kind(*pickle.loads(pickle.dumps(arguments)))
-                compute = lambda *job: made.compute(*pickle.loads(pickle.dumps(job)))  # noqa: E731
+                compute = lambda *job: Reference(made.compute(*pickle.loads(pickle.dumps(job))))  # noqa: E731
                 return SimpleNamespace(compute=SimpleNamespace(remote=compute))
 
             return SimpleNamespace(remote=make)
 
         return actor
 
+    def wait(self, references: "list[Reference]", num_returns: int) -> Any:
+        return references[-num_returns:], references[:-num_returns]
+
+    def get(self, reference: "Reference") -> Any:
+        return reference.value
+
     def kill(self, actor: Any) -> None:
         self.killed += 1
 
-    class ActorPool:
-        def __init__(self, actors: list[Any]) -> None:
-            self.actors = actors
 
-        def map_unordered(self, call: Any, jobs: list[Any]) -> Any:
-            for n, job in reversed(list(enumerate(jobs))):
-                yield call(self.actors[n % len(self.actors)], job)
+@dataclass(frozen=True, eq=False)
+class Reference:
+    value: Any
 
 
 def test_a_cluster_finds_what_one_process_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cluster = Cluster()
     monkeypatch.setitem(sys.modules, "ray", cluster)
-    monkeypatch.setitem(sys.modules, "ray.util", cluster)
     small = plan(tasks=lab_tasks(["lookup"], 3, 2), methods=parse_methods(["snapkv"]))
     one = run(small, tmp_path / "one")
     assert without_seconds(run(small, tmp_path / "two", workers=2, ray="local")) == without_seconds(one)
@@ -216,6 +219,24 @@ def test_two_workers_find_what_one_finds(tmp_path: Path):
     one = run(small, tmp_path / "one", workers=1)
     two = run(small, tmp_path / "two", workers=2)
     assert without_seconds(one) == without_seconds(two)
+
+
+def test_workers_stay_where_they_have_read_and_help_where_most_is_left():
+    cells = plan(
+        tasks=lab_tasks(["lookup", "change", "action"], 1, 3),
+        methods=parse_methods(["snapkv,random,peak"]),
+        budgets=(0.2,),
+    ).cells()
+    turns = Turns({n: cell for n, cell in enumerate(cells) if cell.label != "full"})
+    given = [(worker, turns.next(worker)) for worker in (0, 1, 0, 1, 0, 1, 1, 0, 1)]
+    places = [(worker, job[1].task.name) for worker, job in given if job]
+    assert places == [
+        (0, "lookup"), (1, "change"), (0, "lookup"), (1, "change"), (0, "lookup"), (1, "change"),
+        (1, "action"), (0, "action"), (1, "action"),
+    ]  # fmt: skip
+    assert turns.next(0) is None
+    numbers = sorted(job[0] for _, job in given if job)
+    assert numbers == list(range(3, 12))
 
 
 @dataclass(frozen=True)

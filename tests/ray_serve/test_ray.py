@@ -1,37 +1,27 @@
 """kvweave on Ray Serve: two replicas, one of which is killed while it streams (`make test-ray`)."""
 
-import base64
-import io
 import os
+import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
+import engine_double
 import httpx2
-import openai
 import pytest
 import ray
-import torch
+from pydantic import ValidationError
 from ray import serve
+from serving import ask, ask_context, generated, read_context, samples, until
 
-import kvweave
-from kvweave import lab, models
+from kvweave import models
 from kvweave.serve.ray import Settings, app
 
 METHOD, TOKENS = "snapkv", 300
 PORT = 8451
-
-
-def openai_messages(sample):
-    def part(piece):
-        if piece["type"] == "text":
-            return piece
-        raw = io.BytesIO()
-        piece["image"].save(raw, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": url}}
-
-    return [{**turn, "content": [*map(part, turn["content"])]} for turn in sample.messages()]
 
 
 @pytest.fixture(scope="module")
@@ -42,40 +32,10 @@ def url(tmp_path_factory):
     settings = Settings(data=tmp_path_factory.mktemp("contexts"), methods=METHOD, min_replicas=2, max_replicas=2)
     serve.run(app(settings))
     place = f"http://127.0.0.1:{PORT}"
-    end = time.monotonic() + 120
-    while httpx2.get(f"{place}/health").status_code != 200:
-        assert time.monotonic() < end
-        time.sleep(0.5)
+    until(lambda: httpx2.get(f"{place}/health").status_code == 200, 120)
     yield place
     serve.shutdown()
     ray.shutdown()
-
-
-def ask(url, sample, stream, seen=None):
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=300)
-    asked = {"model": "lab", "messages": openai_messages(sample), "temperature": 0, "max_tokens": TOKENS}
-    asked["extra_body"] = {"kvweave": {"ignore_eos": True}}
-    if not stream:
-        return client.chat.completions.create(**asked).choices[0].message.content
-    text = ""
-    for number, chunk in enumerate(client.chat.completions.create(**asked, stream=True)):
-        text += chunk.choices[0].delta.content or ""
-        if seen is not None and number == 10:
-            seen.set()
-    return text
-
-
-def right(samples):
-    """What kvweave answers without a server."""
-    model, processor = models.load("lab")
-    found = []
-    for sample in samples:
-        inputs = models.encode(processor, sample.messages())
-        with torch.inference_mode(), kvweave.compress(model, kvweave.parse_method(METHOD, budget=0.2)):
-            out = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
-        ids = out[0, inputs["input_ids"].shape[1] :]
-        found.append(processor.tokenizer.decode(ids, skip_special_tokens=True))
-    return found
 
 
 def replicas():
@@ -84,13 +44,14 @@ def replicas():
 
 
 def test_a_replica_that_is_killed_costs_no_answer(url):
-    samples = lab.samples("lookup", 6, 4, 0)
-    expected = right(samples)
+    few, lab = samples(6, task="lookup"), models.load("lab")
+    expected = [generated(lab, sample, f"{METHOD}:budget=0.2", TOKENS, endless=True)[0] for sample in few]
     assert len(replicas()) == 2
-    began = [threading.Event() for _ in samples[:4]]
+    began = [threading.Event() for _ in few[:4]]
     with ThreadPoolExecutor(6) as pool:
-        streams = [pool.submit(ask, url, sample, True, seen) for sample, seen in zip(samples, began, strict=False)]
-        rest = [pool.submit(ask, url, sample, False) for sample in samples[4:]]
+        pairs = zip(few, began, strict=False)
+        streams = [pool.submit(ask, url, sample, TOKENS, stream=True, seen=seen) for sample, seen in pairs]
+        rest = [pool.submit(ask, url, sample, TOKENS, stream=False) for sample in few[4:]]
         for seen in began:
             assert seen.wait(120)
         ray.kill(ray.get_actor(replicas()[0], namespace="serve"))
@@ -100,21 +61,11 @@ def test_a_replica_that_is_killed_costs_no_answer(url):
 
 
 def test_questions_to_a_context_whose_replica_is_killed(url):
-    (sample,) = lab.samples("image_needle", 1, 4, 0)
-    (turn,) = openai_messages(sample)
-    body = {"model": "lab", "messages": [{**turn, "content": turn["content"][:-1]}]}
-    id = httpx2.post(f"{url}/v1/contexts", json=body, timeout=120).raise_for_status().json()["id"]
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=300)
+    (sample,) = samples(1, task="image_needle")
+    id = read_context(url, sample)
 
     def asked():
-        told = client.chat.completions.create(
-            model="lab",
-            messages=[{"role": "user", "content": sample.question}],
-            temperature=0,
-            max_tokens=6,
-            extra_body={"kvweave": {"context": id}},
-        )
-        return told.choices[0].message.content
+        return ask_context(url, id, sample.question, 6).choices[0].message.content
 
     answers = [asked() for _ in range(3)]
     ray.kill(ray.get_actor(replicas()[0], namespace="serve"))
@@ -123,15 +74,63 @@ def test_questions_to_a_context_whose_replica_is_killed(url):
     assert httpx2.get(f"{url}/v1/contexts", timeout=60).json()["data"][0]["id"] == id
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"engine": "sglang"}, "'kvweave' or 'vllm'"),
+        ({"engine": "vllm", "handoff": "/x"}, "engine=vllm is not allowed without decoder"),
+        ({"engine": "vllm", "decoder": "/x"}, "engine=vllm is not allowed without handoff"),
+        ({"decoder": "/x"}, "decoder is not allowed with engine=kvweave"),
+        ({"vllm": "vllm"}, "vllm is not allowed with engine=kvweave"),
+    ],
+)
+def test_settings_that_do_not_go_together(given, message):
+    with pytest.raises(ValidationError, match=message):
+        Settings(data="/x", **given)
+
+
+def test_a_replica_starts_a_vllm_of_its_own(url, tmp_path):
+    """vLLM's double, which speaks as it does: killed while it answers, and gone with its replica."""
+    lab = models.load("lab")
+    models.export_decoder(lab[0], tmp_path / "decoder")
+    double = f"{sys.executable} {Path(engine_double.__file__)}"
+    own = {"engine": "vllm", "decoder": tmp_path / "decoder", "handoff": tmp_path / "handoff", "vllm": double}
+    serve.run(app(Settings(data=tmp_path / "contexts", methods=METHOD, **own)))
+    until(lambda: httpx2.get(f"{url}/health").status_code == 200, 120)
+    few = samples(3, images=2, task="lookup")
+    expected = [generated(lab, sample, f"{METHOD}:budget=0.2", TOKENS, endless=True)[0] for sample in few]
+    began = threading.Event()
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(ask, url, sample, TOKENS, stream=True, seen=began) for sample in few]
+        assert began.wait(120)
+        for process in servers(tmp_path):
+            os.kill(process, signal.SIGKILL)
+        assert [one.result() for one in asked] == expected
+    assert servers(tmp_path)
+    serve.delete("default")
+    until(lambda: not servers(tmp_path), 60)
+
+
+def servers(folder):
+    """Processes that were started on a decoder of this folder, their guards not."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = file.read_text().split("\0")
+            if len(words) > 1 and words[1].endswith("engine_double.py") and str(folder / "decoder") in words:
+                found.append(int(file.parent.name))
+    return found
+
+
 def test_replicas_are_added_where_they_are_asked_for(url, tmp_path):
     """Ray waits half a minute to see whether more are asked for than one replica should have."""
     serve.run(app(Settings(data=tmp_path, methods=METHOD, min_replicas=1, max_replicas=2, target_requests=1)))
-    (sample,) = lab.samples("lookup", 1, 2, 0)
+    (sample,) = samples(1, images=2, task="lookup")
     stop, most = threading.Event(), 0
 
     def on():
         while not stop.is_set():
-            ask(url, sample, True)
+            ask(url, sample, TOKENS, stream=True)
 
     with ThreadPoolExecutor(4) as pool:
         going = [pool.submit(on) for _ in range(4)]

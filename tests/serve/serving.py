@@ -2,12 +2,19 @@
 
 import base64
 import io
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import torch
 import uvicorn
 
@@ -31,6 +38,8 @@ METHODS = (
     "quantized:method=snapkv",
 )
 TASKS = ("text_needle", "image_needle", "lookup", "change")
+#: Of a `kvweave serve` in a process of its own.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(kvweave.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 
 class Running:
@@ -61,6 +70,30 @@ def start(**options: Any) -> Running:
     return Running(Server("lab", *models.load("lab"), **options))
 
 
+@contextmanager
+def command(*options: str, environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[tuple[str, int]]:
+    """`kvweave serve`; where it is, and its process."""
+    words = [sys.executable, "-m", "kvweave", "serve", "--port", "0", *options]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    try:
+        said = ""
+        while not (found := re.search(r"running on (http://127\.0\.0\.1:\d+)", said)):
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # or its log would fill the pipe
+        yield found[1], process.pid
+    finally:
+        process.terminate()
+        process.wait(timeout=120)
+
+
+def children(process: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def samples(count: int, images: int = 4, task: str | None = None, seed: int = 0) -> list[Any]:
     """Questions, each with an album of its own."""
     tasks = TASKS if task is None else (task,)
@@ -89,6 +122,52 @@ def openai_messages(sample: Any) -> list[dict[str, Any]]:
         }
         for turn in sample.messages()
     ]
+
+
+def client(url: str, timeout: float = 300) -> openai.OpenAI:
+    """OpenAI's own, which tries nothing twice."""
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=timeout)
+
+
+def ask(url: str, sample: Any, tokens: int, *, stream: bool, seen: threading.Event | None = None) -> str:
+    """What a server says to a sample, so many tokens whatever they are.
+
+    Args:
+        seen: set once some of a stream has come.
+    """
+    asked: dict[str, Any] = {
+        "model": "lab",
+        "messages": openai_messages(sample),
+        "temperature": 0,
+        "max_tokens": tokens,
+        "extra_body": {"kvweave": {"ignore_eos": True}},
+    }
+    if not stream:
+        return client(url).chat.completions.create(**asked).choices[0].message.content or ""
+    text = ""
+    for number, chunk in enumerate(client(url).chat.completions.create(**asked, stream=True)):
+        text += chunk.choices[0].delta.content or ""
+        if seen is not None and number == 5:
+            seen.set()
+    return text
+
+
+def read_context(url: str, sample: Any, **own: Any) -> str:
+    """The id of a context of all but the sample's question."""
+    (turn,) = openai_messages(sample)
+    body = {"model": "lab", "messages": [{**turn, "content": turn["content"][:-1]}], "kvweave": own}
+    return httpx2.post(f"{url}/v1/contexts", json=body, timeout=120).raise_for_status().json()["id"]
+
+
+def ask_context(url: str, id: str, question: str, tokens: int = 8) -> Any:
+    """The answer to a question behind a context."""
+    return client(url).chat.completions.create(
+        model="lab",
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=tokens,
+        extra_body={"kvweave": {"context": id}},
+    )
 
 
 def generated(

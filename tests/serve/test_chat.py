@@ -11,6 +11,7 @@ from serving import METHODS, Running, generated, metrics, openai_messages, sampl
 
 import kvweave
 from kvweave import models
+from kvweave.serve.limits import DEFAULT_METHOD
 
 #: What leaves the model in doubt, so that draws differ.
 UNSURE = {"extra_body": {"kvweave": {"budget": 0.03}}}
@@ -164,6 +165,18 @@ def test_methods_say_why_they_decode_alone(client: openai.OpenAI) -> None:
     }.items():
         told = ask(client, sample, extra_body={"kvweave": {"method": method}})
         assert told.kvweave["decoded"] == f"alone: {why}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_ends_before_its_cut_says_so(client: openai.OpenAI, stream: bool) -> None:
+    """The default waits for eight tokens: of a shorter reply the whole prompt was held."""
+    (sample,) = samples(1)
+    own = {"method": DEFAULT_METHOD, "ignore_eos": True}
+    for tokens, decoded in ((7, "alone: the reply ended before its cut"), (9, "together")):
+        told = ask(client, sample, max_tokens=tokens, stream=stream, extra_body={"kvweave": own})
+        said = [chunk.kvweave for chunk in told if hasattr(chunk, "kvweave")][-1] if stream else told.kvweave
+        assert said["decoded"] == decoded
+        assert (said["kept_bytes"] == said["prompt_bytes"]) is (decoded != "together")
 
 
 def test_what_is_kept_can_be_traced(client: openai.OpenAI) -> None:

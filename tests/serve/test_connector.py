@@ -5,6 +5,7 @@ The real ones are in tests/vllm. Here are two tensor parallel processes, which a
 
 import importlib
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -50,7 +51,9 @@ def module(monkeypatch):
     base.SupportsHMA = type("SupportsHMA", (), {})
     distributed.get_tensor_model_parallel_rank = lambda: loaded.rank[0]
     distributed.get_tensor_model_parallel_world_size = lambda: loaded.rank[1]
-    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    vllm = ModuleType("vllm")
+    vllm.__version__, vllm.__version_tuple__ = "0.28.0", (0, 28, 0)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
     monkeypatch.setitem(sys.modules, BASE, base)
     monkeypatch.delitem(sys.modules, HERE, raising=False)
@@ -166,3 +169,24 @@ def test_settings_are_refused_by_name(module, stored):
     ):
         with pytest.raises(ValueError, match=message):
             connector(module, stored, **other)
+
+
+@pytest.mark.parametrize(
+    ("version", "parts", "right"),
+    [
+        ("0.27.1", (0, 27, 1), False),
+        ("0.9.2", (0, 9, 2), False),
+        ("0.28.0rc1", (0, 28, 0, "rc1"), True),
+        ("0.32.0", (0, 32, 0), True),
+        ("1.0.0", (1, 0, 0), True),
+        ("dev", (0, 0, "dev"), True),  # a checkout without tags
+    ],
+)
+def test_a_vllm_that_is_too_old_is_refused_by_name(module, version, parts, right):
+    sys.modules["vllm"].__version__, sys.modules["vllm"].__version_tuple__ = version, parts
+    with (
+        nullcontext()
+        if right
+        else pytest.raises(ImportError, match=f"vLLM {version} is not allowed: allowed is 0.28")
+    ):
+        importlib.reload(module)

@@ -204,6 +204,23 @@ def test_what_a_context_is_not_asked(shared: Running) -> None:
     assert post(shared, ALICE, sample, temperature=0).json()["error"]["param"] == "temperature"
 
 
+def test_a_context_that_is_deleted_while_it_is_asked(shared: Running) -> None:
+    """What has begun is answered, from its own context and no other's; what has not finds none."""
+    few = samples(2, images=3, task="image_needle")
+    ids = [post(shared, ALICE, sample).json()["id"] for sample in few]
+    asked = [(id, question) for id, sample in zip(ids, few, strict=True) for question in questions(sample)]
+    answers = [ask(shared, ALICE, *one).choices[0].message.content for one in asked]
+    streams = [ask(shared, ALICE, *one, stream=True) for one in asked]
+    begun = [[next(stream)] for stream in streams]
+    for id in ids:
+        assert call(shared, "DELETE", f"/{id}", ALICE).status_code == 200
+    for answer, first, stream in zip(answers, begun, streams, strict=True):
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in [*first, *stream]) == answer
+    with pytest.raises(openai.NotFoundError, match="no such context"):
+        ask(shared, ALICE, *asked[0])
+    assert call(shared, "DELETE", f"/{ids[0]}", ALICE).status_code == 404
+
+
 def test_n_replies_to_a_question(shared: Running) -> None:
     (sample,) = samples(1, task="image_needle")
     id = post(shared, ALICE, sample).json()["id"]

@@ -205,6 +205,25 @@ def test_tokens_that_were_asked_for_and_known_before_stay(behind: Any) -> None:
     assert found.doubles[1].asked[0]["kvweave"]["known_token_ids"] == [[0, 1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("own", "field"),
+    [
+        (5, "kvweave"),
+        ([], "kvweave"),
+        ({"known_token_ids": "x"}, "kvweave.known_token_ids"),
+        ({"known_token_ids": [5]}, "kvweave.known_token_ids.0"),
+        ({"return_token_ids": "yes"}, "kvweave.return_token_ids"),
+        ({"context": 5}, "kvweave.context"),
+    ],
+)
+def test_what_it_reads_itself_it_refuses_itself(behind: Any, own: Any, field: str, stream: bool) -> None:
+    found = behind(Double())
+    told = found.ask(stream=stream, kvweave=own)
+    assert (told.status_code, told.json()["error"]["param"]) == (400, field)
+    assert found.ask(stream=stream, kvweave=None).status_code == 200
+
+
 def test_a_request_does_not_break_all_replicas(behind: Any) -> None:
     doubles = [Double("break", after=0) for _ in range(4)]
     found = behind(*doubles)

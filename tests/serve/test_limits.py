@@ -31,7 +31,8 @@ TEXT = [{"role": "user", "content": "question: where is the cat ?"}]
 
 def post(running: Running, body: Any, path: str = "/v1/chat/completions", **headers: str) -> httpx2.Response:
     given = {"model": "lab", "messages": TEXT, "max_tokens": 2} | body if isinstance(body, dict) else body
-    return httpx2.post(f"{running.url}{path}", json=given, headers=headers, timeout=30)
+    own = {"Content-Type": "application/json", **headers}
+    return httpx2.post(f"{running.url}{path}", content=json.dumps(given), headers=own, timeout=30)
 
 
 def refused(response: httpx2.Response, status: int, field: str | None, *words: str) -> None:
@@ -68,6 +69,9 @@ URL = "messages.0.content.0.image_url.url"
         ({"max_tokens": None, "max_completion_tokens": 65}, "max_completion_tokens"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": [1]}, "stop.0"),
+        ({"stop": {"a": 1}}, "stop"),
+        ({"stop": "\ud800"}, "stop"),
+        ({"n": 10**400}, "n"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -81,6 +85,11 @@ URL = "messages.0.content.0.image_url.url"
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]},
+            "messages.0.content.0.text",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, URL),
@@ -91,6 +100,7 @@ URL = "messages.0.content.0.image_url.url"
         ({"kvweave": {"budget": 0}}, "kvweave.budget"),
         ({"kvweave": {"budget": 1.5}}, "kvweave.budget"),
         ({"kvweave": {"budget": "1GiB"}}, "kvweave.budget"),
+        ({"kvweave": {"budget": 10**30}}, "kvweave.budget"),
         ({"kvweave": {"speed": 3}}, "kvweave.speed"),
         ({"kvweave": {"known_token_ids": [[-1]]}}, "kvweave.known_token_ids.0.0"),
         ({"kvweave": {"known_token_ids": [[10**9]]}}, "kvweave.known_token_ids"),
@@ -102,6 +112,20 @@ URL = "messages.0.content.0.image_url.url"
 )
 def test_a_field_that_is_not_allowed_is_named(running: Running, body: dict[str, Any], field: str) -> None:
     refused(post(running, body), 400, field)
+
+
+@pytest.mark.parametrize("odd", ["context", "trace", "ignore_eos", "return_token_ids", "known_token_ids", "speed"])
+def test_a_context_takes_no_options_of_replies(running: Running, odd: str) -> None:
+    body = {"model": "lab", "messages": TEXT, "kvweave": {odd: True}}
+    refused(httpx2.post(f"{running.url}/v1/contexts", json=body), 400, f"kvweave.{odd}", "is not known here")
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+@pytest.mark.parametrize("least", [5e-324, 1e-300, 1e-40])
+def test_the_least_numbers_are_greedy(running: Running, name: str, least: float) -> None:
+    greedy = post(running, {"temperature": 0, "max_tokens": 6}).json()
+    told = post(running, {name: least, "max_tokens": 6})
+    assert told.json()["choices"] == greedy["choices"]
 
 
 def test_the_client_raises_what_openai_would(running: Running) -> None:
@@ -127,6 +151,7 @@ def test_a_body_that_is_no_json_object(running: Running, body: bytes) -> None:
 
 def test_paths_that_there_are_none_of(running: Running) -> None:
     refused(httpx2.get(f"{running.url}/v1/embeddings"), 404, None)
+    refused(httpx2.get(f"{running.url}/v1/contexts/"), 404, None)
     refused(httpx2.get(f"{running.url}/v1/chat/completions"), 405, None)
 
 
@@ -398,7 +423,20 @@ def test_keys_that_are_none(key: str) -> None:
 
 def test_another_sites_page_cannot_ask(running: Running) -> None:
     """Without keys, by a name made to lead here, or by a form: a browser sends those unasked."""
-    refused(httpx2.get(f"{running.url}/v1/models", headers={"Host": "evil.test"}), 403, None)
+    odd = (
+        "evil.test",
+        "a_b.test",
+        "localhost.test",
+        "127.0.0.1@evil.test",
+        "evil.test#localhost",
+        "localhost x",
+        "[::1",
+        "",
+    )
+    for host in odd:
+        refused(httpx2.get(f"{running.url}/v1/models", headers={"Host": host}), 403, None)
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:80"):
+        assert httpx2.get(f"{running.url}/v1/models", headers={"Host": host}).status_code == 200
     told = httpx2.post(
         f"{running.url}/v1/chat/completions", content=json.dumps({}), headers={"Content-Type": "text/plain"}
     )

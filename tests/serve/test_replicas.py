@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import openai
 import pytest
-from serving import generated, openai_messages, samples, until
-
-import kvweave
+from serving import ENVIRONMENT, ask, ask_context, children, command, generated, read_context, samples, until
 
 METHOD = "snapkv"
 TOKENS = 300
 START = 180  # seconds that several processes may take to load a model, on a machine that does other things too
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(kvweave.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 
 @dataclass
@@ -33,10 +29,6 @@ class Served:
 
     process: int
     url: str
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=120)
 
     def metric(self, name: str) -> float:
         found = re.search(rf"^kvweave_{re.escape(name)} (\S+)$", httpx2.get(f"{self.url}/metrics").text, re.MULTILINE)
@@ -55,27 +47,11 @@ class Served:
         return [server for server in self.servers if words in Path(f"/proc/{server}/cmdline").read_text()]
 
 
-def children(process: int) -> list[int]:
-    return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
 @contextmanager
 def serving(*options: str) -> Iterator[Served]:
     """`kvweave serve`, several processes of it."""
-    command = [sys.executable, "-m", "kvweave", "serve", "--port", "0", "--method", METHOD, *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert process.stderr is not None
-    try:
-        said = ""
-        while not (found := re.search(r"running on (http://127\.0\.0\.1:\d+)", said)):
-            line = process.stderr.readline()
-            assert line, said
-            said += line
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # or its log would fill the pipe
-        yield Served(process.pid, found[1])
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    with command("--method", METHOD, *options) as (url, process):
+        yield Served(process, url)
 
 
 @pytest.fixture(scope="module")
@@ -85,33 +61,13 @@ def served() -> Iterator[Served]:
         yield found
 
 
-def ask(
-    served: Served, sample: Any, *, stream: bool, seen: threading.Event | None = None, tokens: int = TOKENS
-) -> str:
-    asked = {
-        "model": "lab",
-        "messages": openai_messages(sample),
-        "temperature": 0,
-        "max_tokens": tokens,
-        "extra_body": {"kvweave": {"ignore_eos": True}},
-    }
-    if not stream:
-        return served.client.chat.completions.create(**asked).choices[0].message.content or ""
-    text = ""
-    for number, chunk in enumerate(served.client.chat.completions.create(**asked, stream=True)):
-        text += chunk.choices[0].delta.content or ""
-        if number == 5 and seen is not None:
-            seen.set()
-    return text
-
-
 def test_a_replica_that_is_killed_costs_no_answer(served: Served, lab_model: tuple[Any, Any]) -> None:
     few = samples(6, images=2)
     right = [generated(lab_model, sample, f"{METHOD}:budget=0.2", TOKENS, endless=True)[0] for sample in few]
     streamed = [(sample, threading.Event()) for sample in few[:4]]
     with ThreadPoolExecutor(6) as pool:
-        streams = [pool.submit(ask, served, sample, stream=True, seen=seen) for sample, seen in streamed]
-        rest = [pool.submit(ask, served, sample, stream=False) for sample in few[4:]]
+        streams = [pool.submit(ask, served.url, sample, TOKENS, stream=True, seen=seen) for sample, seen in streamed]
+        rest = [pool.submit(ask, served.url, sample, TOKENS, stream=False) for sample in few[4:]]
         for _, seen in streamed:
             assert seen.wait(60)
         os.kill(served.servers[0], signal.SIGKILL)
@@ -123,22 +79,11 @@ def test_a_replica_that_is_killed_costs_no_answer(served: Served, lab_model: tup
 
 def test_contexts_of_a_replica_that_is_killed_are_there_again(served: Served) -> None:
     few = samples(2, images=2, task="image_needle")
-    ids, answers = [], []
-    for sample in few:
-        (turn,) = openai_messages(sample)
-        body = {"model": "lab", "messages": [{**turn, "content": turn["content"][:-1]}], "kvweave": {"budget": 0.5}}
-        ids.append(httpx2.post(f"{served.url}/v1/contexts", json=body, timeout=60).json()["id"])
+    ids = [read_context(served.url, sample, budget=0.5) for sample in few]
 
     def asked() -> list[str | None]:
-        question = [{"role": "user", "content": "what digit is hidden in image #1 ?"}]
-        return [
-            served.client.chat.completions.create(
-                model="lab", messages=question, temperature=0, max_tokens=8, extra_body={"kvweave": {"context": id}}
-            )
-            .choices[0]
-            .message.content
-            for id in ids
-        ]
+        told = [ask_context(served.url, id, "what digit is hidden in image #1 ?") for id in ids]
+        return [one.choices[0].message.content for one in told]
 
     answers = asked()
     listed = httpx2.get(f"{served.url}/v1/contexts").json()["data"]
@@ -150,8 +95,8 @@ def test_contexts_of_a_replica_that_is_killed_are_there_again(served: Served) ->
 
 
 def test_a_gateway_that_is_killed_leaves_nothing_behind() -> None:
-    command = [sys.executable, "-m", "kvweave", "serve", "--port", "0", "--replicas", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    words = [sys.executable, "-m", "kvweave", "serve", "--port", "0", "--replicas", "2"]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     until(lambda: len([s for g in children(process.pid) for s in children(g)]) == 2, START)
     servers = [server for guarding in children(process.pid) for server in children(guarding)]
     process.kill()
@@ -171,7 +116,7 @@ def test_decoders_that_are_killed_cost_no_answer(lab_model: tuple[Any, Any]) -> 
         until(lambda: found.metric("gateway_replicas_up") == 1 and found.metric("gateway_decoders_up") == 2, START)
         seen = threading.Event()
         with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(ask, found, sample, stream=True, seen=seen, tokens=tokens) for sample in few]
+            asked = [pool.submit(ask, found.url, sample, tokens, stream=True, seen=seen) for sample in few]
             assert seen.wait(60)
             for engine in found.running("--kv-transfer-config"):  # whichever decodes what: they are started anew
                 os.kill(engine, signal.SIGKILL)

@@ -1,10 +1,11 @@
 """vLLM's tests, each version in a virtual environment of its own: `make test-vllm`.
 
-    python tests/vllm/environments.py [--versions 0.32.0 ...] [pytest's arguments]
+    python tests/vllm/environments.py [--versions 0.30.0,0.32.0] [pytest's arguments]
 
-An environment shares torch and all else with the one that this runs in. vLLM's wheel for CPUs comes without what it
-names: then what it needs, less the readers of sound and film, and less what is shared. It is started as a module: its
-script would not see what is shared.
+Every version decodes on from contexts; the newest is also started by `kvweave serve`. An environment shares torch
+and all else with the one that this runs in. vLLM's wheel for CPUs comes without what it names: then what it needs,
+less the readers of sound and film, and less what is shared. It is started as a module: its script would not see what
+is shared.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".venv-vllm"
-TESTED = ("0.32.0",)
+#: The oldest that the connector takes, one between, and the newest.
+TESTED = ("0.28.0", "0.30.0", "0.32.0")
+EVERY, NEWEST = "tests/vllm/test_vllm.py", "tests/vllm"
 _LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec"}
 
 
@@ -56,13 +59,14 @@ def _name(name: str) -> str:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--versions", nargs="+", default=list(TESTED))
+    arguments.add_argument("--versions", default=",".join(TESTED))
     known, rest = arguments.parse_known_args()
     failed = 0
-    for version in known.versions:
+    for version in known.versions.split(","):
         python = environment(version)
         print(f"vLLM {version}", flush=True)
-        code = subprocess.run([python, "-m", "pytest", *(rest or ["tests/vllm"])], cwd=ROOT, env=os.environ | _QUIET)
+        tests = rest or [NEWEST if version == TESTED[-1] else EVERY]
+        code = subprocess.run([python, "-m", "pytest", *tests], cwd=ROOT, env=os.environ | _QUIET)
         failed = failed or code.returncode
     return failed
 

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -15,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvweave.cli.console import BadInput
+from kvweave.serve.remote.vllm import DECODER_KEY, command, words
 
 if TYPE_CHECKING:
     from kvweave.serve.keys import Keys
     from kvweave.serve.limits import Limits
-
-DECODER_KEY = "VLLM_API_KEY"  # as vLLM reads it
-VLLM = "vllm.entrypoints.openai.api_server"  # started as a module
 
 
 def gateway(
@@ -51,11 +48,11 @@ def gateway(
         urls = [*(context.params["decoder"] or []), *(decoder.url for decoder in fleet.all)]
         more = {"handoff": handoff, "decoders": 0, "decoder": urls}
 
-    def command(number: int, port: int) -> list[str]:
+    def replica(number: int, port: int) -> list[str]:
         own = {"replicas": 1, "replica": None, "host": "127.0.0.1", "port": port}
         return _once_more(context, **own, data=data / f"replica-{number}", **more)
 
-    replicas: list[Any] = [*(partial(command, number) for number in range(here)), *elsewhere]
+    replicas: list[Any] = [*(partial(replica, number) for number in range(here)), *elsewhere]
     return Gateway(replicas, limits=limits, keys=keys, decoders=fleet).application()
 
 
@@ -85,7 +82,4 @@ def _decoders(
     if subprocess.run([*convert, "--dtype", given["dtype"]], stdout=subprocess.DEVNULL).returncode:
         raise BadInput(f"--engine vllm: the decoder of --model {given['model']!r} cannot be written, as said above")
     os.environ.setdefault(DECODER_KEY, secrets.token_hex(16))
-    from kvweave.serve.remote.vllm import command
-
-    vllm = shlex.split(given["vllm"] or "") or [sys.executable, "-m", VLLM]
-    return [partial(command, vllm, folder, handoff) for _ in range(count)]
+    return [partial(command, words(given["vllm"]), folder, handoff) for _ in range(count)]

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvweave.ops.brief import brief
 from kvweave.report.grids import Grid
 from kvweave.seam import names
 from kvweave.seam.probes import read_probes
@@ -142,11 +143,11 @@ class Server:
         """Refuse what no model is needed to refuse."""
         self.check_model(asked.model)
         if asked.n > self.limits.choices:
-            raise Refusal(400, f"n={asked.n} is not allowed: allowed is at most {self.limits.choices}", "n")
+            raise Refusal(400, f"n={brief(asked.n)} is not allowed: allowed is at most {self.limits.choices}", "n")
         if asked.most is not None and asked.most > self.limits.new_tokens:
             name = "max_completion_tokens" if asked.max_tokens is None else "max_tokens"
             raise Refusal(
-                400, f"{name}={asked.most} is not allowed: allowed is at most {self.limits.new_tokens}", name
+                400, f"{name}={brief(asked.most)} is not allowed: allowed is at most {self.limits.new_tokens}", name
             )
         if asked.top_logprobs is not None and not asked.logprobs:
             raise Refusal(

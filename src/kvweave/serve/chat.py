@@ -157,7 +157,9 @@ class Answer:
     def compression(self) -> dict[str, Any]:
         """What became of the prompt's keys and values."""
         kept = self.kept
-        alone = "the cut is still to come" if kept is None else kept.alone
+        ended = all(reply.finish for reply in self.job.replies)
+        waits = "the reply ended before its cut" if ended else "the cut is still to come"
+        alone = waits if kept is None else kept.alone
         told: dict[str, Any] = {
             "method": self.method,
             "prompt_bytes": self.whole,

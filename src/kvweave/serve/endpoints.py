@@ -1,6 +1,7 @@
 """What all endpoints have in common: they are counted, and every fault is answered in OpenAI's form."""
 
 import logging
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from kvweave import __version__
 from kvweave.serve.errors import Refusal, place_of
 from kvweave.serve.keys import Keys
 
-_LOCAL = ("localhost", "127.0.0.1", "::1")
+_LOCAL = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\])(?::\d+)?", re.ASCII)
 _log = logging.getLogger("kvweave.serve")
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -29,7 +31,7 @@ def application(routes: Sequence[tuple[str, str, Endpoint]], *, counted: Counter
         keys: who may ask; none: this machine.
         life: from start to end, as `lifespan` of FastAPI.
     """
-    app = FastAPI(title="kvweave", version=__version__, lifespan=life, openapi_url=None)
+    app = FastAPI(title="kvweave", version=__version__, lifespan=life, openapi_url=None, redirect_slashes=False)
     for verb, path, answer in routes:
         app.add_api_route(path, _endpoint(path, answer, counted, keys), methods=[verb], response_model=None)
     app.add_exception_handler(HTTPException, _not_here)
@@ -55,8 +57,15 @@ def _endpoint(path: str, answer: Endpoint, counted: Counter, keys: Keys) -> Any:
 
 
 def _check_host(request: Request, keys: Keys) -> None:
-    """Without keys, a page of another site must not reach this machine by a name that was made to lead here."""
-    if not keys and request.url.hostname not in _LOCAL:
+    """Without keys, a page of another site must not reach this machine by a name that was made to lead here.
+
+    The header itself is looked at: of one that is no host, `request.url` would say where the server listens.
+    """
+    host = request.headers.get("host")  # no browser leaves it out
+    if keys or host is None:
+        return
+    found = _HOST.fullmatch(host)
+    if found is None or found[1].lower() not in _LOCAL:
         raise Refusal(403, f"Host is not allowed without API keys: allowed is one of {', '.join(_LOCAL)}")
 
 

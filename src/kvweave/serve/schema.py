@@ -2,12 +2,25 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvweave.serve.errors import Refusal
 
 Kind = TypeVar("Kind", bound=BaseModel)
-_WORDS = {"extra_forbidden": "is not known here", "missing": "is missing"}
+_MISSING = "missing"
+_WORDS = {"extra_forbidden": "is not known here", _MISSING: "is missing"}
+
+
+def _whole(text: str) -> str:
+    """JSON can spell half of a character, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is not allowed") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 
 
 class _Part(BaseModel):
@@ -16,7 +29,7 @@ class _Part(BaseModel):
 
 class TextPart(_Part):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageUrl(_Part):
@@ -34,7 +47,7 @@ ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: Text | list[ContentPart]
     name: str | None = None
 
     @property
@@ -49,6 +62,18 @@ class Compression(_Part):
     Attributes:
         method: one of those that are offered.
         budget: what stays of the prompt: a share in (0, 1], or tokens from 2 on; JSON's 1 is the whole.
+    """
+
+    method: str | None = None
+    budget: (
+        Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Annotated[int, Field(ge=2, lt=2**31)] | None
+    ) = None
+
+
+class ReplyOptions(Compression):
+    """The same of a chat request.
+
+    Attributes:
         context: the id of a context that the messages are a question about.
         trace: tell which tokens of the prompt are kept.
         ignore_eos: the model's own end of a reply does not end it, to measure with.
@@ -56,8 +81,6 @@ class Compression(_Part):
         known_token_ids: the first tokens of each reply, one that was cut off elsewhere: it is decoded on behind them.
     """
 
-    method: str | None = None
-    budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Annotated[int, Field(ge=2)] | None = None
     context: Annotated[str, Field(max_length=64)] | None = None
     trace: bool = False
     ignore_eos: bool = False
@@ -65,12 +88,18 @@ class Compression(_Part):
     known_token_ids: list[list[Annotated[int, Field(ge=0)]]] = Field(default=[], max_length=128)
 
     @model_validator(mode="after")
-    def _one_source(self) -> "Compression":
+    def _one_source(self) -> "ReplyOptions":
         if self.context is not None and (self.method is not None or self.budget is not None):
             raise ValueError("method and budget are not allowed beside context, which was compressed before")
         if self.context is not None and self.trace:
             raise ValueError("trace is not allowed beside context, which was compressed before")
         return self
+
+
+class Own(_Part):
+    """What a gateway reads of a chat request."""
+
+    kvweave: ReplyOptions | None = None
 
 
 class StreamOptions(_Part):
@@ -92,12 +121,12 @@ class ChatRequest(_Part):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    kvweave: Compression = Compression()
+    kvweave: ReplyOptions = ReplyOptions()
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
@@ -134,15 +163,6 @@ class ContextRequest(_Part):
     messages: Annotated[list[Message], Field(min_length=1)]
     kvweave: Compression = Compression()
 
-    @model_validator(mode="after")
-    def _is_no_question(self) -> "ContextRequest":
-        if self.kvweave.context is not None:
-            raise ValueError("kvweave.context is not allowed: a context does not go on from another")
-        for name in ("trace", "ignore_eos", "return_token_ids", "known_token_ids"):
-            if getattr(self.kvweave, name):
-                raise ValueError(f"kvweave.{name} is not allowed: a context is no reply")
-        return self
-
 
 def parsed(kind: type[Kind], data: dict[str, Any]) -> Kind:
     """The request that JSON holds.
@@ -158,17 +178,17 @@ def parsed(kind: type[Kind], data: dict[str, Any]) -> Kind:
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
         worst = max(errors, key=lambda one: len(one["loc"]))  # of the kinds that a field may have, the one it is
-        field = _path(data, worst["loc"])
+        field = _path(data, worst["loc"], worst["type"] == _MISSING)
         said = _WORDS.get(worst["type"], worst["msg"].removeprefix("Value error, "))
         raise Refusal(400, f"{field or 'the request'}: {said}", field or None) from None
 
 
-def _path(data: Any, places: tuple[int | str, ...]) -> str:
+def _path(data: Any, places: tuple[int | str, ...], missing: bool) -> str:
     """Where an error is, as a user would write it: pydantic names the kinds that it tried as well."""
     found, here = [], data
     for number, place in enumerate(places):
         known = place in here if isinstance(here, dict) else isinstance(here, list) and isinstance(place, int)
-        if known or (isinstance(here, dict) and number == len(places) - 1):
+        if known or (missing and number == len(places) - 1):
             found.append(str(place))
             here = here[place] if known else None
     return ".".join(found)

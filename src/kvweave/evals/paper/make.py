@@ -23,7 +23,7 @@ def evaluations(recipe: Recipe, subject: Subject) -> list[Evaluation]:
         Evaluation(
             model=subject.model,
             tasks=subject.tasks(recipe.tasks),
-            methods=tuple(recipe.parsed(protocol).values()),
+            methods=tuple(recipe.parsed().values()),
             budgets=recipe.budgets,
             seeds=subject.seeds,
             protocols=(protocol,),

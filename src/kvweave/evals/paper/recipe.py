@@ -8,7 +8,7 @@ from kvweave.evals.paper.sheet import Sheet
 from kvweave.evals.paper.subject import Subject
 from kvweave.evals.run.plan import label, parse_methods
 from kvweave.evals.tasks.tasks import Task
-from kvweave.methods import Method, list_methods, method_from_dict, parse_method
+from kvweave.methods import Method, list_methods, parse_method
 
 MILEBENCH = (
     "ALFRED",
@@ -62,21 +62,11 @@ class Recipe:
         named = {label(method): label(method) for method in parse_methods([methods])}
         return self if self.methods else replace(self, methods=named)
 
-    def parsed(self, protocol: str = "seen") -> dict[str, Method]:
-        """The methods by the names that a reader sees; with the question unseen nothing can wait for its answer."""
+    def parsed(self) -> dict[str, Method]:
+        """The methods by the names that a reader sees."""
         named = self.methods or {name: name for name in (*list_methods(), "oracle")}
-        methods = {title: parse_method(spelling) for spelling, title in named.items()}
-        if protocol == "seen":
-            return methods
-        return dict(_undeferred(title, method) for title, method in methods.items())
+        return {title: parse_method(spelling) for spelling, title in named.items()}
 
-    def shown(self, protocol: str = "seen") -> dict[str, str]:
+    def shown(self) -> dict[str, str]:
         """A method's row in the tables, by its label."""
-        return {label(method): name for name, method in self.parsed(protocol).items()}
-
-
-def _undeferred(title: str, method: Method) -> tuple[str, Method]:
-    options = method.to_dict()
-    if not options.get("defer"):
-        return title, method
-    return f"{title}, not deferred", method_from_dict(options | {"defer": 0})
+        return {label(method): name for name, method in self.parsed().items()}

@@ -26,9 +26,10 @@ def by_task(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
     """Methods down, tasks across, at one budget."""
     (budget,) = recipe.budgets
     own = printed(recipe.printed, subject.model, subject.data)
+    names = _names(recipe)
     tables, panels = [], []
     for protocol in recipe.protocols:
-        names, means = _names(recipe, protocol), _means(summary, protocol)
+        means = _means(summary, protocol)
         scores, tasks = _scores(summary, protocol)
         at = {method: 1.0 if method == FULL else budget for method in names}
         order = sorted(names, key=lambda method: (method != FULL, -(means[method, at[method]]["score"] or 0)))
@@ -51,9 +52,9 @@ def by_task(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
 def by_budget(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
     """Methods down, budgets across, the mean over tasks."""
     budgets = recipe.budgets
+    names = _names(recipe)
     tables, panels = [], []
     for protocol in recipe.protocols:
-        names = _names(recipe, protocol)
         means = _means(summary, protocol)
         coloured = {*recipe.marked, _best_published(names, means, recipe)}
         rows = [[names[m], *(interval(means.get((m, b)) or means[m, 1.0]) for b in budgets)] for m in names]
@@ -66,7 +67,7 @@ def by_budget(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
                 [means[m, b]["score"] for b in budgets],
                 [means[m, b]["low"] for b in budgets],
                 [means[m, b]["high"] for b in budgets],
-                marked=names[m].split(",")[0] in coloured,
+                marked=names[m] in coloured,
                 limit=m == "oracle",
             )
             for m in names
@@ -88,16 +89,17 @@ def _best_published(names: dict[str, str], means: dict[tuple[str, float], dict[s
         for label, name in zip(names, bare, strict=True)
         if name not in (FULL, "oracle", "random") and not method_class(name).source.startswith("ours")
     ]
-    return names[max(published, key=mean)].split(",")[0] if published else ""
+    return names[max(published, key=mean)] if published else ""
 
 
 def by_variant(recipe: Recipe, subject: Subject, summary: Summary) -> Sheet:
     """Variants down, tasks across, and whether they differ from the first."""
     (budget,) = recipe.budgets
     own = printed(recipe.printed, subject.model, subject.data)
+    names = _names(recipe)
     tables, panels = [], []
     for protocol in recipe.protocols:
-        names, means = _names(recipe, protocol), _means(summary, protocol)
+        means = _means(summary, protocol)
         scores, tasks = _scores(summary, protocol)
         tests = {t["method"]: t for t in summary["tests"] if t["protocol"] == protocol}
         rows = []
@@ -152,9 +154,9 @@ def _sheet(
     return Sheet(recipe.name, recipe.title, recipe.shows, tables, notes, own, draw, facts[:3])
 
 
-def _names(recipe: Recipe, protocol: str) -> dict[str, str]:
+def _names(recipe: Recipe) -> dict[str, str]:
     """What each row is called, by label, the full cache first."""
-    return {FULL: FULL} | recipe.shown(protocol)
+    return {FULL: FULL} | recipe.shown()
 
 
 def _means(summary: Summary, protocol: str) -> dict[tuple[str, float], dict[str, Any]]:

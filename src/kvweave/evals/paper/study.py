@@ -1,7 +1,6 @@
 """Several evaluations of one model whose cells lie in one folder: what two tables need is computed once."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ class Study(Evaluation):
     def cells(self) -> list[Cell]:
         """The full cache first; then task by task, so that a prompt is read, and filled in, once for all methods."""
         cells = {json.dumps(cell.key): cell for part in self.parts for cell in part.cells()}
-        places = {json.dumps(_place(cell)): n for n, cell in enumerate(cells.values())}
-        return sorted(cells.values(), key=lambda cell: (cell.label != "full", places[json.dumps(_place(cell))]))
+        places = {cell.place: n for n, cell in enumerate(cells.values())}
+        return sorted(cells.values(), key=lambda cell: (cell.label != "full", places[cell.place]))
 
     def claim(self, out: Path) -> None:
         """Make `out` the folder of this model and these tasks, or find that it is; other tables may join.
@@ -60,7 +59,3 @@ class Study(Evaluation):
         """What the numbers of a cell depend on beside the cell: alike for all tables in a folder."""
         facts = json.loads(json.dumps({k: v for k, v in self.to_dict().items() if k not in _EXTENT}))
         return facts | {"tasks": {task.name: json.loads(json.dumps(task.to_dict())) for task in self.tasks}}
-
-
-def _place(cell: Cell) -> Mapping[str, Any]:
-    return {name: cell.key[name] for name in ("protocol", "task", "seed")}

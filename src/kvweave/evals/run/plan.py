@@ -59,6 +59,11 @@ class Cell:
         """Its cache is the full one, which others are held against."""
         return self.label == FULL
 
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Cells of one place ask the same prompts."""
+        return self.protocol, self.task.name, self.seed
+
     def path(self, out: Path) -> Path:
         """Its result file."""
         name = "-".join(str(part) for part in self.key.values())

@@ -2,8 +2,9 @@
 
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,58 @@ Result = dict[str, Any]
 Phases = Sequence["dict[int, Cell]"]
 
 
+class Turns:
+    """Which cell a worker computes next: one of the place it is at, whose prompts it has read, while there is any;
+    then of a place where nobody is; then of the one where most is left."""
+
+    def __init__(self, cells: "Mapping[int, Cell]") -> None:
+        self.left: dict[Hashable, deque[tuple[int, Cell]]] = {}
+        for n, cell in cells.items():
+            self.left.setdefault(cell.place, deque()).append((n, cell))
+        self.at: dict[int, Hashable] = {}
+
+    def next(self, worker: int) -> "tuple[int, Cell] | None":
+        """A cell with its number, or None where all are given out."""
+        if not self.left:
+            return None
+        if self.at.get(worker) not in self.left:
+            taken = set(self.at.values())
+            self.at[worker] = max(self.left, key=lambda place: (place not in taken, len(self.left[place])))
+        place = self.at[worker]
+        cell = self.left[place].popleft()
+        if not self.left[place]:
+            del self.left[place]
+        return cell
+
+
+def _shared_out(
+    phases: Phases,
+    workers: int,
+    submit: "Callable[[int, Cell], Any]",
+    first: Callable[[list[Any]], Any],
+    result: Callable[[Any], Result],
+) -> Iterator[tuple[int, Result]]:
+    """Cells by number, as workers finish them.
+
+    Args:
+        submit: gives a worker a cell; returns what stands for its result.
+        first: of several such, one that is finished; result: what it stands for.
+    """
+    for cells in phases:
+        turns, running = Turns(cells), dict[Any, tuple[int, int]]()
+        free = list(range(workers))
+        while free or running:
+            for worker in free:
+                if job := turns.next(worker):
+                    running[submit(worker, job[1])] = worker, job[0]
+            if not running:
+                break
+            done = first(list(running))
+            worker, n = running.pop(done)
+            free = [worker]
+            yield n, result(done)
+
+
 def here(worker: "Worker", phases: Phases, workers: int) -> Iterator[tuple[int, Result]]:
     """Cells by number, as processes of one thread each finish them.
 
@@ -26,19 +79,23 @@ def here(worker: "Worker", phases: Phases, workers: int) -> Iterator[tuple[int, 
         RuntimeError: a process was killed.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy PyTorch's threads half alive
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(worker,))
+    pools = [ProcessPoolExecutor(1, context, initializer=_begin, initargs=(worker,)) for _ in range(workers)]
     try:
-        for cells in phases:
-            futures = {pool.submit(_compute, cell): n for n, cell in cells.items()}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+        yield from _shared_out(
+            phases,
+            workers,
+            lambda at, cell: pools[at].submit(_compute, cell),
+            lambda futures: next(iter(wait(futures, return_when=FIRST_COMPLETED).done)),
+            lambda future: dict(future.result()),
+        )
     except BrokenProcessPool:
         raise RuntimeError(
             "a worker process was killed, perhaps for want of memory: what was answered is kept; "
             "run again with a smaller batch or fewer workers"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
 
 
 _worker: "Worker"  # of a worker process
@@ -65,8 +122,8 @@ class Remote:
             )
         self.worker = worker
 
-    def compute(self, n: int, cell: "Cell") -> tuple[int, Result]:
-        return n, self.worker(cell)
+    def compute(self, cell: "Cell") -> Result:
+        return self.worker(cell)
 
 
 def on_ray(worker: "Worker", phases: Phases, workers: int, address: str) -> Iterator[tuple[int, Result]]:
@@ -77,7 +134,6 @@ def on_ray(worker: "Worker", phases: Phases, workers: int, address: str) -> Iter
     """
     try:
         import ray
-        from ray.util import ActorPool
     except ImportError:
         raise ValueError(f"ray={address!r} needs Ray: pip install 'kvweave[ray]'") from None
 
@@ -91,9 +147,13 @@ def on_ray(worker: "Worker", phases: Phases, workers: int, address: str) -> Iter
     kind = ray.remote(**needs)(Remote)
     actors = [kind.remote(worker) for _ in range(workers)]
     try:
-        pool = ActorPool(actors)
-        for cells in phases:
-            yield from pool.map_unordered(lambda actor, job: actor.compute.remote(*job), list(cells.items()))
+        yield from _shared_out(
+            phases,
+            workers,
+            lambda at, cell: actors[at].compute.remote(cell),
+            lambda references: ray.wait(references, num_returns=1)[0][0],
+            ray.get,
+        )
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -52,11 +52,13 @@ class Sampler:
         """A token from logits [vocabulary]."""
         if self.greedy:
             return int(logits.argmax())
-        chances = (logits.float().cpu() / self.temperature).softmax(-1)
+        above = logits.double().cpu()
+        above -= above.max()  # or a very low temperature would divide infinities
+        chances = (above / self.temperature).softmax(-1).float()
         if self.top_p < 1:
             ordered, tokens = chances.sort(descending=True)
             before = ordered.cumsum(-1) - ordered
-            ordered[before >= self.top_p] = 0  # the first is never left out
+            ordered[1:][before[1:] >= self.top_p] = 0  # the first is never left out
             return int(tokens[torch.multinomial(ordered, 1, generator=self._draws)])
         return int(torch.multinomial(chances, 1, generator=self._draws))
 

@@ -15,6 +15,7 @@ from typing import Any
 FORMAT = "kvweave context 1"
 HEADER = "kvweave"  # the header's one text
 MARK = "kvweave.json"  # beside a decoder's weights: which model's contexts it goes on from
+OLDEST = (0, 28)  # vLLM that the connector is tested with; docs/SERVING.md names the newest
 _STAND_IN = 0  # a token that is never embedded
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -24,6 +25,18 @@ _CHUNK = 1 << 24
 
 class ContextError(ValueError):
     """A request that must not be answered from this context; the message says why."""
+
+
+def check_version(version: str, parts: Sequence[int | str]) -> None:
+    """Refuse a vLLM that is older than the connector's interface; (0, 0) is one built from a checkout without tags.
+
+    Args:
+        version, parts: its `__version__` and `__version_tuple__`.
+    Raises:
+        ImportError: it is older.
+    """
+    if (0, 0) != tuple(parts[:2]) < OLDEST:
+        raise ImportError(f"vLLM {version} is not allowed: allowed is {OLDEST[0]}.{OLDEST[1]} or later")
 
 
 @dataclass(frozen=True)

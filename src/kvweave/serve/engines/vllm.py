@@ -16,14 +16,21 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+
+import vllm
+from kvweave.serve.engines.handoff import ContextError, check_version, check_whole, context_of, heads_here, mark_of
+
+check_version(vllm.__version__, vllm.__version_tuple__)  # before names that an older one may not have
+
+from vllm.distributed import (  # noqa: E402
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorBase_V1,
     KVConnectorMetadata,
     SupportsHMA,
 )
-
-from kvweave.serve.engines.handoff import ContextError, check_whole, context_of, heads_here, mark_of
 
 _LOG = logging.getLogger("vllm.kvweave")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")

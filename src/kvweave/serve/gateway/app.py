@@ -1,6 +1,6 @@
 """The gateway's endpoints: those of one server, answered by several.
 
-It looks at who asks and at how much is sent; all else about a request its replicas look at.
+It looks at who asks, at how much is sent and at the field `kvweave`; all else about a request its replicas look at.
 """
 
 import asyncio
@@ -31,6 +31,7 @@ from kvweave.serve.gateway.metrics import GatewayMetrics
 from kvweave.serve.keys import Keys
 from kvweave.serve.limits import Limits
 from kvweave.serve.page import page
+from kvweave.serve.schema import Own, ReplyOptions, parsed
 
 
 class Gateway:
@@ -74,13 +75,11 @@ class Gateway:
         streamed: EventStream | None = None
         try:
             body = await read_json(request, self.limits)
-            own = body.get("kvweave") or {}
-            context = own.get("context") if isinstance(own, dict) else None
-            call = _call(request, body, context if isinstance(context, str) else "")
-            if body.get("stream") is not True or not isinstance(own, dict):
+            own = parsed(Own, {"kvweave": body.get("kvweave")}).kvweave or ReplyOptions()
+            call = _call(request, body, own.context or "")
+            if body.get("stream") is not True:
                 return await unless_gone(request, self._whole(call))
-            call.body["kvweave"] = own  # type: ignore[index]
-            chunks = Streamed(self.replicas, call, self._tries(call), self.metrics.goes_on.inc).chunks()
+            chunks = Streamed(self.replicas, call, own, self._tries(call), self.metrics.goes_on.inc).chunks()
             first = await unless_gone(request, anext(chunks))
             streamed = EventStream(_behind(first, chunks), self.gate.leave)
             return streamed

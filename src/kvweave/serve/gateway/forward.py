@@ -13,6 +13,7 @@ from typing import Any
 
 from kvweave.serve.fleet.replicas import Replica, Replicas
 from kvweave.serve.fleet.tries import Tries
+from kvweave.serve.schema import ReplyOptions
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Call:
     def knowing(self, replies: list[list[int]]) -> "Call":
         """The same, of whose replies some tokens are known."""
         assert self.body is not None
-        own = self.body["kvweave"] | {"return_token_ids": True, "known_token_ids": replies}
+        own = (self.body.get("kvweave") or {}) | {"return_token_ids": True, "known_token_ids": replies}
         return Call(self.verb, self.path, self.headers, self.body | {"kvweave": own}, self.context)
 
 
@@ -43,7 +44,7 @@ class Streamed:
     """A chat request whose answer comes in pieces.
 
     Attributes:
-        call: with a body whose `kvweave` is there.
+        own: what its body says of its replies.
         tries: where it goes.
         goes_on: called whenever one replica goes on with what another began.
         head: of its chunks, which must not change where another replica goes on.
@@ -51,16 +52,12 @@ class Streamed:
 
     replicas: Replicas
     call: Call
+    own: ReplyOptions
     tries: Tries
     goes_on: Callable[[], None]
     head: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert self.call.body is not None
-        own = self.call.body["kvweave"]
-        self._tells_ids = own.get("return_token_ids") is True
-        given = own.get("known_token_ids")
-        self._given: list[list[int]] = given if isinstance(given, list) else []
         self._known: list[list[int]] = []
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -78,7 +75,9 @@ class Streamed:
         if self._known:
             self.goes_on()
         seen, none = [0 for _ in self._known], list[int]()
-        call = self.call.knowing([max(two, key=len) for two in zip_longest(self._known, self._given, fillvalue=none)])
+        call = self.call.knowing(
+            [max(two, key=len) for two in zip_longest(self._known, self.own.known_token_ids, fillvalue=none)]
+        )
         async with aclosing(self.replicas.events(replica, call.path, call.headers, call.body)) as events:
             async for chunk in events:
                 if not self.head:
@@ -96,7 +95,7 @@ class Streamed:
         if seen[index] <= len(self._known[index]):
             return False
         self._known[index] += tokens
-        if not self._tells_ids:
+        if not self.own.return_token_ids:
             del choice["token_ids"]
         plain = choice["delta"] or choice["finish_reason"] or choice["logprobs"]
-        return bool(plain or self._tells_ids)
+        return bool(plain or self.own.return_token_ids)
