@@ -166,11 +166,20 @@ class LayerView:
         return (1 - self.decoded_weight) * received + self.decoded_weight * decoded
 
     def prompt_attention(self, window: int, rows_by: str = "mean", heads_by: str = "mean") -> Tensor:
-        """As `window_attention`, of the prompt's own rows alone."""
-        return self.once(
-            ("window", window, rows_by, heads_by),
-            lambda: statistics.window_attention(self.all_queries(), self.keys, self.rule, window, rows_by, heads_by),
-        )
+        """As `window_attention`, of the prompt's own rows alone: those at hand, or held (`hold_rows`)."""
+
+        def compute() -> Tensor:
+            queries, rule = self._window_rows(window)
+            return statistics.window_attention(queries, self.keys, rule, window, rows_by, heads_by)
+
+        return self.once(("window", window, rows_by, heads_by), compute)
+
+    def _window_rows(self, window: int) -> tuple[Tensor, AttentionRule]:
+        held = self.memo.get(("reference queries", window))
+        if self.queries is not None or held is None:
+            return self.all_queries(), self.rule
+        queries, mask = held
+        return queries, replace(self.rule, mask=None if mask is None else lambda low, high: mask[:, :, low:high])
 
     def received(self, rows_by: str, heads_by: str) -> Tensor:
         """Attention from all of the prompt's rows, over a group's heads first: [batch, kv_heads, length].
@@ -227,7 +236,7 @@ class LayerView:
         )
 
     def hold_rows(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Let `reference_rows` be asked for once queries are released."""
+        """Let `reference_rows` and `prompt_attention` of as many rows be asked for once queries are released."""
         rows_and_mask: tuple[Tensor, Tensor | None] = self.once(
             ("reference queries", rows), lambda: self._last_rows(rows)
         )

@@ -53,7 +53,8 @@ def made(folder: Path, names: Iterable[str] = RECIPES) -> Path:
 
 def test_results_go_where_readers_look(tmp_path: Path):
     (tmp_path / "README.md").write_text(f"before\n{MARKS}\nafter\n")
-    folders = made(tmp_path / "out"), made(tmp_path / "large"), made(tmp_path / "smol", ["flowmm:table1", "flowmm:fig4"])
+    real = made(tmp_path / "smol", ["flowmm:table1", "flowmm:fig4"])
+    folders = made(tmp_path / "out"), made(tmp_path / "large"), real
     publish(*folders, tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")

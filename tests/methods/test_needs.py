@@ -20,12 +20,13 @@ LENGTH, BUDGET = 24, 9
 METHODS = [item for item in [*names_and_options(), *WRAPPED] if item[0] != "full"]
 
 
-def groups_of(method, queries, case):
+def groups_of(method, queries, case, mask=None):
     """One layer as the method sees it, with as many queries as it declares."""
     terms = Terms.of(method, query_rows=method.needs.rows, rotary=rotary_tables(LENGTH, 8))
     prompt = kvweave.Prompt(case.visual, torch.ones_like(case.visual))
     slots = Slots(case.keys[0], case.values[0]).as_slots(prompt.valid, padded=False)
-    return LayerCut(0).groups(slots, queries if terms.query_rows else None, prompt, AttentionRule(8**-0.5), terms)
+    own = queries if terms.query_rows else None
+    return LayerCut(0).groups(slots, own, prompt, AttentionRule(8**-0.5), terms, mask)
 
 
 @pytest.mark.parametrize(("name", "options"), METHODS, ids=str)
@@ -40,6 +41,27 @@ def test_a_cut_that_comes_later_reads_what_was_computed_before(name, options):
     kept = [compact(method, groups, share, [BUDGET]).compacted for groups in (at_once, later)]
     assert torch.equal(kept[0].positions, kept[1].positions)
     assert torch.equal(kept[0].values, kept[1].values)
+
+
+@pytest.mark.parametrize("form", ["lent", "even", "lent,coarse=2", "lent,temperature=none"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_a_cut_that_waits_holds_of_the_last_rows_says_as_much_as_they_did(form, masked):
+    """Nothing was decoded: the prompt's own rows count, whose queries were released."""
+    method = kvweave.parse_method(f"weave:form={form},budget={BUDGET},proxies=5,recent=1,sinks=1")
+    case = random_case([False] * LENGTH, layers=1)
+    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril() if masked else None
+    if mask is not None:
+        mask[..., 3] = False
+        mask[..., LENGTH - 2, 7] = False
+    at_once, later = (groups_of(method, case.queries[0], case, mask) for _ in range(2))
+    weights = observe(method, at_once, [BUDGET], [LENGTH])
+    assert observe(method, later, [BUDGET], [LENGTH], later=True) == ([0.0] if method.pools else weights)
+    assert later[0].view.queries is None
+    if method.pools:
+        weights = [method.observe(later[0].view)]
+    share = share_out(method, [BUDGET], [LENGTH], 1, [weights] if method.layer_adaptive else None)[0]
+    kept = [compact(method, groups, share, [BUDGET]).compacted for groups in (at_once, later)]
+    assert torch.equal(kept[0].positions, kept[1].positions)
 
 
 def test_a_statistic_that_was_not_declared_is_refused_by_name():

@@ -173,7 +173,7 @@ class PromptCut(LayerCut):
         batch = len(prompt.valid)
         probed = (False, True) if terms.on_request else (False,)
         means, lengths = pending.budgets, pending.lengths
-        weights = observe(terms.method, pending.groups, budgets, lengths, means=means, probed=probed)
+        weights = observe(terms.method, pending.groups, budgets, lengths, means=means, probed=probed, later=True)
         heads, dim = self.query_shape
         queries = pending.prompt.keys.new_zeros(batch, heads, terms.awaited, dim)
         statistics, weights = known_by_row(pending.groups, batch), by_row(pending.groups, weights)

@@ -250,6 +250,7 @@ def observe(
     *,
     means: Sequence[int] | None = None,
     probed: Sequence[bool] = (False,),
+    later: bool = False,
 ) -> list[Any]:
     """What `Method.allocate` is given of each group, all statistics computed and queries released.
 
@@ -261,6 +262,7 @@ def observe(
         means: the mean over layers of each row's budgets; None: they are given in `budgets`.
         lengths: real tokens of each row; on a later turn a layer holds fewer.
         probed: whether the plan will know of probes; both where that is still open.
+        later: what a method that pools entries observes is asked for when more is known, its statistics alone now.
     """
     weights: list[Any] = []
     for group in groups:
@@ -271,7 +273,10 @@ def observe(
         view.mean_budget = mean
         if method.pools and group.length:
             for view.probed in probed:
-                weight = method.observe(view)  # a group of one row
+                if later:
+                    method.prepare(view, mean)
+                else:
+                    weight = method.observe(view)  # a group of one row
         elif smallest(budgets[row]) < (lengths[row] if method.layer_adaptive else group.length):
             if method.layer_adaptive:  # a group of one row
                 weight = method.observe(view)

@@ -241,7 +241,7 @@ class ScoredMethod(Method):
 
     def prepare(self, view: LayerView, budget: int) -> None:
         super().prepare(view, budget)
-        self.ranking(view, self.quota(budget, budget))
+        self.score(view, self.quota(budget, budget))  # lending asks for no more
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         if self.allocation == "head" and view.empty is None and not self.uneven:

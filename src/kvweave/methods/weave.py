@@ -38,8 +38,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "heads_by": "max",
         "ahead": 64,  # a reply that quotes goes on where its eighth token looks
         "fade": 0.9,
-        "recent": 8,
-        "sinks": 4,
+        "recent": 1,  # of few entries, what every head keeps by force is dear: heads that want these tokens score them
+        "sinks": 1,
         "defer": 8,
         "temperature": 1.0,  # what the prompt's own rows look at counts only where none is decoded
         "replay": True,
@@ -60,9 +60,9 @@ class Weave(MergingMethod, ScoredMethod):
 
     On a model, `weave` with nothing but a budget is `form=lent`: the prompt stays whole while eight tokens are
     decoded. The largest attention that any of them pays, from any head, is lent to the 64 tokens behind what it looks
-    at, a tenth less to each next one: a name is looked up, and its value follows. The first tokens stay in every head
-    and lend nothing. Entries go to the heads that want them, the heads of all layers competing, and half by the
-    model's profile, where one is shipped. Nothing is merged.
+    at, a tenth less to each next one: a name is looked up, and its value follows. The first token and the last stay
+    in every head, and the first lends nothing. Entries go to the heads that want them, the heads of all layers
+    competing, and half by the model's profile, where one is shipped. Nothing is merged.
     Where the prompt is frozen, or asked about, before any reply (`CompressedCache.question`), or probes are named, it
     is read again instead, and the largest attention paid meanwhile counts, as `kvzip` has it: nothing is lent then.
     The report says what it came to (`works_as`). `form=even` is the same with equally many entries in each head, for
@@ -228,6 +228,12 @@ class Weave(MergingMethod, ScoredMethod):
     @property
     def uses_modality(self) -> bool:
         return self.cross_scope != "any"
+
+    def prepare(self, view: LayerView, budget: int) -> None:
+        if self.temperature is None or view.probed or self.coarse:
+            return super().prepare(view, budget)
+        self.needs.compute(view)
+        view.hold_rows(self.proxies)  # what they look at is asked for only where nothing is decoded
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         if self.allocation != "head" or view.empty is not None:

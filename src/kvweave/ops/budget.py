@@ -140,6 +140,8 @@ def allocate(weights: Sequence[float], total: int, lo: int, hi: int | Sequence[i
     low, high = 0.0, max(most) / min(scaled)
     for _ in range(200):
         middle = (low + high) / 2
+        if middle in (low, high):  # no number lies between
+            break
         low, high = (middle, high) if sum(shares(middle)) < total else (low, middle)
     return largest_remainder(shares(high), total, most)
 
