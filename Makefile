@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run smol test test-kernels test-all test-versions test-vllm test-ray lint format bench bench-decode bench-peers bench-flow load test-page guard results results-smol research docs models generation gpu gpu-smol clean
+.PHONY: run smol test test-kernels test-all test-versions test-vllm test-ray lint format bench bench-decode bench-peers bench-flow load handover test-page guard results results-smol research docs models generation gpu gpu-smol clean
 
 run: $(READY)  ## a real language model with eyes answers about an album with 20 % of its KV cache; without it, the toy
 	@if test -e $(SMOL); then set -x; $(BIN)/kvweave run --model smol --images 8; \
@@ -68,6 +68,9 @@ bench-flow: $(READY)  ## FlowMM's flow ratio from some of the rows: errors, and 
 
 load: $(READY)  ## kvweave serve under a thousand requests, 32 at once: none lost, none mixed, memory flat
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.load
+
+handover: $(READY)  ## what the gateway adds to a request, and what a context takes to vLLM
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.handover
 
 test-page: $(BROWSER)  ## the served page in a Chromium that the machine has (CHROMIUM=/path/to/it)
 	OMP_NUM_THREADS=1 .venv-browser/bin/python -m pytest tests/browser

@@ -169,10 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handed, asked = handoff_rows(options.rounds), gateway_rows(options.rounds)
     text = (
         "# What stands between a client and its tokens\n\n"
-        f"**The gateway.** The lab's model, prompts of {IMAGES} pictures, {TOKENS} tokens streamed; one server, asked "
-        f"directly and through `kvweave serve --replica URL` by turns, {options.rounds} rounds behind one that is not "
-        "counted; every answer is the same both ways. Server, gateway and client share the machine's cores with other "
-        "work: the clock's figures are of that load, the CPU's are the processes' own.\n\n"
+        f"**The gateway.** The lab's model, prompts of {IMAGES} pictures, {TOKENS} tokens streamed; one server, "
+        f"asked directly and through `kvweave serve --replica URL` by turns (rounds: {options.rounds}, behind one "
+        "that is not counted); every answer is the same both ways. Server, gateway and client share the machine's "
+        "cores with other work: the clock's figures are of that load, the CPU's are the processes' own.\n\n"
         f"{measure.markdown_table(GATEWAY, asked)}\n"
         f"**The hand-off to vLLM.** {MODEL}, bfloat16, a prompt of {LENGTH:,} tokens, kept by snapkv: `cache.export` "
         "(keys turned, digest, file), and what vLLM's connector reads of it (digest checked, slots of each layer), "

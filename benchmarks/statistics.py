@@ -37,6 +37,7 @@ WINDOW = 32
 ATTENTION = "attention"  # the row that all others are held against
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 EXACT = "flowmm:flow_rows=0"
+SAMPLED = "meda:entropy_rows=256"
 FIRST = ("snapkv", "h2o", "flowmm", EXACT)  # methods that marks speak of
 IMPORT = "import kvweave"
 EXPONENT_FROM = 2048  # below it what a call costs whatever the length outweighs the rest
@@ -56,7 +57,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Mark:
-    """A figure to reach: at most `limit`, in `unit` ("x": times attention, "MiB", "ms"), at given places.
+    """A figure to reach: at most `limit`, in `unit` ("x": times attention, "h2o": times h2o, "MiB", "ms"), at given
+    places.
 
     With the unit "exponent" it is that of the time in the length, and there are no lengths.
     """
@@ -67,7 +69,10 @@ class Mark:
     lengths: tuple[int, ...]
     shapes: tuple[Shape, ...] = (SMALL, QWEN)
 
-    def value(self, figure: Figure) -> float | None:
+    def value(self, figure: Figure, h2o: Figure | None) -> float | None:
+        """The figure in this unit; `h2o` is of the same place, None: it was left out."""
+        if self.unit == "h2o":
+            return None if h2o is None else figure.milliseconds / h2o.milliseconds
         return {"x": figure.ratio, "MiB": figure.mebibytes, "ms": figure.milliseconds}[self.unit]
 
 
@@ -89,6 +94,7 @@ MARKS = (
     Mark(EXACT, 1.4, "x", (4096, 8192)),
     Mark("flowmm", 0.5, "x", (4096, 8192)),
     Mark("weave", 0.5, "x", (4096, 8192)),
+    *(Mark(name, 1.5, "h2o", (4096, 8192)) for name in ("madakv", "d2o", "meda", SAMPLED)),
     Mark("flashcache", 1.25, "exponent", ()),  # L log L has 1.10 to 1.13 between 2k and 32k
 )
 
@@ -116,11 +122,11 @@ def runs(shape: Shape, length: int, methods: Sequence[str]) -> dict[str, Callabl
         sums = column_sums(queries, keys, rule, kinds)
         return flow_ratio(sums, visual[:, None].expand(-1, shape.kv_heads, -1), visual)
 
+    rotary = layer.rotary
+
     def compress(name: str) -> Callable[[], object]:
         method = kvweave.parse_method(name, budget=BUDGET)
-        return lambda: kvweave.compress_tensors(
-            method, [queries], [keys], [values], visual=visual, rotary=layer.rotary
-        )
+        return lambda: kvweave.compress_tensors(method, [queries], [keys], [values], visual=visual, rotary=rotary)
 
     return {
         ATTENTION: attention,
@@ -192,7 +198,8 @@ def verdicts(figures: Sequence[Figure]) -> list[tuple[str, str, str]]:
             if mark.unit == "exponent":
                 places = {"": fitted(mine)} if len(mine) > 1 else {}
             else:
-                at = {f.length: mark.value(f) for f in mine}
+                h2o = {f.length: f for f in figures if f.what == "h2o" and f.shape == shape}
+                at = {f.length: mark.value(f, h2o.get(f.length)) for f in mine}
                 reached = {f.length for f in figures if f.shape == shape}
                 places = {f" at L={n}": at.get(n) for n in mark.lengths if mine and n in reached}
             for place, value in places.items():
@@ -253,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     lengths = options.lengths or ((64, 128) if options.quick else LENGTHS)
     minutes = float("inf") if options.lengths else options.minutes
-    methods = options.methods or (*FIRST, *(name for name in kvweave.list_methods() if name not in FIRST))
+    methods = options.methods or (*FIRST, SAMPLED, *(name for name in kvweave.list_methods() if name not in FIRST))
 
     torch.set_num_threads(1)
     console = terminal()

@@ -53,3 +53,17 @@ def test_names_of_the_library_that_a_page_uses_exist(page):
         for part in name.split(".")[1:]:
             at = f"{at}.{part}"
             thing = getattr(thing, part) if hasattr(thing, part) else importlib.import_module(at)
+
+
+def test_serving_tells_the_scores_that_were_measured():
+    """One table names every method that was asked, with its score."""
+    told = (ROOT / "docs/SERVING.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| engines \| methods, and their score.*?\n\n", told, re.DOTALL | re.MULTILINE)
+    page = (ROOT / "benchmarks/results/smol-albums-amd-epyc-2-cores.md").read_text(encoding="utf-8")
+    measured = dict(re.findall(r"^\| (\S+) \| (\d\.\d\d) \[", page.partition("**Difference")[0], re.MULTILINE))
+    scores = {name: f"{float(score):.2f}" for name, score in re.findall(r"`([^`]+)` (1\.00|\.\d\d)", table)}
+    assert scores == {name: score for name, score in measured.items() if name in scores}
+    assert {name for name in measured if name not in scores} <= {f"{x}:method=snapkv" for x in WRAPPERS}
+
+
+WRAPPERS = ("critical", "regress", "residual")  # of other methods: the table leaves them out

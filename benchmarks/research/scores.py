@@ -4,7 +4,7 @@ One prefill and one reply of the full cache are shared by all methods and budget
 does in `kvweave eval`; then the full cache's reply is read from what is left in one forward pass, which gives the KL
 of each next token (as eval's fidelity, which reads it token by token), and whether every one of them is the full
 cache's. `--answers` lets the model also answer freely. Results go to a file, a line a sample; what is there already
-is not asked again, and the tables are of all that is there. Needs `kvweave lab fetch smol`.
+is not asked again, and the tables are of all that is there of these methods. Needs `kvweave lab fetch smol`.
 """
 
 import argparse
@@ -40,7 +40,8 @@ SETS = {
     "texts": ("smol-text", ("needle", "reversed", "records", "several", "copy")),
     "albums": ("smol", FAMILIES),
 }
-#: Of a shorter reply too little is said from a cut cache.
+
+#: Of free text a shorter reply tells too little.
 SHORTEST = 16
 
 
@@ -94,7 +95,7 @@ def _ended(row: list[int], stops: set[int]) -> list[int]:
 
 def ask(given: argparse.Namespace) -> None:
     """Append what is not in the file yet."""
-    known = {tuple(row["key"]) for row in rows_of(given.out)}
+    known = {tuple(row["key"]) for row in rows_of(given.file)}
     name, _ = SETS[given.what]
     model, processor = models.load(name, dtype=given.dtype)
     asked = [(text, budget) for text in given.methods for budget in given.budgets]
@@ -116,11 +117,11 @@ def ask(given: argparse.Namespace) -> None:
                 if given.answers:
                     said = answer(model, processor, method, batch, tasks[0].max_new_tokens, shared)
                     scores = [_score(t, e, one.text) for t, e, one in zip(tasks, examples, said, strict=True)]
-                with given.out.open("a", encoding="utf-8") as file:
+                with given.file.open("a", encoding="utf-8") as file:
                     for n, (task, one) in enumerate(zip(tasks, examples, strict=True)):
-                        near = compared(whole[n], [], found[n])
+                        near = _told(compared(whole[n], [], found[n]))
                         row = {"key": [text, budget, one.id], "task": task.name, "full": full[n], "score": scores[n]}
-                        file.write(json.dumps(row | _told(near, found[n], whole[n])) + "\n")
+                        file.write(json.dumps(row | near) + "\n")
                 print(f"{time.process_time() - start:.1f} s {text} {budget} {examples[0].id}", file=sys.stderr)
 
 
@@ -128,7 +129,7 @@ def _score(task: Any, example: Example, text: str) -> float:
     return METRICS[task.metrics[0]](text.strip(), example.answer, example.choices)
 
 
-def _told(near: Fidelity | None, logits: Any, whole: Reference) -> dict[str, Any]:
+def _told(near: Fidelity | None) -> dict[str, Any]:
     """How near a reply is, where one came from the cache: `kl`; `same`: no token would have been another."""
     if near is None:
         return {"tokens": 0}
@@ -150,7 +151,7 @@ def table(rows: Sequence[dict[str, Any]], methods: Sequence[str], budgets: Seque
     found: dict[tuple[str, float], Scores] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         text, budget, sample = row["key"]
-        if row.get(measure_of) is not None and (measure_of != "kl" or row["tokens"] >= SHORTEST - 1):
+        if row.get(measure_of) is not None and (row["task"] != "prose" or row["tokens"] >= SHORTEST - 1):
             found[text, budget][row["task"]][sample] = row[measure_of]
     lines = []
     for text in methods:
@@ -183,18 +184,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[78])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--answers", action="store_true", help="also answer freely, and score it")
-    parser.add_argument("--out", type=Path, help="default: out/research/scores-WHAT.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("out/research"), help="folder")
     given = parser.parse_args(arguments)
-    given.out = given.out or Path(f"out/research/scores-{given.what}.jsonl")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.file = given.out / f"scores-{given.what}.jsonl"
+    given.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     ask(given)
-    rows = rows_of(given.out)
-    print("\n**KL to the full cache along its reply, nats: mean (median)**\n")
-    print(table(rows, given.methods, given.budgets, "kl"))
+    rows = rows_of(given.file)
+    tables = {"KL to the full cache along its reply, nats: mean (median), samples": "kl"}
     if given.what != "prose":
-        for name, of in (("No token of the reply another", "same"), ("Right answers", "score")):
-            print(f"\n**{name}**\n\n{table(rows, given.methods, given.budgets, of)}")
+        tables |= {"No token of the reply another": "same", "Right answers": "score"}
+    text = "# What replies keep\n"
+    for name, of in tables.items():
+        text += f"\n**{name}**\n\n{table(rows, given.methods, given.budgets, of)}"
+    print(text)
+    measure.write(f"scores-{given.what}", measure.machine(), {"rows": rows}, text, given.out)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ needs `kvweave lab fetch smol`.
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ WHOLE = 0  # the prompt is cut once
 
 
 def scores(
-    count: int, tokens: int, seed: int, share: float, everys: tuple[int, ...]
+    methods: Sequence[str], count: int, tokens: int, seed: int, share: float, everys: tuple[int, ...]
 ) -> dict[tuple[str, int], list[float]]:
     """Scores of all samples by method and `every`; of the full cache under ("full", 0)."""
     torch.set_num_threads(1)
@@ -37,7 +38,7 @@ def scores(
         for example in task.examples(seed):
             inputs = dict(models.encode(processor, example.messages))
             length = inputs["input_ids"].shape[1]
-            for spelled, every in [("full", WHOLE), *((name, n) for name in METHODS for n in everys)]:
+            for spelled, every in [("full", WHOLE), *((name, n) for name in methods for n in everys)]:
                 method = kvweave.parse_method(spelled, budget=1.0 if spelled == "full" else int(share * length))
                 bounds = {"every": every} if every else {}
                 chunks = {"prefill_chunk_size": every} if every else {}
@@ -51,6 +52,7 @@ def scores(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=4, help="samples of each of five tasks")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
     parser.add_argument("--tokens", type=int, default=600, help="of a text, about")
     parser.add_argument("--share", type=float, default=0.3, help="of a prompt that is its budget")
     parser.add_argument("--every", type=int, nargs="+", default=[256, 64])
@@ -58,11 +60,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=measure.RESULTS)
     given = parser.parse_args()
     everys = (WHOLE, *given.every)
-    found = scores(given.count, given.tokens, given.seed, given.share, everys)
+    found = scores(given.methods, given.count, given.tokens, given.seed, given.share, everys)
     columns = ["method", "cut once", *(f"every {n}" for n in given.every)]
     full = found["full", WHOLE]
     rows = [["full cache", f"{sum(full) / len(full):.2f}", *("" for _ in given.every)]]
-    rows += [[name, *(f"{sum(found[name, n]) / len(full):.2f}" for n in everys)] for name in METHODS]
+    rows += [[name, *(f"{sum(found[name, n]) / len(full):.2f}" for n in everys)] for name in given.methods]
     title = f"{len(full)} samples, texts of {given.tokens} tokens, {given.share:.0%} of the prompt kept"
     show(console(), title, columns, rows)
     table = measure.markdown_table(columns, rows)

@@ -54,6 +54,8 @@ def compress_tensors(
     Raises:
         ValueError: shapes or types that do not fit, a row without a token, NaN in a token's tensors.
     """
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...)")
     method = method.without_model
     if method.coarse_cut is not None:
         raise ValueError("coarse is what a model's cache holds until its cut: allowed without a model is coarse=0")

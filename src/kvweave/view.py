@@ -311,20 +311,23 @@ class LayerView:
             )
         return unit_tables(*self.rotary)
 
-    def cross_entropy(self, *, causal: bool) -> Tensor:
-        """Entropy of attention restricted to the other modality, nats: [batch] (SPEC 7)."""
-        return self.once(
-            ("entropy", causal),
-            lambda: spread.cross_entropy(
-                self.all_queries(),
-                self.keys,
-                self.rule,
-                self.visual,
-                self.row_visual(),
-                self.over_heads,
-                causal=causal,
-            ),
-        )
+    def cross_entropy(self, *, causal: bool, rows: int = 0) -> Tensor:
+        """Entropy of attention restricted to the other modality, nats: [batch] (SPEC 7).
+
+        Args:
+            causal: over tokens that a row can see, else over all of the other modality.
+            rows: estimate it from that many rows, drawn from text and visual ones in proportion, at least one of
+                each; 0: from all.
+        """
+        return self.once(("entropy", causal, rows), lambda: self._cross_entropy(rows, causal=causal))
+
+    def _cross_entropy(self, rows: int, *, causal: bool) -> Tensor:
+        queries, rule, row_visual = self.all_queries(), self.rule, self.row_visual()
+        if 0 < rows < self.rows:
+            index, _ = stratified_rows(row_visual, max(2, rows), 0, self.layer)
+            queries, rule = self.some_rows(index)
+            row_visual = row_visual.gather(1, index)
+        return spread.cross_entropy(queries, self.keys, rule, self.visual, row_visual, self.over_heads, causal=causal)
 
     def density(self, rows: int, share: float) -> Tensor:
         """Fraction of what the last `rows` see that reaches `share` of their maximum: [batch] (SPEC 10.6)."""

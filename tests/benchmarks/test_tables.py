@@ -26,7 +26,7 @@ def test_statistics_writes_every_row_beside_attention(tmp_path, capsys, monkeypa
     assert {"cpu", "torch", "transformers", "date", "command"} <= data["machine"].keys()
     figures = data["figures"]
     assert {f["what"] for f in figures} == {
-        *statistics.runs(statistics.SMALL, 64, []), *statistics.FIRST, *kvweave.list_methods()
+        *statistics.runs(statistics.SMALL, 64, []), *statistics.FIRST, statistics.SAMPLED, *kvweave.list_methods()
     }  # fmt: skip
     assert {f["ratio"] for f in figures if f["what"] == statistics.ATTENTION} == {1.0}
     assert all(f["mebibytes"] > 0 for f in figures)

@@ -157,3 +157,13 @@ def _refused(done: tuple[int, str, str], wanted: list[str]) -> None:
     for words in wanted:
         assert words in err
     assert not Path("out").exists()
+
+
+def test_a_folder_that_cannot_be_written_in_the_end(kvweave, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("kvweave.cli.console.tempfile.mkdtemp", full)
+    done = kvweave("flow", "--images", 1, "--out", "there")
+    assert done.code == 2
+    assert "--out 'there': No space left on device; allowed is a folder that can be written to" in done.err

@@ -22,7 +22,7 @@ def lab_model():
 
 @pytest.fixture(scope="module")
 def prompts(lab_model):
-    return prompts_of("lab", lab_model[1], 3, 100)
+    return prompts_of("lab", lab_model[1], 3, None)
 
 
 def test_shares_are_what_kvzip_gives_the_heads(lab_model, prompts):
@@ -141,3 +141,8 @@ def test_profiles_that_are_shipped_can_be_read():
         assert profile.budgets == BUDGETS
         for budget, table in zip(profile.budgets, profile.shares, strict=True):
             assert torch.tensor(table).mean().item() == pytest.approx(budget, abs=0.01)
+
+
+def test_albums_have_no_tokens_to_choose(lab_model):
+    with pytest.raises(ValueError, match="tokens=50 is of texts, and lab is asked about albums"):
+        prompts_of("lab", lab_model[1], 3, 50)

@@ -132,7 +132,7 @@ def test_the_command_lists_and_refuses(tmp_path: Path):
     assert set(json.loads(listed.stdout)) == set(RECIPES)
     for arguments, words in (
         (["flowmm:table9"], "paper='flowmm:table9' is unknown"),
-        ([], "allowed is one of the two"),
+        ([], "NAME is missing: allowed is a name"),
         (["flowmm:table1", "--data", str(tmp_path)], str(tmp_path)),
         (["flowmm:table1", "--model", "no/such/folder"], "no/such/folder"),
     ):

@@ -343,3 +343,16 @@ def test_padding_may_hold_nan():
     expected = kvweave.compress_tensors(method, **plain, valid=valid)
     for layer, other in zip(kvweave.compress_tensors(method, **wrong, valid=valid), expected, strict=True):
         assert torch.equal(layer.keys, other.keys)
+
+
+def test_tensors_without_a_mask_or_a_method():
+    given = arguments()
+    with pytest.raises(ValueError, match=r"visual must be bool \[batch, length\] = \[1, 10\], got None"):
+        kvweave.compress_tensors(kvweave.get_method("snapkv"), **given | {"visual": None})
+    with pytest.raises(TypeError, match="method='snapkv' is not a kvweave method: allowed is"):
+        kvweave.compress_tensors("snapkv", **given)
+
+
+def test_an_option_is_said_once():
+    with pytest.raises(ValueError, match=r"budget comes twice in method .*: allowed is once"):
+        kvweave.parse_method("snapkv:budget=0.2,budget=0.3")

@@ -64,6 +64,13 @@ def test_what_a_cut_that_waits_holds_of_the_last_rows_says_as_much_as_they_did(f
     assert torch.equal(kept[0].positions, kept[1].positions)
 
 
+def test_attention_of_a_reply_is_reduced_as_its_plan_asks_and_no_further():
+    lent, spelled = (kvweave.parse_method(f"weave:form={form}").needs for form in ("lent", "spelled"))
+    assert lent.reductions(probed=False) == (("max", "max"),)
+    assert lent.reductions(probed=True) == (("max", "max"), ("mean", "max"))
+    assert spelled.reductions(probed=False) == spelled.reductions(probed=True) == (("mean", "mean"),)
+
+
 def test_a_statistic_that_was_not_declared_is_refused_by_name():
     @dataclass(frozen=True)
     class Undeclared(Method):

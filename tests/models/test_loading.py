@@ -276,3 +276,30 @@ class TestTorchvision:
             loading.refusals("some/model"),
         ):
             raise ImportError("it requires the Torchvision library")
+
+
+# -------------------------------------------------------------------- conversations
+
+
+@pytest.mark.parametrize("wrong", ["what is this?", [], ["what is this?"], [{"role": "user"}], None], ids=repr)
+def test_what_is_no_conversation_is_refused(wrong):
+    _, processor = models.load()
+    with pytest.raises(models.PromptError, match="is no conversation: allowed is a list of turns, such as"):
+        models.encode(processor, wrong)
+    with pytest.raises(models.PromptError, match="no conversation is given"):
+        models.encode(processor)
+
+
+def test_a_turn_may_be_a_text_for_a_tokenizer_too():
+    _, processor = models.load()
+    turns = [{"role": "user", "content": "what color is it ?"}]
+    pieces = [{"role": "user", "content": [{"type": "text", "text": "what color is it ?"}]}]
+    for reader in (processor, processor.tokenizer):
+        ids, same = (models.encode(reader, turn)["input_ids"] for turn in (turns, pieces))
+        assert ids.tolist() == same.tolist()
+
+
+def test_torchs_names_of_dtypes_are_taken():
+    assert models.load(dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    with pytest.raises(models.ModelError, match="dtype='float64' is not allowed"):
+        models.load(dtype=torch.float64)

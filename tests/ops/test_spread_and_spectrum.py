@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvweave.ops import spread
-from kvweave.ops.spectrum import low_pass
+from kvweave.ops.spectrum import above
 from kvweave.ops.statistics import AttentionRule
 
 
@@ -104,18 +104,30 @@ def cosine_matrix(length):
     return basis
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(length=st.integers(1, 60), share=st.floats(0, 1), seed=st.integers(0, 99))
-def test_the_mirrored_transform_truncates_the_cosine_transform(length, share, seed):
-    x = torch.randn(2, length, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def test_what_lies_above_is_what_the_truncated_cosine_transform_leaves(length, share, seed):
+    x = torch.randn(2, 3, length, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     cutoff, basis = math.floor(share * length), cosine_matrix(length)
     assert torch.allclose(basis @ basis.mT, torch.eye(length, dtype=torch.float64), atol=1e-9)
     coefficients = basis @ x
-    coefficients[:, cutoff + 1 :] = 0
-    assert torch.allclose(low_pass(x, cutoff), basis.mT @ coefficients, atol=1e-9)
+    coefficients[..., cutoff + 1 :, :] = 0
+    distance, energy = above(x, cutoff)
+    assert torch.allclose(distance, (x - basis.mT @ coefficients).square().mean(-1), atol=1e-9)
+    assert torch.allclose(energy, x.square().sum((2, 3)))
 
 
 def test_nothing_lies_above_the_last_frequency():
     x = torch.randn(1, 2, 17, 4)
-    assert torch.equal(low_pass(x, 16), x)
-    assert torch.equal(low_pass(x, 17), x)
+    assert not above(x, 16)[0].any()
+    assert not above(x, 17)[0].any()
+    assert above(x, 15)[0].all()
+
+
+@pytest.mark.parametrize("length", [4096, 4099], ids=["a power of two", "a prime"])
+def test_half_precision_is_widened(length):
+    x = torch.randn(1, 1, length, 2, generator=torch.Generator().manual_seed(length)).bfloat16()
+    mine, wide = above(x, length // 5), above(x.double(), length // 5)
+    for one, other in zip(mine, wide, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.allclose(one.double(), other, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,7 @@
 """kvweave on Ray Serve: two replicas, one of which is killed while it streams (`make test-ray`)."""
 
+import asyncio
+import json
 import os
 import signal
 import sys
@@ -15,10 +17,10 @@ import pytest
 import ray
 from pydantic import ValidationError
 from ray import serve
-from serving import ask, ask_context, generated, read_context, samples, until
+from serving import ask, ask_context, generated, openai_messages, read_context, samples, until
 
 from kvweave import models
-from kvweave.serve.ray import Settings, app
+from kvweave.serve.ray import Replica, Settings, app
 
 METHOD, TOKENS = "snapkv", 300
 PORT = 8451
@@ -27,6 +29,8 @@ PORT = 8451
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    for check in ("READY", "HEALTH"):  # of Ray's own proxy, on a machine that does other things too
+        os.environ[f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S"] = "60"
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, _node_ip_address="127.0.0.1")
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     settings = Settings(data=tmp_path_factory.mktemp("contexts"), methods=METHOD, min_replicas=2, max_replicas=2)
@@ -89,26 +93,38 @@ def test_settings_that_do_not_go_together(given, message):
         Settings(data="/x", **given)
 
 
-def test_a_replica_starts_a_vllm_of_its_own(url, tmp_path):
-    """vLLM's double, which speaks as it does: killed while it answers, and gone with its replica."""
-    lab = models.load("lab")
+def test_a_replica_starts_a_vllm_of_its_own(tmp_path):
+    """Without Ray around it; vLLM's double, which speaks as it does, is killed while it answers."""
+    lab, few = models.load("lab"), samples(3, images=2, task="lookup")
     models.export_decoder(lab[0], tmp_path / "decoder")
     double = f"{sys.executable} {Path(engine_double.__file__)}"
     own = {"engine": "vllm", "decoder": tmp_path / "decoder", "handoff": tmp_path / "handoff", "vllm": double}
-    serve.run(app(Settings(data=tmp_path / "contexts", methods=METHOD, **own)))
-    until(lambda: httpx2.get(f"{url}/health").status_code == 200, 120)
-    few = samples(3, images=2, task="lookup")
-    expected = [generated(lab, sample, f"{METHOD}:budget=0.2", TOKENS, endless=True)[0] for sample in few]
-    began = threading.Event()
-    with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(ask, url, sample, TOKENS, stream=True, seen=began) for sample in few]
-        assert began.wait(120)
+    settings = Settings(data=tmp_path / "contexts", methods=METHOD, **own)
+    expected = [generated(lab, sample, f"{METHOD}:budget=0.2", 100, endless=True)[0] for sample in few]
+
+    async def asked():
+        replica = Replica.__new__(Replica)
+        await replica.__init__(settings)
+        replica.check_health()
+        tasks = [asyncio.create_task(replied(replica, sample)) for sample in few]
+        await asyncio.sleep(1)
         for process in servers(tmp_path):
             os.kill(process, signal.SIGKILL)
-        assert [one.result() for one in asked] == expected
-    assert servers(tmp_path)
-    serve.delete("default")
+        answers = await asyncio.gather(*tasks)
+        assert len(servers(tmp_path)) == 1  # another one
+        return answers
+
+    assert asyncio.run(asked()) == expected
     until(lambda: not servers(tmp_path), 60)
+
+
+async def replied(replica, sample):
+    """What a replica answers when it is called."""
+    body = {"model": "lab", "messages": openai_messages(sample), "temperature": 0, "max_tokens": 100}
+    raw = json.dumps(body | {"kvweave": {"ignore_eos": True}}).encode()
+    headers = [("Content-Type", "application/json"), ("Host", "localhost")]
+    parts = [part async for part in replica.respond("POST", "/v1/chat/completions", headers, raw)]
+    return json.loads(b"".join(parts[1:]))["choices"][0]["message"]["content"]
 
 
 def servers(folder):

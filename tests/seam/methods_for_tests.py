@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvweave import LayerView, Method, Plan
+from kvweave import LayerView, Method, Plan, SnapKV
 from kvweave.methods.needs import Needs
 from kvweave.methods.options import integer
 from kvweave.ops.select import top_and_recent
@@ -58,3 +58,18 @@ class Biased(Method):
         """Of columns [batch, kv_heads, n]."""
         head = torch.arange(columns.shape[1])[None, :, None]
         return ((columns * 7 + head * 3) % 5 - 2.0) / 2
+
+
+HEARD: dict[int, torch.Tensor] = {}  # by layer
+
+
+@dataclass(frozen=True)
+class Listening(SnapKV):
+    """Notes in `HEARD` what decoded tokens are said to attend to."""
+
+    name = "listening"
+
+    def plan(self, view: LayerView, budget: int) -> Plan:
+        if view.decoded is not None:
+            HEARD[view.layer] = view.decoded
+        return super().plan(view, budget)

@@ -9,13 +9,12 @@ import torch
 from tiny import (
     IMAGE,
     assert_close,
-    build,
     cut_of,
     decode,
+    gemma4,
     masked,
     text_inputs,
     text_model,
-    tiny_config,
     vision_model,
 )
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -131,18 +130,7 @@ def test_each_class_falls_back_on_the_eager_function_of_its_own():
 @pytest.mark.parametrize("how", ["attached", "full"])
 def test_gemma4_asks_for_the_name_and_gets_it(attention, how):
     """Its image blocks attend to both sides where the implementation is one that it knows."""
-    special = {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "sliding_window": 6,
-        "num_kv_shared_layers": 0,
-        "head_dim": 8,
-        "global_head_dim": 16,
-        "num_global_key_value_heads": 1,
-        "vocab_size_per_layer_input": 96,
-        "hidden_size_per_layer_input": 8,
-    }
-    model = build(tiny_config("gemma4", text_config=special, audio_config=None), attention=attention)
+    model = gemma4(attention=attention)
     inputs = text_inputs((26,))
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
 

@@ -5,8 +5,10 @@ import torch
 from compiling import TWELVE, Graphs
 from tiny import assert_close, picture_inputs, text_inputs, text_model, vision_model, words
 from torch._dynamo.testing import CompileCounter
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import kvweave
+from kvweave.seam.window import FixedWindow
 
 
 @pytest.mark.parametrize(("lengths", "mass_bias"), [((30,), False), ((30, 21), True)], ids=["one", "batch, bias"])
@@ -61,6 +63,69 @@ def test_generate_compiles_its_decode_steps_once(method, lengths):
         assert torch.equal(mine.positions, theirs.positions)
     assert torch.equal(session.cache.prompt.valid, held.prompt.valid)
     assert session.report["totals"] == held.report["totals"]
+
+
+SLIDING = ["sliding_attention", "full_attention"]
+MIXED = {
+    "a full window": lambda: text_model("gemma3_text", layer_types=SLIDING, sliding_window=6),
+    "a window that fills": lambda: text_model("gemma3_text", layer_types=SLIDING, sliding_window=36),
+    "linear": lambda: text_model("qwen3_5_text", layer_types=["linear_attention", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize("defer", [0, 3])
+@pytest.mark.parametrize("make", MIXED.values(), ids=MIXED)
+def test_layers_that_are_no_full_attention_compile_with_the_others(make, defer):
+    """One graph, for a second prompt of another length too; a further turn goes on from what the steps left."""
+    model, graphs = make(), Graphs()
+    options, method = graphs.compiling(), kvweave.SnapKV(budget=0.3, window=4, defer=defer)
+    with kvweave.attach(model):
+        for lengths in ((30,), (21,)):
+            inputs, answers, held = text_inputs(lengths), [], []
+            for how in ({}, options):
+                cache = kvweave.CompressedCache(model.config, method)
+                first = model.generate(**inputs, **TWELVE, **how, past_key_values=cache)
+                held.append([getattr(layer, "keys", None) for layer in cache.layers])
+                more = torch.cat([first, words(1, 9, seed=3)], 1)
+                answers.append(model.generate(input_ids=more, **TWELVE, past_key_values=cache))
+            assert torch.equal(*answers)
+            for mine, theirs in zip(*held, strict=True):
+                assert (mine is None) == (theirs is None)
+                if mine is not None:
+                    assert_close(mine, theirs)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("seen", [2, 5, 6, 7, 20])
+def test_a_fixed_window_holds_what_a_growing_one_does(seen):
+    generator = torch.Generator().manual_seed(seen)
+    tokens = torch.randn(2, 1, 2, seen + 9, 4, generator=generator)
+    growing, copy = DynamicSlidingWindowLayer(6), DynamicSlidingWindowLayer(6)
+    for layer in (growing, copy):
+        layer.update(*tokens[..., :seen, :])
+    window = FixedWindow.of(copy)
+    addresses = window.keys.data_ptr(), window.values.data_ptr(), window.count.data_ptr()
+    for n in range(seen, seen + 9):
+        new = tokens[..., n : n + 1, :]
+        shown, first = growing.get_mask_sizes(1)
+        assert window.get_mask_sizes(1) == (6, first)
+        for mine, theirs in zip(window.update(*new), growing.update(*new), strict=True):
+            assert torch.equal(mine[:, :, :shown], theirs)
+    assert addresses == (window.keys.data_ptr(), window.values.data_ptr(), window.count.data_ptr())
+    released = window.released()
+    assert released is copy
+    assert released.get_seq_length() == growing.get_seq_length()
+    assert torch.equal(released.keys, growing.keys)
+    assert torch.equal(released.values, growing.values)
+
+
+def test_beams_are_refused_which_transformers_does_not_compile():
+    model, inputs = text_model(), text_inputs((30,))
+    with (
+        kvweave.compress(model, kvweave.SnapKV(budget=0.3)),
+        pytest.raises(ValueError, match=r"num_beams=3.*num_beams=1"),
+    ):
+        model.generate(**inputs, **TWELVE, num_beams=3, **Graphs().compiling())
 
 
 def test_prompts_of_many_lengths_compile_twice():

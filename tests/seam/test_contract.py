@@ -1,7 +1,9 @@
 """What `compress`, `attach` and the report promise: budgets, memory, the model left as found, refusals by name."""
 
+import copy
 import gc
 import json
+import pickle
 import threading
 
 import pytest
@@ -12,6 +14,7 @@ from tiny import (
     assert_close,
     build,
     decode,
+    gemma4,
     picture_inputs,
     storages,
     text_inputs,
@@ -193,18 +196,7 @@ def test_a_budget_in_bytes_bounds_keys_and_values_over_layers_and_batch(budget, 
 
 def test_a_budget_in_bytes_holds_where_layers_have_heads_of_different_size():
     """gemma4: full layers of another head size; sliding layers do not count."""
-    special = {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "sliding_window": 6,
-        "num_kv_shared_layers": 0,
-        "head_dim": 8,
-        "global_head_dim": 16,
-        "num_global_key_value_heads": 1,
-        "vocab_size_per_layer_input": 96,
-        "hidden_size_per_layer_input": 8,
-    }
-    model = build(tiny_config("gemma4", text_config=special, audio_config=None))
+    model = gemma4()
     with kvweave.compress(model, kvweave.SnapKV(budget="3KiB", window=4)) as session:
         decode(model, text_inputs((60,)), 1)
     assert [layer["compressed"] for layer in session.report["layers"]] == [False, True] * 2
@@ -914,3 +906,14 @@ def test_a_row_of_nothing_but_padding_keeps_nothing_and_disturbs_no_other(name):
         assert (mine.positions[1] == -1).all()
         assert torch.equal(mine.positions[0], single.positions[0])
         assert_close(mine.keys[0], single.keys[0])
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickle.dumps], ids=["copied", "pickled"])
+def test_a_model_is_copied_before_or_after(way):
+    model = text_model()
+    with (
+        kvweave.compress(model, SNAP),
+        pytest.raises(TypeError, match=r"is attached to this Llama.*: allowed is to copy"),
+    ):
+        way(model)
+    way(model)

@@ -1,10 +1,10 @@
 """A cut that waits for decoded tokens: what they looked at, when it comes, and that decoding reads what it left."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from methods_for_tests import Heavier
+from methods_for_tests import HEARD, Heavier, Listening
 from tiny import (
     Cut,
     assert_close,
@@ -81,21 +81,6 @@ def test_decoding_reads_the_whole_prompt_and_then_what_the_cut_left(method, rede
     assert report["deferred"] == method.defer
     assert report["totals"]["kept"] == 2 * round(sum(int(0.3 * n + 1e-9) for n in lengths) / len(lengths))
     assert session.cache.get_seq_length() == 26 + 6
-
-
-@dataclass(frozen=True)
-class Listening(kvweave.SnapKV):
-    """Notes what it is told of decoded tokens."""
-
-    name = "listening"
-
-    def plan(self, view, budget):
-        if view.decoded is not None:
-            HEARD[view.layer] = view.decoded
-        return super().plan(view, budget)
-
-
-HEARD: dict[int, torch.Tensor] = {}
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

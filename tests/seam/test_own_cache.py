@@ -101,3 +101,25 @@ def test_a_cache_of_anothers_class_is_still_refused():
     model = text_model()
     with kvweave.compress(model, SNAP), pytest.raises(ValueError, match="Mine cannot be compressed"):
         model(input_ids=IDS, past_key_values=Mine(config=model.config))
+
+
+def test_a_cache_is_made_for_a_configuration():
+    with pytest.raises(TypeError, match=r"config=LlamaForCausalLM is no configuration .*: allowed is model\.config"):
+        kvweave.CompressedCache(text_model(), SNAP)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_cache_of_a_model_of_another_depth_is_refused(layers):
+    model = text_model()
+    other = kvweave.CompressedCache(text_model(num_hidden_layers=layers).config, SNAP)
+    with kvweave.attach(model), pytest.raises(ValueError, match=f"has {layers} layers, the model 2: allowed is"):
+        model.generate(**text_inputs(images=()), past_key_values=other, max_new_tokens=2)
+
+
+def test_a_conversation_goes_on_with_its_rows():
+    model = text_model()
+    cache = kvweave.CompressedCache(model.config, SNAP)
+    with kvweave.attach(model):
+        model(input_ids=words(1, 24), past_key_values=cache)
+        with pytest.raises(ValueError, match="2 rows follow a cache of 1: allowed is as many, row for row"):
+            model.generate(input_ids=words(2, 30), past_key_values=cache, max_new_tokens=2)

@@ -261,3 +261,14 @@ def test_a_cache_without_a_model_asks_for_one(tmp_path):
         cache.save(tmp_path / "c")
     with pytest.raises(FileNotFoundError):
         kvweave.CompressedCache.load(tmp_path / "c", text_model("llava"))
+
+
+def test_a_folder_and_no_model_are_refused_by_name(tmp_path):
+    model = text_model("llava")
+    cache = filled(model, METHODS["snapkv"])
+    with pytest.raises(ValueError, match="is a folder: allowed is a file"):
+        cache.save(tmp_path, model)
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
+    cache.save(tmp_path / "c", model)
+    with pytest.raises(TypeError, match="model=str is not a transformers model"):
+        kvweave.CompressedCache.load(tmp_path / "c", "lab")

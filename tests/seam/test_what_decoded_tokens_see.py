@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from methods_for_tests import Biased
+from methods_for_tests import HEARD, Biased, Listening
 from tiny import IMAGE, assert_close, picture_inputs, text_inputs, text_model, vision_model, words
 
 import kvweave
@@ -12,24 +12,11 @@ from kvweave.cut.waiting import decoded_attention
 from kvweave.ops.statistics import AttentionRule
 from kvweave.view import LayerView
 
-DECODED: dict[int, torch.Tensor] = {}  # by layer
 PEAKS: dict[int, torch.Tensor] = {}
 
 
 @dataclass(frozen=True)
-class Listener(kvweave.SnapKV):
-    """Notes what decoded tokens are said to attend to."""
-
-    name = "listener"
-
-    def plan(self, view, budget):
-        if view.decoded is not None:
-            DECODED[view.layer] = view.decoded
-        return super().plan(view, budget)
-
-
-@dataclass(frozen=True)
-class BiasedListener(Listener):
+class BiasedListener(Listening):
     """Adds biases to the logits of what it keeps."""
 
     name = "biased listener"
@@ -53,7 +40,7 @@ class PeakListener(kvweave.Weave):
 
 @pytest.fixture(autouse=True)
 def _silence():
-    DECODED.clear()
+    HEARD.clear()
     PEAKS.clear()
 
 
@@ -69,7 +56,7 @@ def test_a_row_that_has_ended_is_not_counted_again_while_the_others_go_on():
     stop = int(tokens[0, 1])
     assert stop not in tokens[1]
     assert stop != tokens[0, 0]
-    with kvweave.compress(model, Listener(budget=0.3, window=4, defer=5)) as session:
+    with kvweave.compress(model, Listening(budget=0.3, window=4, defer=5)) as session:
         model.generate(**inputs, max_new_tokens=8, eos_token_id=stop)
     assert session.report["deferred"] == 5
     whole = torch.cat([inputs["input_ids"], tokens[:, :5]], 1)
@@ -77,8 +64,8 @@ def test_a_row_that_has_ended_is_not_counted_again_while_the_others_go_on():
         attentions = model(whole, output_attentions=True).attentions
     for layer in range(2):
         seen = by_kv_head(attentions[layer][:, :, 26:, :26])  # [batch, kv_heads, tokens, columns]
-        assert_close(DECODED[layer][0], seen[0, :, :1].mean(1))
-        assert_close(DECODED[layer][1], seen[1].mean(1))
+        assert_close(HEARD[layer][0], seen[0, :, :1].mean(1))
+        assert_close(HEARD[layer][1], seen[1].mean(1))
 
 
 def test_a_bias_of_an_earlier_turn_is_part_of_what_decoded_tokens_see():
@@ -95,7 +82,7 @@ def test_a_bias_of_an_earlier_turn_is_part_of_what_decoded_tokens_see():
     assert held == [7 + 2 + 10] * 2
     for layer in range(2):
         seen = [by_kv_head(step[layer][:, :, 0, : held[layer]]) for step in attentions[-2:]]
-        assert_close(DECODED[layer], torch.stack(seen).mean(0))
+        assert_close(HEARD[layer], torch.stack(seen).mean(0))
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -135,7 +122,7 @@ def test_probes_after_a_final_picture_stand_where_the_next_text_would():
         inputs[name] = inputs[name][:, :13]
     assert int(inputs["input_ids"][0, -1]) == IMAGE
     probe = torch.tensor([[11, 12, 13]])
-    with kvweave.compress(model, Listener(budget=0.5, window=4), probes=probe.tolist(), probe_tokens=3) as session:
+    with kvweave.compress(model, Listening(budget=0.5, window=4), probes=probe.tolist(), probe_tokens=3) as session:
         model.generate(**inputs, max_new_tokens=1)
     whole = inputs | {
         "input_ids": torch.cat([inputs["input_ids"], probe], 1),
@@ -149,7 +136,7 @@ def test_probes_after_a_final_picture_stand_where_the_next_text_would():
     assert fed == 3 + 2
     for layer in range(2):
         rows = [out.attentions[0][layer][:, :, 13:16, :13], *(x[layer][..., :13] for x in out.attentions[1:])]
-        assert_close(DECODED[layer], by_kv_head(torch.cat(rows, 2)).mean(2))
+        assert_close(HEARD[layer], by_kv_head(torch.cat(rows, 2)).mean(2))
 
 
 def test_with_probes_weave_reads_all_rows_of_the_prompt_however_few_its_proxies():

@@ -120,6 +120,22 @@ def vision_model(*, attention="sdpa", dtype=torch.float32, seed=0, kind="qwen2_5
     return build(tiny_config(kind, **special), attention=attention, dtype=dtype, seed=seed)
 
 
+def gemma4(*, attention="sdpa"):
+    """Layers that slide and full ones in turn, which have heads of another size, and fewer."""
+    special = {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 6,
+        "num_kv_shared_layers": 0,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "vocab_size_per_layer_input": 96,
+        "hidden_size_per_layer_input": 8,
+    }
+    return build(tiny_config("gemma4", text_config=special, audio_config=None), attention=attention)
+
+
 MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}
 
 

@@ -129,18 +129,19 @@ def client(url: str, timeout: float = 300) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=timeout)
 
 
-def ask(url: str, sample: Any, tokens: int, *, stream: bool, seen: threading.Event | None = None) -> str:
+def ask(url: str, sample: Any, tokens: int, *, stream: bool, seen: threading.Event | None = None, **own: Any) -> str:
     """What a server says to a sample, so many tokens whatever they are.
 
     Args:
         seen: set once some of a stream has come.
+        own: what else it is asked of kvweave.
     """
     asked: dict[str, Any] = {
         "model": "lab",
         "messages": openai_messages(sample),
         "temperature": 0,
         "max_tokens": tokens,
-        "extra_body": {"kvweave": {"ignore_eos": True}},
+        "extra_body": {"kvweave": {"ignore_eos": True, **own}},
     }
     if not stream:
         return client(url).chat.completions.create(**asked).choices[0].message.content or ""

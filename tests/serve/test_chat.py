@@ -169,10 +169,10 @@ def test_methods_say_why_they_decode_alone(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_reply_that_ends_before_its_cut_says_so(client: openai.OpenAI, stream: bool) -> None:
-    """The default waits for eight tokens: of a shorter reply the whole prompt was held."""
+    """The default waits for eight tokens: of a reply of no more the whole prompt was held."""
     (sample,) = samples(1)
     own = {"method": DEFAULT_METHOD, "ignore_eos": True}
-    for tokens, decoded in ((7, "alone: the reply ended before its cut"), (9, "together")):
+    for tokens, decoded in ((8, "alone: the reply ended before its cut"), (9, "together")):
         told = ask(client, sample, max_tokens=tokens, stream=stream, extra_body={"kvweave": own})
         said = [chunk.kvweave for chunk in told if hasattr(chunk, "kvweave")][-1] if stream else told.kvweave
         assert said["decoded"] == decoded

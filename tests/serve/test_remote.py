@@ -17,12 +17,12 @@ import kvweave
 from kvweave import models
 from kvweave.serve.app import Server
 from kvweave.serve.engine.proof import text_reading
-from kvweave.serve.limits import DEFAULT_REMOTE, Limits, Offers
+from kvweave.serve.limits import DEFAULT_METHOD, Limits, Offers
 from kvweave.serve.remote.engine import Remote
 from kvweave.serve.remote.files import Handoffs
 from kvweave.serve.remote.vllm import command
 
-METHODS = ("snapkv", "full", DEFAULT_REMOTE, "streaming_llm")
+METHODS = ("snapkv", "full", DEFAULT_METHOD, "streaming_llm", "h2o:defer=3")
 
 
 @dataclass
@@ -129,28 +129,54 @@ def test_choices_and_log_probabilities(chain: Chain, running: Running) -> None:
     assert len({choice.message.content for choice in drawn.choices}) > 1
 
 
-@pytest.mark.parametrize("after", [0, 3])
-def test_an_engine_that_breaks_costs_nothing(chain: Chain, lab_model: tuple[Any, Any], after: int) -> None:
+@pytest.mark.parametrize("method", ["snapkv", DEFAULT_METHOD])
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_engine_that_breaks_costs_nothing(
+    chain: Chain, lab_model: tuple[Any, Any], after: int, method: str
+) -> None:
     again = metrics(chain.running)["kvweave_decoders_again_total"]
     for sample in samples(4, images=2):
-        right, _ = generated(lab_model, sample, "snapkv:budget=0.2", 12, endless=True)
+        own = {"method": method, "budget": 0.2}
+        right, _ = generated(lab_model, sample, Offers([method], 0.2).methods[method].spelling(), 12, endless=True)
         for engine in chain.engines:
             engine.breaks = after
-        assert chain.ask(sample).choices[0].message.content == right  # whichever was first, and the other one then
+        assert (
+            chain.ask(sample, kvweave=own).choices[0].message.content == right
+        )  # whichever was first, and the other one then
     for engine in chain.engines:
         engine.breaks = None
     assert metrics(chain.running)["kvweave_decoders_again_total"] >= again + 4
 
 
-def test_a_reply_goes_on_from_tokens_that_are_known(chain: Chain) -> None:
+@pytest.mark.parametrize("method", ["snapkv", DEFAULT_METHOD])
+def test_a_reply_goes_on_from_tokens_that_are_known(chain: Chain, method: str) -> None:
     (sample,) = samples(1, task="lookup")
-    whole = chain.ask(sample, kvweave={"return_token_ids": True}).choices[0]
-    for count in (1, 5, 12):
+    own = {"return_token_ids": True, "method": method}
+    whole = chain.ask(sample, kvweave=own).choices[0]
+    for count in (1, 5, 9, 10, 12):
         asked = sum(len(engine.asked) for engine in chain.engines)
-        known = {"return_token_ids": True, "known_token_ids": [whole.token_ids[:count]]}
+        known = own | {"known_token_ids": [whole.token_ids[:count]]}
         told = chain.ask(sample, kvweave=known).choices[0]
         assert (told.message.content, told.token_ids) == (whole.message.content, whole.token_ids)
         assert sum(len(engine.asked) for engine in chain.engines) == asked + (count < 12)
+
+
+def test_a_deferred_cut_goes_by_what_is_decoded_here(chain: Chain, running: Running) -> None:
+    (sample,) = samples(1, task="lookup")
+    own, here = {"kvweave": {"method": DEFAULT_METHOD}}, Chain(running, [], Path())
+    asked = sum(len(engine.asked) for engine in chain.engines)
+    short, right = (place.ask(sample, **own, max_tokens=8) for place in (chain, here))
+    assert short.choices[0].message.content == right.choices[0].message.content
+    assert short.kvweave == right.kvweave  # it ended before its cut
+    assert sum(len(engine.asked) for engine in chain.engines) == asked
+    told, right = (place.ask(sample, **own, n=3) for place in (chain, here))
+    assert [one.message.content for one in told.choices] == [one.message.content for one in right.choices]
+    assert told.kvweave["kept_bytes"] == right.kvweave["kept_bytes"] < told.kvweave["prompt_bytes"] / 2
+    assert sum(len(engine.asked) for engine in chain.engines) == asked + 3
+    drawn = chain.ask(sample, **own, n=3, seed=3, temperature=2, max_tokens=20)  # each cut by its own tokens
+    assert len({choice.message.content for choice in drawn.choices}) > 1
+    assert settled(chain.running, kvweave_kv_bytes=0)
+    assert chain.files == []
 
 
 def test_questions_to_a_context_go_to_one_engine_and_share_a_file(chain: Chain, running: Running) -> None:
@@ -205,7 +231,7 @@ def test_what_an_engine_refuses_fails_alone(chain: Chain, monkeypatch: pytest.Mo
         ("adakv", "heads of layer 0 keep"),
         ("pyramidkv", "layers keep"),
         ("flowmm:mass_bias=true", "add a bias"),
-        ("snapkv:defer=4", "allowed is defer=0"),
+        ("adakv:defer=4", "heads of layer 0 keep"),
     ],
 )
 def test_methods_that_no_engine_goes_on_from_are_refused_at_the_start(

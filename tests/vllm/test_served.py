@@ -14,6 +14,7 @@ import pytest
 from serving import ENVIRONMENT, ask, ask_context, children, command, generated, read_context, samples, until
 
 from kvweave import models
+from kvweave.serve.limits import DEFAULT_METHOD
 
 METHOD, BUDGET, TOKENS = "snapkv", 0.5, 100
 #: Blocks of 32 tokens: too few for what one of two servers decodes at once.
@@ -38,7 +39,8 @@ def command_of(process):
 @pytest.fixture(scope="module")
 def served():
     """Where it is, its process, and all processes that it ever had."""
-    options = f"--engine vllm --decoders 2 --method {METHOD} --budget {BUDGET} --dtype float32".split()
+    options = ["--engine", "vllm", "--decoders", "2", "--method", METHOD, "--method", DEFAULT_METHOD]
+    options += ["--budget", str(BUDGET), "--dtype", "float32"]
     options += ["--vllm", f"{sys.executable} -m vllm.entrypoints.openai.api_server {OPTIONS}"]
     seen = set()
     with command(*options, environment=OWN) as (url, process):
@@ -88,6 +90,16 @@ def test_replies_at_once_through_preemptions_and_a_killed_server(served):
         else:
             raise AssertionError("no server")
         assert [one.result() for one in asked] == expected[:8]
+
+
+def test_vllm_goes_on_from_a_cut_that_waited_for_the_reply(served):
+    url, _, _ = served
+    few, lab = samples(8, task="lookup"), models.load("lab", dtype="float32")
+    spelling = f"{DEFAULT_METHOD},budget={BUDGET}"
+    expected = [generated(lab, sample, spelling, 40, endless=True)[0] for sample in few]
+    with ThreadPoolExecutor(len(few)) as pool:
+        asked = [pool.submit(ask, url, sample, 40, stream=False, method=DEFAULT_METHOD) for sample in few]
+        assert [one.result() for one in asked] == expected
 
 
 def test_questions_to_a_context(served):

@@ -15,7 +15,9 @@ def calibrate(
         typer.Option(help="A text of your own; repeatable.", show_default="albums of ours, or installed READMEs"),
     ] = None,
     prompts: Annotated[int, typer.Option(**options.COUNT, help="Prompts at most.")] = 12,
-    tokens: Annotated[int, typer.Option(**options.COUNT, help="Of each, where they are texts.")] = 800,
+    tokens: Annotated[
+        int | None, typer.Option(**options.COUNT, help="Of each, where they are texts.", show_default="800")
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention: options.Attention = "auto",

@@ -73,8 +73,11 @@ def check_out(folder: Path) -> None:
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[Path]:
     """A fresh folder whose files move to `folder` once all are written; on an error none does."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise BadInput(f"--out {str(folder)!r}: {error}; allowed is a folder that can be written to") from error
     try:
         yield partial
         if not folder.exists():

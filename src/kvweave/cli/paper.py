@@ -118,9 +118,8 @@ def _recipes(names: Sequence[str], everything: bool, methods: str | None) -> "li
     from kvweave.evals.paper import RECIPES, find
 
     if everything == bool(names):
-        raise BadInput(
-            f"NAME {names or ''} with --all {everything}: allowed is one of the two; --list shows the names"
-        )
+        wrong = "NAME and --all are both given" if everything else "NAME is missing"
+        raise BadInput(f"{wrong}: allowed is a name, or several, or --all; --list shows them")
     recipes = list(RECIPES.values()) if everything else [find(name) for name in names]
     return recipes if methods is None else [recipe.with_methods(methods) for recipe in recipes]
 

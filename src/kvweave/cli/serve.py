@@ -70,10 +70,9 @@ def serve(
     given = context.params
     _check(given)
     _check_places(given)
-    remote = engine == "vllm"
-    offers, limits = _offers(method, budget, least_budget, most_budget, remote), _limits(given)
+    offers, limits = _offers(method, budget, least_budget, most_budget), _limits(given)
     here = (0 if replica else 1) if replicas is None else replicas
-    started = (0 if decoder else 1) if remote and decoders is None else decoders or 0
+    started = (0 if decoder else 1) if engine == "vllm" and decoders is None else decoders or 0
     with ExitStack() as stack:
         if here != 1 or replica or started:
             application = gateway(context, stack, limits, known, here, replica or [], started)
@@ -132,10 +131,10 @@ def _check(given: Mapping[str, Any]) -> None:
         raise BadInput("--decoders 0: allowed is 1 or more, or 0 beside --decoder URL")
 
 
-def _offers(method: list[str] | None, budget: str, least: float, most: float, remote: bool) -> "Offers":
-    from kvweave.serve.limits import DEFAULT_METHOD, DEFAULT_REMOTE, Offers
+def _offers(method: list[str] | None, budget: str, least: float, most: float) -> "Offers":
+    from kvweave.serve.limits import DEFAULT_METHOD, Offers
 
-    methods = method or [DEFAULT_REMOTE if remote else DEFAULT_METHOD]
+    methods = method or [DEFAULT_METHOD]
     (first, *_) = options.parse_methods(methods, budget)
     with bad_input(option="--method"):
         return Offers(methods, first.budget, least, most)

@@ -19,7 +19,7 @@ Method = Annotated[
     typer.Option(
         "--method",
         help="NAME or NAME:option=value,...; repeatable: what requests may name. The first is the default.",
-        show_default="weave:form=even, of vLLM weave:form=even,defer=0",
+        show_default="weave:form=even",
     ),
 ]
 Budget = Annotated[str, typer.Option("--budget", help="What stays where a request does not say: a share, or tokens.")]

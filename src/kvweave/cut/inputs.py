@@ -73,10 +73,9 @@ def _prompt(
     if valid is None:
         valid = torch.ones(shape, dtype=torch.bool, device=keys[0].device)
     for name, mask in (("visual", visual), ("valid", valid)):
-        if mask.dtype != torch.bool or mask.shape != shape:
-            raise ValueError(
-                f"{name} must be bool [batch, length] = {list(shape)}, got {mask.dtype} {list(mask.shape)}"
-            )
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise ValueError(f"{name} must be bool [batch, length] = {list(shape)}, got {got}")
     if not everything and not bool(valid.any(1).all()):
         empty = (~valid.any(1)).nonzero().flatten().tolist()
         raise ValueError(f"valid: row {empty[0]} has no token; every row needs at least one")
@@ -85,9 +84,9 @@ def _prompt(
 
 def _check_numbers(prompt: Prompt, **given: Sequence[Tensor]) -> None:
     """Refuse NaN, which compares with nothing, so that what is kept of it would be anything; padding may hold it."""
-    norms = torch._foreach_norm([x for tensors in given.values() for x in tensors])  # one call, and one read
-    home = norms[0].device
-    if not math.isnan(torch.stack([x if x.device == home else x.to(home) for x in norms]).sum().item()):
+    most = torch._foreach_max([x for tensors in given.values() for x in tensors])  # one call, and one read
+    home = most[0].device
+    if not math.isnan(torch.stack([x if x.device == home else x.to(home) for x in most]).sum().item()):
         return
     for name, tensors in given.items():
         for layer, x in enumerate(tensors):

@@ -217,7 +217,7 @@ class PromptCut(LayerCut):
         if self.waiting is not None and terms.query_rows:
             groups, _, after = self._waiting_groups(self.waiting, block, length, terms)
             for group in groups:
-                self.waiting.add(group, self.heads_of(after).keys, counted, terms.needs, weights=weights)
+                self.waiting.add(group, self.heads_of(after).keys, counted, terms.needs, weights=weights, probed=True)
 
     def _waiting_groups(
         self, waiting: Waiting, block: Block, length: int, terms: Terms
@@ -275,7 +275,7 @@ class PromptCut(LayerCut):
             cuts = share is None or smallest(share[at[0]]) < view.length
             if counted is not None and after.count and terms.query_rows and cuts:
                 keys = self.heads_of(after).keys
-                waiting.add(group, keys, counted, terms.needs, terms.needs.temperature)
+                waiting.add(group, keys, counted, terms.needs, terms.needs.temperature, probed=terms.probed)
             waiting.tell(view, at)
             view.probed = terms.probed
             rows = waiting.counts[at] if terms.probed else torch.full_like(waiting.counts[at], method.defer)

@@ -116,6 +116,8 @@ class Waiting:
         needs: Needs,
         temperature: float = 1.0,
         weights: Tensor | None = None,
+        *,
+        probed: bool,
     ) -> None:
         """Add what the tokens behind the prompt attend to, of a group's rows.
 
@@ -125,6 +127,7 @@ class Waiting:
             needs: how their attention is reduced, and whether their queries are kept.
             temperature: divides the logits.
             weights: float [batch, tokens], factors of their attention; None: 1.
+            probed: they are of probes and the answers to them.
         """
         rule = replace(self.rule, scaling=self.rule.scaling / temperature)
         at = group.index
@@ -132,7 +135,7 @@ class Waiting:
         counted = counted[at, :tokens].to(keys.device)
         factors = counted if weights is None else counted * weights[at, :tokens].to(keys.device)
         queries = self.queries[at, :, :tokens]
-        for reduction in needs.decoded:
+        for reduction in needs.reductions(probed=probed):
             how = () if reduction == MEANS else reduction
             attention = decoded_attention(group.view, queries, keys[at, :, :tokens], factors, rule, *how)
             for n, row in enumerate(at):
@@ -173,7 +176,8 @@ def tell_rows(
     counted = torch.ones(len(queries), queries.shape[2], dtype=torch.bool, device=keys.device)
     waiting = Waiting.of(prompt, rule, queries)
     for group in groups:
-        waiting.add(group, keys, counted, terms.needs, 1.0 if terms.probed else terms.needs.temperature)
+        temperature = 1.0 if terms.probed else terms.needs.temperature
+        waiting.add(group, keys, counted, terms.needs, temperature, probed=terms.probed)
         waiting.tell(group.view, group.index)
         group.view.probed = terms.probed
         rows = queries.new_full((1, 1, 1), queries.shape[2], dtype=torch.float64)

@@ -26,6 +26,7 @@ from kvweave.seam.profiles import model_mark
 BUDGETS = (0.5, 0.3, 0.2, 0.1, 0.05)
 _DIGITS = 4
 _LETTERS = 3  # of a token, at least, in a text that is long enough
+_TOKENS = 800  # of a text's piece
 _SEED = 20_250  # of albums: not one that evaluations start from
 
 Table = list[list[list[float]]]  # shares [budgets][layers][kv_heads]
@@ -64,18 +65,25 @@ class Counting(KVzip):
         return [[count / length for count in counts] for counts in share_out(rows, self.floor)]
 
 
-def prompts_of(model: str, processor: Any, count: int, tokens: int, files: Sequence[Path] = ()) -> list[Prompt]:
+def prompts_of(
+    model: str, processor: Any, count: int, tokens: int | None, files: Sequence[Path] = ()
+) -> list[Prompt]:
     """Prompts of about so many tokens: of the user's files; else of the embedded models what they are asked about
     albums; else READMEs and licences of the packages that are installed here.
 
+    Args:
+        tokens: None: 800.
     Raises:
-        ValueError: a file that cannot be read, or no text that is long enough.
+        ValueError: a file that cannot be read, no text that is long enough, or tokens where albums are asked about.
     """
     if not files and model in SOURCES and SOURCES[model].unit == "images":
+        if tokens is not None:
+            raise ValueError(f"tokens={tokens} is of texts, and {model} is asked about albums: allowed is --text too")
         source = SOURCES[model]
         each = -(-count // len(source.tasks))
         examples = [task.examples(_SEED) for task in source.make(source.tasks, each, source.size)]
         return [Prompt(one.id, one.messages) for turn in zip(*examples, strict=True) for one in turn][:count]
+    tokens = _TOKENS if tokens is None else tokens
     pieces = _pieces(_texts(files) if files else _installed(), processor, tokens)
     prompts = [
         Prompt(name, [{"role": "user", "content": [{"type": "text", "text": text}]}])

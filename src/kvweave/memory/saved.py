@@ -48,6 +48,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
         the digest: SHA-256 of the file as it is with `NO_DIGEST`.
     """
     goal = Path(path)
+    if goal.is_dir():
+        raise ValueError(f"{os.fspath(path)} is a folder: allowed is a file, new or not")
     name = goal.with_name(f".{goal.name}.{uuid.uuid4().hex}")
     try:
         save_file(dict(tensors), name, dict(metadata))

@@ -14,7 +14,7 @@ from kvweave.methods.options import flag, integer, real
 from kvweave.methods.registry import register
 from kvweave.methods.scored import ScoredMethod
 from kvweave.ops import budget as counts
-from kvweave.ops.spectrum import low_pass
+from kvweave.ops.spectrum import above
 from kvweave.view import LayerView
 
 
@@ -67,8 +67,6 @@ class FlashCache(ScoredMethod):
 
 def _above(view: LayerView, x: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
     """What of `x` [batch, kv_heads, length, dim] lies above the cutoff: by token and head, and as a share by row."""
-    base = low_pass(x, cutoff)
-    x = x.to(base.dtype)
-    squared = (x - base).square_()
-    above, total = (view.over_heads(part.sum((2, 3))).sum(1) for part in (squared, x.square()))
-    return squared.mean(-1), above / total.clamp(min=1e-30)
+    distance, energy = above(x, cutoff)
+    high, total = (view.over_heads(part).sum(1) for part in (distance.sum(-1) * x.shape[-1], energy))
+    return distance, high / total.clamp(min=1e-30)

@@ -24,6 +24,7 @@ class Needs:
             comes later. `plan` may then ask the same.
         probed_rows: `rows` where probes are answered before the cut; None: as many.
         decoded: how the attention of tokens behind the prompt is reduced, (rows_by, heads_by) each.
+        probed_decoded: the same, further ones, where those tokens are answers to probes.
         temperature: divides decoded tokens' logits before they become attention that counts.
         decoded_queries: those tokens' queries too (`LayerView.decoded_queries`).
         rotary: the rotary tables.
@@ -43,6 +44,7 @@ class Needs:
     statistics: tuple[Callable[[LayerView], object], ...] = ()
     probed_rows: int | None = None
     decoded: tuple[Reduction, ...] = (MEANS,)
+    probed_decoded: tuple[Reduction, ...] = ()
     temperature: float = 1.0
     decoded_queries: bool = False
     rotary: bool = False
@@ -58,6 +60,10 @@ class Needs:
     def rows_with_probes(self) -> int:
         """`rows`, where probes are answered before the cut."""
         return self.rows if self.probed_rows is None else self.probed_rows
+
+    def reductions(self, *, probed: bool) -> tuple[Reduction, ...]:
+        """How the attention of tokens behind the prompt is reduced; `probed`: they answer probes."""
+        return tuple(dict.fromkeys((*self.decoded, *(self.probed_decoded if probed else ()))))
 
     def compute(self, view: LayerView) -> None:
         """Let the view know the statistics."""

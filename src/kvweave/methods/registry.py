@@ -128,6 +128,8 @@ def parse_method(text: str, **defaults: Any) -> Method:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ValueError(f"{brief(item)} in method {brief(text)} is not an option: allowed is name=value")
+        if key in words:
+            raise ValueError(f"{key} comes twice in method {brief(text)}: allowed is once")
         words[key] = value
     takes = method_class(name).takes(words)
     options = dict(defaults)

@@ -38,7 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "heads_by": "max",
         "ahead": 64,  # a reply that quotes goes on where its eighth token looks
         "fade": 0.9,
-        "recent": 1,  # of few entries, what every head keeps by force is dear: heads that want these tokens score them
+        "recent": 1,  # of few entries those are dear that every head keeps by force: who wants a token scores it
         "sinks": 1,
         "defer": 8,
         "temperature": 1.0,  # what the prompt's own rows look at counts only where none is decoded
@@ -216,7 +216,7 @@ class Weave(MergingMethod, ScoredMethod):
             super().needs,
             rows=self.proxies,
             probed_rows=ALL_ROWS,
-            decoded=tuple(dict.fromkeys([self.reduction, ("mean", self.heads_by)])),  # of the reply, and of probes
+            probed_decoded=(("mean", self.heads_by),),
             temperature=self.temperature or 1.0,
             by_slot=True,
             replay=self.replay and not self.defer,
@@ -231,9 +231,10 @@ class Weave(MergingMethod, ScoredMethod):
 
     def prepare(self, view: LayerView, budget: int) -> None:
         if self.temperature is None or view.probed or self.coarse:
-            return super().prepare(view, budget)
-        self.needs.compute(view)
-        view.hold_rows(self.proxies)  # what they look at is asked for only where nothing is decoded
+            super().prepare(view, budget)
+        else:
+            self.needs.compute(view)
+            view.hold_rows(self.proxies)  # what they look at is asked for only where nothing is decoded
 
     def plan(self, view: LayerView, budget: int) -> Plan:
         if self.allocation != "head" or view.empty is not None:

@@ -1,9 +1,10 @@
 """From messages to a model's inputs, for every model by its processor's chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvweave.models.pictures import open_picture
+from kvweave.ops.brief import brief
 
 Message = dict[str, Any]
 
@@ -23,12 +24,14 @@ def encode(processor: Any, *conversations: Sequence[Message]) -> Any:
     A tokenizer without a chat template is given the text as it is.
 
     Args:
-        conversations: turns whose content is a list of {"type": "text", "text": ...} and {"type": "image", "image":
-            a picture or a file's name}.
+        conversations: turns whose content is a text, or a list of {"type": "text", "text": ...} and {"type": "image",
+            "image": a picture or a file's name}.
     Raises:
         PictureError: a file that is no picture, or one too large.
-        PromptError: images for a model that reads text only, or a processor that has no chat template for them.
+        PromptError: no conversation, or what is no list of turns; images for a model that reads text only, or a
+            processor that has no chat template for them.
     """
+    _check(conversations)
     chats = [_opened(_turns(processor, messages)) for messages in conversations]
     padding = {"padding": True, "padding_side": "left"} if len(chats) > 1 else {}
     if not getattr(processor, "chat_template", None):
@@ -39,6 +42,17 @@ def encode(processor: Any, *conversations: Sequence[Message]) -> Any:
     return processor.apply_chat_template(
         chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
+
+
+def _check(conversations: Sequence[Sequence[Message]]) -> None:
+    """Refuse what is no conversation."""
+    example = '[{"role": "user", "content": "what is this?"}]'
+    if not conversations:
+        raise PromptError(f"no conversation is given: allowed is one or several, such as {example}")
+    for turns in conversations:
+        listed = isinstance(turns, Sequence) and not isinstance(turns, str) and len(turns)
+        if not listed or not all(isinstance(turn, Mapping) and "content" in turn for turn in turns):
+            raise PromptError(f"{brief(turns)} is no conversation: allowed is a list of turns, such as {example}")
 
 
 def written(processor: Any, messages: Sequence[Message]) -> str:
@@ -75,7 +89,9 @@ def _opened(turns: list[Message]) -> list[Message]:
     ]
 
 
-def _text_only(pieces: Sequence[dict[str, Any]]) -> str:
+def _text_only(pieces: str | Sequence[dict[str, Any]]) -> str:
+    if isinstance(pieces, str):
+        return pieces
     if any(piece["type"] != "text" for piece in pieces):
         raise PromptError("the model reads text only: it takes no images")
     return "\n".join(piece["text"] for piece in pieces)

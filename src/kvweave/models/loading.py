@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from kvweave.models.source import LAB, LABS, ModelError, first_line, locate
 
 if TYPE_CHECKING:
+    import torch
+
     from kvweave.models.published import Layout
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,7 +39,7 @@ def pick_device(device: str) -> str:
 
 def load(
     model: str = LAB,
-    dtype: str = "auto",
+    dtype: "str | torch.dtype" = "auto",
     device: str = "auto",
     attention: str = "auto",
     trust_remote_code: bool = False,
@@ -48,13 +50,14 @@ def load(
 
     Args:
         model: a hub's id, a folder, "lab", "lab-large", "smol" or "smol-text".
-        dtype: of the weights; "auto": as the checkpoint has them.
+        dtype: of the weights, a name or torch's own; "auto": as the checkpoint has them.
         device: "auto": CUDA where there is one.
         attention: "sdpa", "eager" or a flash attention; "auto": what transformers picks, sdpa where the model has it.
         trust_remote_code: run the code that a checkpoint brings along, if it needs it; it can do anything.
     Raises:
         ModelError: it cannot be had; one line says why.
     """
+    dtype = str(dtype).removeprefix("torch.")
     _check_choice("dtype", dtype, DTYPES)
     _check_choice("attention", attention, ATTENTIONS)
     device = pick_device(device)

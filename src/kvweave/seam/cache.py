@@ -27,6 +27,7 @@ from kvweave.seam.report import described, layer_kinds
 from kvweave.seam.saved import read, write
 from kvweave.seam.shared import Shared
 from kvweave.seam.turn import State
+from kvweave.seam.window import fix, fixes, release
 
 
 class CompressedCache(Cache):
@@ -60,6 +61,10 @@ class CompressedCache(Cache):
     ) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"method={method!r} is not a kvweave method: allowed is one of kvweave.get_method(...)")
+        if not callable(getattr(config, "get_text_config", None)):
+            raise TypeError(
+                f"config={type(config).__name__} is no configuration of transformers: allowed is model.config"
+            )
         method, stream = stream_of(method, every, total, stream_sinks, trace=trace, hold=hold)
         self.method = method
         decoder = config.get_text_config(decoder=True)
@@ -173,8 +178,8 @@ class CompressedCache(Cache):
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decode steps: room for them is laid out, in every layer."""
-        ours = all(isinstance(layer, CompressedLayer) for layer in self.layers)
-        return self.shared.room is not None and ours and self.shared.method.storage is None
+        every = all(isinstance(x, CompressedLayer) or fixes(x) or x.is_compileable for x in self.layers)
+        return self.shared.room is not None and every and self.shared.method.storage is None
 
     @property
     def fixed(self) -> bool:
@@ -204,9 +209,11 @@ class CompressedCache(Cache):
         self.settle()
         for layer in self.compressed_layers:
             layer.reserve(tokens)
+        fix(self)
 
     def settle(self) -> None:
         """Leave the buffers of `reserve`; what was decoded is then known to the host."""
+        release(self)
         if not self.fixed:
             return
         for layer in self.compressed_layers:
@@ -417,6 +424,7 @@ class CompressedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
+        release(self)
         super().reset()
         self.shared.reset()
 
@@ -436,17 +444,20 @@ class CompressedCache(Cache):
             self.shared.crop(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.settle()
         super().reorder_cache(beam_idx)
         self.steps = []
         self.shared.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.settle()
         super().batch_repeat_interleave(repeats)
         self.steps = []
         if self.prompt is not None:
             self.shared.select(torch.arange(self.prompt.valid.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.settle()
         super().batch_select_indices(indices)
         self.steps = []
         self.shared.select(indices)

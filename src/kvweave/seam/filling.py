@@ -28,6 +28,7 @@ def cache_of(session: "Session", part: nn.Module, call: Call) -> CompressedCache
     """The compressed cache that a forward pass fills; None if it should run as it is."""
     if isinstance(call.cache, CompressedCache):
         if call.cache.shared.turn.prompt is None:
+            _check_layers(call.cache, session.base, part)
             call.cache.work_on(session.base)
             check_profiles(call.cache.shared.method, session.base)
             latents.check(call.cache.shared.method, session.base)
@@ -39,6 +40,16 @@ def cache_of(session: "Session", part: nn.Module, call: Call) -> CompressedCache
         session.warn("use_cache", guard.NO_CACHE)
         return None
     return cache_for(session, part, call.cache)
+
+
+def _check_layers(cache: CompressedCache, *models: Any) -> None:
+    """Refuse a cache of another model, as far as it has fewer layers or more."""
+    counts = {len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers) for model in models}
+    if len(cache.layers) not in counts:
+        raise ValueError(
+            f"{names.CACHE} has {len(cache.layers)} layers, the model {max(counts)}: allowed is a "
+            "kvweave.CompressedCache(model.config, method) of this model"
+        )
 
 
 def cache_for(session: "Session", part: Any, own: Any = None) -> CompressedCache:
@@ -111,7 +122,12 @@ def begin(session: "Session", part: nn.Module, call: Call) -> CompressedCache | 
 
 
 def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: Call) -> None:
-    """Tell the cache what the forward pass's columns are, and where the prompt ends."""
+    """Tell the cache what the forward pass's columns are, and where the prompt ends.
+
+    Raises:
+        ValueError: a batch of other rows than the cache holds.
+    """
+    assert call.inputs is not None
     running, shared, turn = session.running, cache.shared, cache.shared.turn
     if session.expansions:
         latents.introduce(session.expansions, cache)
@@ -125,6 +141,9 @@ def prepare(session: "Session", part: nn.Module, cache: CompressedCache, call: C
     if turn.state is State.WAITING:
         cache.cut_if_due()  # candidates of assisted decoding have been taken back by now
     past, new = cache.get_seq_length(), call.new
+    if past and turn.prompt is not None and len(turn.prompt.valid) != len(call.inputs):
+        rows, held = len(call.inputs), len(turn.prompt.valid)
+        raise ValueError(f"{rows} rows follow a cache of {held}: allowed is as many, row for row")
     running.before = past
     end = prompt_end(session, cache, past, new)
     prompted = end is not None and past < end

@@ -103,14 +103,21 @@ def _refusing_pages(session: "Session", init: Callable[..., Any]) -> Callable[..
 def _with_room(session: "Session", request: Request) -> CompressedCache | None:
     """The cache of a `generate` whose decode steps are to be compiled, room asked for; None: they are not."""
     uncompiled = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "disable_compile")
-    plain = (request.setting("num_beams") or 1) == 1 and not any(map(request.setting, uncompiled))
-    if request.setting("compile_config") is None or not plain or request.setting("use_cache") is False:
+    if request.setting("compile_config") is None or any(map(request.setting, uncompiled)):
+        return None
+    if request.setting("use_cache") is False:
         return None
     cache = request.cache
     if session.method is not None and (cache is None or type(cache) is DynamicCache):
         cache = cache_for(session, session.base, cache)
     if request.length is None or not isinstance(cache, CompressedCache):
         return None
+    beams = request.setting("num_beams") or 1
+    if beams > 1:
+        raise ValueError(
+            f"compile_config is not allowed with num_beams={beams}, which transformers does not compile: allowed is "
+            "num_beams=1"
+        )
     if "flash" in session.implementation:
         raise ValueError("compile_config is not allowed with flash attention: allowed is sdpa or eager")
     if cache.shared.method.redecode:

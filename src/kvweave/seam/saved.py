@@ -80,6 +80,8 @@ def write(cache: "CompressedCache", path: str | os.PathLike[str], model: PreTrai
 
 def read(kind: "type[CompressedCache]", path: str | os.PathLike[str], model: PreTrainedModel) -> "CompressedCache":
     """The cache that was saved, where `model` has its layers."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model={type(model).__name__} is not a transformers model")
     state = saved.load(path, _KINDS)
     saved_for, own = state["model"], fingerprint(model)
     if saved_for != own:

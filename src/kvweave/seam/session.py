@@ -166,6 +166,12 @@ class Session:
         state = "attached to" if self.attached else "not attached to"
         return f"<kvweave.Session {what}, {state} {type(self.model).__name__}: {guard.saved(self.cache)}>"
 
+    def __reduce__(self) -> Any:  # hooks would lead a copy of the model to this session
+        raise TypeError(
+            f"kvweave is attached to this {type(self.model).__name__}: allowed is to copy or pickle it before, or "
+            "after kvweave.detach(model)"
+        )
+
     def __del__(self) -> None:
         if not getattr(self, "_used", True):
             warnings.warn(guard.UNUSED, stacklevel=2)

@@ -11,8 +11,6 @@ from kvweave.serve.errors import Refusal
 
 #: What `kvweave serve` compresses by: the best on a real model of those with equal counts and no bias.
 DEFAULT_METHOD = "weave:form=even"
-#: The same where an engine goes on from what was cut: nothing can be deferred until it has decoded.
-DEFAULT_REMOTE = f"{DEFAULT_METHOD},defer=0"
 
 
 @dataclass(frozen=True)

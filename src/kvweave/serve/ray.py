@@ -27,7 +27,7 @@ from kvweave.serve.calls import CallTransport, Pair, Part, respond
 from kvweave.serve.fleet.processes import Fleet
 from kvweave.serve.gateway.app import Gateway
 from kvweave.serve.keys import Keys
-from kvweave.serve.limits import DEFAULT_METHOD, DEFAULT_REMOTE, Limits, Offers
+from kvweave.serve.limits import DEFAULT_METHOD, Limits, Offers
 from kvweave.serve.remote.engine import Remote
 from kvweave.serve.remote.vllm import DECODER_KEY, command, words
 
@@ -41,7 +41,7 @@ class Settings(BaseModel):
 
     Attributes:
         model, dtype, device: as of `kvweave serve`.
-        methods: with commas of their own, so divided by blanks; empty: the engine's default.
+        methods: with commas of their own, so divided by blanks.
         engine: "kvweave", or "vllm": each replica reads and cuts prompts, and a vLLM server of its own goes on,
             started beside it by the command `vllm` on the folder `decoder`; `handoff`: a folder of that machine.
         data: folder of all replicas, where contexts lie; on several machines a shared one.
@@ -55,7 +55,7 @@ class Settings(BaseModel):
     model: str = "lab"
     dtype: str = "auto"
     device: str = "auto"
-    methods: str = ""
+    methods: str = DEFAULT_METHOD
     engine: Literal["kvweave", "vllm"] = "kvweave"
     decoder: Path | None = None
     handoff: Path | None = None
@@ -81,8 +81,7 @@ class Settings(BaseModel):
 
     @property
     def offers(self) -> Offers:
-        default = DEFAULT_METHOD if self.engine == "kvweave" else DEFAULT_REMOTE
-        return Offers(self.methods.split() or [default], self.budget)
+        return Offers(self.methods.split(), self.budget)
 
     @property
     def limits(self) -> Limits:

@@ -34,7 +34,7 @@ class Decoders(Fleet):
         self._again = again
 
     async def tokens(
-        self, handoff: Handoff, folder: str, behind: Sequence[int], reply: Reply
+        self, handoff: Handoff, folder: str, behind: Sequence[int], reply: Reply, held: int = 0
     ) -> AsyncGenerator[Token, None]:
         """What follows a compressed prompt and the tokens that `reply` has, each to be put into it before the next.
 
@@ -44,12 +44,13 @@ class Decoders(Fleet):
         Args:
             folder: of the engines' root where the file is.
             behind: tokens between the compressed prompt and the reply.
+            held: first tokens of the reply that the file holds.
         Raises:
             Refusal: none answers, or one refuses.
         """
 
         async def ask(replica: Replica) -> AsyncGenerator[Token, None]:
-            body = _body(handoff, folder, behind, reply)
+            body = _body(handoff, folder, [*behind, *reply.tokens[held:]], reply)
             async with aclosing(self.events(replica, _PATH, self._headers, body)) as events:
                 async for event in events:
                     for choice in event.get("choices", ()):
@@ -63,11 +64,11 @@ class Decoders(Fleet):
                 yield token
 
 
-def _body(handoff: Handoff, folder: str, behind: Sequence[int], reply: Reply) -> dict[str, Any]:
-    """What vLLM is asked: it ends where the reply ends, and of text it knows nothing."""
+def _body(handoff: Handoff, folder: str, tokens: Sequence[int], reply: Reply) -> dict[str, Any]:
+    """What vLLM is asked, behind a file and tokens: it ends where the reply ends, and of text it knows nothing."""
     sampler = reply.sampler
     body: dict[str, Any] = {
-        **request_of({"digest": handoff.digest, "slots": handoff.slots}, [*behind, *reply.tokens], folder),
+        **request_of({"digest": handoff.digest, "slots": handoff.slots}, tokens, folder),
         "max_tokens": reply.most - len(reply.tokens),
         "temperature": sampler.temperature,
         "top_p": sampler.top_p,

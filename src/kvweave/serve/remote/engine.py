@@ -1,7 +1,10 @@
-"""The engine that decodes nothing: its thread reads and cuts prompts, and stock engines go on from what is kept."""
+"""The engine whose thread reads and cuts prompts; stock engines decode on from what is kept.
+
+Where a method waits for the first tokens of a reply before it cuts, they are decoded here.
+"""
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -13,7 +16,7 @@ from kvweave.methods.base import Method
 from kvweave.serve.engine.job import Begun, Job, Kept
 from kvweave.serve.engine.proof import Proof, text_reading
 from kvweave.serve.engine.queue import Queue
-from kvweave.serve.engine.reading import Reading
+from kvweave.serve.engine.reading import Reading, read_on
 from kvweave.serve.engine.reply import Reply
 from kvweave.serve.metrics import Metrics
 from kvweave.serve.remote.decoders import Decoders
@@ -39,10 +42,14 @@ class Remote:
 
 @dataclass(eq=False)
 class Flight:
-    """A job whose replies are decoded elsewhere."""
+    """A job whose replies are decoded elsewhere.
+
+    Attributes:
+        handoffs: one for all its replies, or one for each where a deferred cut goes by the reply's own first tokens.
+    """
 
     job: Job
-    handoff: Handoff
+    handoffs: list[Handoff] = field(default_factory=list)
     replies: list[Future[None]] = field(default_factory=list)
 
 
@@ -83,9 +90,9 @@ class RemoteEngine(Queue):
     def _prove(self, tokenizer: Any, methods: Mapping[str, Method]) -> Proof:
         """Try each method on a text, as far as its file."""
         for name, method in methods.items():
-            if method.defer:
-                raise ValueError(f"{name} is not allowed: vLLM goes on from what has been cut; allowed is defer=0")
             reading = text_reading(self.model, tokenizer, _LENGTH, method)
+            while reading.cache.waits:
+                reading = read_on(self.model, reading.cache, [int(reading.logits.argmax())], reading.position)
             try:
                 self._files.drop(self._files.take(reading.cache))
             except ValueError as error:
@@ -120,7 +127,8 @@ class RemoteEngine(Queue):
         return super().alive and self._answered
 
     def needed(self, job: Job) -> int:
-        return job.source.peak * self.proof.token_bytes
+        forks = 2 if job.source.defers and len(job.replies) > 1 else 1
+        return job.source.peak * self.proof.token_bytes * forks
 
     # ---------------------------------------------------------------- in the thread
 
@@ -160,37 +168,76 @@ class RemoteEngine(Queue):
         read = 0 if behind else job.source.tokens
         self.metrics.prompt(read, read * self.proof.token_bytes, monotonic() - started)
         job.emit(Begun(job.source.tokens * self.proof.token_bytes, None if job.replies else reading))
-        if not behind:
-            self.metrics.kept.inc(reading.nbytes)
-        if not job.replies:
-            return
-        flight = Flight(job, self._files.take(reading.cache, keep=bool(behind)))
-        shares = reading.shares(job.source.tokens) if job.traced else None
-        job.emit(Kept(reading.nbytes + len(behind) * self.proof.token_bytes, "", shares))
-        rest = [reply for reply in job.replies if not self._has_ended(job, reply, reading, behind)]
+        self._tell(job, reading, behind)
+        flight = Flight(job)
+        try:
+            going = list(self._going_on(flight, reading, behind))
+        except BaseException:
+            self._drop(flight)
+            raise
         self._flights[job] = flight
         flight.replies += [
-            asyncio.run_coroutine_threadsafe(self._decode(flight, behind, reply), self._loop) for reply in rest
+            asyncio.run_coroutine_threadsafe(self._decode(flight, handoff, behind, reply, held), self._loop)
+            for reply, handoff, held in going
         ]
         for reply in flight.replies:
             reply.add_done_callback(lambda done: self._landed(flight))
-        if not rest:
+        if not going:
             self._landed(flight)
         if job.left:  # before it could be seen that it had begun
             self.leave(job)
 
-    def _has_ended(self, job: Job, reply: Reply, reading: Reading, behind: Sequence[int]) -> bool:
-        """Take what is known of a reply: its first token, and those that a client knows."""
-        if not behind and self._emit(job, reply.take(reading.logits)):
+    def _tell(self, job: Job, reading: Reading, behind: Sequence[int]) -> None:
+        """Say what is kept of the prompt, once it has been cut."""
+        if job.told or reading.cache.waits:
+            return
+        job.told = True
+        if not behind:
+            self.metrics.kept.inc(reading.nbytes)
+        shares = reading.shares(job.source.tokens) if job.traced else None
+        job.emit(Kept(reading.nbytes + len(behind) * self.proof.token_bytes, "", shares))
+
+    def _going_on(
+        self, flight: Flight, reading: Reading, behind: Sequence[int]
+    ) -> Iterator[tuple[Reply, Handoff, int]]:
+        """Replies that go on elsewhere, what from, and how many of their tokens that holds."""
+        replies, deferred = flight.job.replies, reading.cache.waits
+        for reply in replies:
+            own = reading.fork() if deferred and reply is not replies[-1] else reading
+            if self._until_cut(flight.job, reply, own, behind):
+                held = len(reply.tokens) - 1 if deferred else 0  # the last one has not been read
+                if deferred or not flight.handoffs:
+                    flight.handoffs.append(self._files.take(own.cache, keep=bool(behind)))
+                if not any(self._emit(flight.job, piece) for piece in reply.replay()):
+                    yield reply, flight.handoffs[-1], held
+
+    def _until_cut(self, job: Job, reply: Reply, reading: Reading, behind: Sequence[int]) -> bool:
+        """Take a reply's first token, and those that a deferred cut waits for; whether the reply goes on.
+
+        A question, `behind` a context, has not been read: all of its reply's tokens are drawn elsewhere.
+        """
+        if behind:
             return True
-        return any(self._emit(job, piece) for piece in reply.replay())
+        goes_on = not self._emit(job, reply.take(reading.logits))
+        while goes_on and not job.left and reading.cache.waits:
+            reading = read_on(self.model, reading.cache, [reply.last], reading.position)
+            self._tell(job, reading, behind)
+            goes_on = not self._emit(job, reply.take(reading.logits))
+        return goes_on and not job.left
+
+    def _drop(self, flight: Flight) -> None:
+        """What its replies went on from is not used any more."""
+        for handoff in flight.handoffs:
+            self._files.drop(handoff)
+        flight.handoffs.clear()
 
     # ---------------------------------------------------------------- in the loop
 
-    async def _decode(self, flight: Flight, behind: Sequence[int], reply: Reply) -> None:
+    async def _decode(self, flight: Flight, handoff: Handoff, behind: Sequence[int], reply: Reply, held: int) -> None:
         """One reply, to its end."""
+        found = self._decoders.tokens(handoff, self._files.name, behind, reply, held)
         try:
-            async with aclosing(self._decoders.tokens(flight.handoff, self._files.name, behind, reply)) as tokens:
+            async with aclosing(found) as tokens:
                 async for token, logprob in tokens:
                     if self._emit(flight.job, reply.put(token, logprob)):
                         return
@@ -198,12 +245,12 @@ class RemoteEngine(Queue):
             self._fail([flight.job], error)
 
     def _landed(self, flight: Flight) -> None:
-        """One of its replies has ended; the file goes with the last."""
+        """One of its replies has ended; the files go with the last."""
         with self._awake:
             if flight.job in self._flights and all(reply.done() for reply in flight.replies):
                 del self._flights[flight.job]
                 flight.replies.clear()  # whose callbacks hold it
-                self._files.drop(flight.handoff)
+                self._drop(flight)
             self._count()
             self._awake.notify()
 
