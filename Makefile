@@ -80,6 +80,7 @@ guard: $(READY)  ## record what each method dispatches, multiplies, holds and wa
 
 results-smol: $(READY)  ## the papers' tables and figures on the real language model (hours; resumes): SAMPLES=12 a task
 	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --model smol --dtype bfloat16 --samples $(SAMPLES) --workers 2 --out out/results-smol
+	$(BIN)/python -m benchmarks.publish out/results-smol
 
 results: $(READY)  ## docs/RESULTS.md and README's tables, of what results-smol made and of the toy, which it asks (resumes)
 	OMP_NUM_THREADS=1 $(BIN)/kvweave paper --all --samples 60 --workers 2 --out out/results

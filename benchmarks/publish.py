@@ -4,6 +4,7 @@ docs/results holds each figure once: a file for each model (`kvweave.evals.paper
 sheet, which says what of the model's figures it shows.
 
 python -m benchmarks.publish out/results out/results-large out/results-smol
+python -m benchmarks.publish out/results-smol    # what was made of smol alone; the rest stays as it is
 """
 
 import argparse
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from kvweave.evals.paper import RECIPES
-from kvweave.evals.paper.figures import packed, round_data, shown
+from kvweave.evals.paper.figures import packed, round_data, rows, shown
 from kvweave.evals.run import store
 from kvweave.evals.tables.tables import interval
 
 ROOT = Path(__file__).parents[1]
-IN_README = "flowmm-fig4"  # the budget curve, of `smol`
+IN_README = "flowmm-fig4"  # the budget curve
 RANKED = "flowmm-table1"  # the methods of both models side by side
 _NAMED = 8  # pairs of methods
 IN_LARGE = ("flowmm-fig4",)  # what is shown of the large world, too
@@ -68,36 +69,59 @@ def publish(source: Path, large: Path, real: Path, root: Path = ROOT) -> None:
             which the text names what is missing.
 
     Raises:
-        FileNotFoundError: a folder lacks a table, or that of `smol` the README's.
+        FileNotFoundError: a folder lacks a table, or that of `smol` has none.
         ValueError: the README has no marks.
     """
     stems = [name.replace(":", "-") for name in RECIPES]
-    there = [stem for stem in stems if (real / f"{stem}.json").is_file()]
-    for folder, needed, target in (
-        (source, stems, "results"),
-        (large, IN_LARGE, "results"),
-        (real, (IN_README,), "results-smol"),
-    ):
+    for folder, needed in ((source, stems), (large, IN_LARGE)):
         for stem in needed:
             if not (folder / f"{stem}.json").is_file():
-                raise FileNotFoundError(f"{folder} holds no {stem}.json: `make {target}` writes it")
+                raise FileNotFoundError(f"{folder} holds no {stem}.json: `make results` writes it")
     docs = root / "docs"
-    parts = [_HEAD, _REAL, *(_copied(real / stem, docs, f"smol-{stem}") for stem in there)]
-    if missing := [name for name in RECIPES if name.replace(":", "-") not in there]:
-        parts.append(_MISSING.format(", ".join(missing)))
-    if RANKED in there:
-        parts.append(disagreements(*(store.read_json(folder / f"{RANKED}.json") for folder in (real, source))))
+    parts = _real_parts(real, docs, store.read_json(source / f"{RANKED}.json"))
     parts += [_TOY, *(_copied(source / stem, docs, stem) for stem in stems)]
     parts += [_LARGE, *(_copied(large / stem, docs, f"large-{stem}") for stem in IN_LARGE)]
     for model, made in {
-        "smol": {f"smol-{stem}": real / stem for stem in there},
         "lab": {stem: source / stem for stem in stems},
         "lab-large": {f"large-{stem}": large / stem for stem in IN_LARGE},
     }.items():
         _figures(made, docs / "results", model)
     store.write_text(docs / "RESULTS.md", "\n".join(parts))
-    title = store.read_json(real / f"{IN_README}.json")["title"]
-    _into_readme(root / "README.md", f"![{title}](docs/images/smol-{IN_README}.png)\n")
+    title = store.read_json(source / f"{IN_README}.json")["title"]
+    _into_readme(root / "README.md", f"![{title}](docs/images/{IN_README}.png)\n")
+
+
+def publish_real(real: Path, root: Path = ROOT) -> None:
+    """Only what was made of `smol`: the toy's part of docs/RESULTS.md, and its files, stay as they are.
+
+    Raises:
+        FileNotFoundError: the folder has no table.
+    """
+    docs = root / "docs"
+    page = (docs / "RESULTS.md").read_text()
+    toy = store.read_json(docs / "results" / f"{RANKED}.json")
+    figures = store.read_json(docs / "results" / toy["figures"]["file"])
+    parts = _real_parts(real, docs, {"means": list(rows(figures, "means", toy["figures"]))})
+    store.write_text(docs / "RESULTS.md", "\n".join([*parts, page[page.index(_TOY) :]]))
+
+
+def _real_parts(real: Path, docs: Path, toy: Mapping[str, Any]) -> list[str]:
+    """The page up to the toy's part, its pictures and figures brought to docs.
+
+    Args:
+        toy: the toy's sheet of methods by task.
+    """
+    stems = {name: name.replace(":", "-") for name in RECIPES}
+    there = {name: stem for name, stem in stems.items() if (real / f"{stem}.json").is_file()}
+    if not there:
+        raise FileNotFoundError(f"{real} holds no table: `make results-smol` writes them")
+    parts = [_HEAD, _REAL, *(_copied(real / stem, docs, f"smol-{stem}") for stem in there.values())]
+    if missing := [name for name in stems if name not in there]:
+        parts.append(_MISSING.format(", ".join(missing)))
+    if RANKED in there.values():
+        parts.append(disagreements(store.read_json(real / f"{RANKED}.json"), toy))
+    _figures({f"smol-{stem}": real / stem for stem in there.values()}, docs / "results", "smol")
+    return parts
 
 
 def disagreements(real: Mapping[str, Any], toy: Mapping[str, Any]) -> str:
@@ -155,8 +179,10 @@ def _into_readme(readme: Path, written: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder that kvweave paper --all wrote")
-    parser.add_argument("large", type=Path, help="folder of the large world's")
-    parser.add_argument("real", type=Path, help="folder of smol's")
-    folders = parser.parse_args()
-    publish(folders.source, folders.large, folders.real)
+    parser.add_argument(
+        "folders", type=Path, nargs="+", help="that kvweave paper wrote: the toy's, its large world's, smol's"
+    )
+    folders = parser.parse_args().folders
+    if len(folders) not in (1, 3):
+        parser.error(f"{len(folders)} folders: allowed is three, or smol's alone")
+    (publish if len(folders) == 3 else publish_real)(*folders)

@@ -58,7 +58,7 @@ class Crossing(SnapKV):
 def flows(model: Any, processor: Any, albums: int) -> Tensor:
     """Flow of each head: [albums, layers, kv_heads]."""
     found = []
-    for prompt in prompts_of("smol", processor, albums, 0):
+    for prompt in prompts_of("smol", processor, albums, None):
         method = Crossing(budget=0.2)
         with compress(model, method):
             model(**encode(processor, prompt.messages), use_cache=True, logits_to_keep=1)

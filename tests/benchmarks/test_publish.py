@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.publish import _HEAD, ROOT, disagreements, publish
+from benchmarks.publish import _HEAD, ROOT, disagreements, publish, publish_real
 from kvweave.evals.paper import RECIPES
 from kvweave.evals.paper.figures import packed, round_data, rows, shown
 
@@ -53,14 +53,13 @@ def made(folder: Path, names: Iterable[str] = RECIPES) -> Path:
 
 def test_results_go_where_readers_look(tmp_path: Path):
     (tmp_path / "README.md").write_text(f"before\n{MARKS}\nafter\n")
-    real = made(tmp_path / "smol", ["flowmm:table1", "flowmm:fig4"])
-    folders = made(tmp_path / "out"), made(tmp_path / "large"), real
+    folders = made(tmp_path / "out"), made(tmp_path / "large"), made(tmp_path / "smol", ["flowmm:table1"])
     publish(*folders, tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")
     assert readme.endswith("\nafter\n")
     assert "old" not in readme
-    assert "(docs/images/smol-flowmm-fig4.png)" in readme
+    assert "(docs/images/flowmm-fig4.png)" in readme
     results = (tmp_path / "docs" / "RESULTS.md").read_text()
     for name in RECIPES:
         stem = name.replace(":", "-")
@@ -74,6 +73,27 @@ def test_results_go_where_readers_look(tmp_path: Path):
     assert "Not measured on it yet: flowmm:table2, flowmm:table3," in results
     publish(*folders, tmp_path)
     assert (tmp_path / "README.md").read_text() == readme
+
+
+def test_the_real_models_results_go_there_alone(tmp_path: Path):
+    (tmp_path / "README.md").write_text(MARKS)
+    publish(
+        *(made(tmp_path / name) for name in ("out", "large")), made(tmp_path / "few", ["flowmm:table3"]), tmp_path
+    )
+    before = (tmp_path / "docs" / "RESULTS.md").read_text()
+    files = {path.name: path.read_text() for path in (tmp_path / "docs" / "results").iterdir()}
+    publish_real(made(tmp_path / "smol", ["flowmm:table1", "flowmm:table3"]), tmp_path)
+    results = (tmp_path / "docs" / "RESULTS.md").read_text()
+    assert results != before
+    assert results.partition("# On the toy")[2] == before.partition("# On the toy")[2]
+    assert "](images/smol-flowmm-table1.png)" in results
+    assert "## Where the toy says otherwise" in results
+    assert "## Where the toy says otherwise" not in before
+    assert "Not measured on it yet: flowmm:table2, flowmm:table4," in results
+    after = {path.name: path.read_text() for path in (tmp_path / "docs" / "results").iterdir()}
+    assert {name for name in after if after[name] != files.get(name)} == {"smol-flowmm-table1.json"}
+    publish_real(tmp_path / "smol", tmp_path)
+    assert (tmp_path / "docs" / "RESULTS.md").read_text() == results
 
 
 def sheet(**means: tuple[float, float, float]) -> dict:
@@ -96,7 +116,7 @@ def test_where_the_toy_says_otherwise_is_counted_from_intervals():
 def test_half_of_the_results_are_refused(tmp_path: Path):
     (tmp_path / "README.md").write_text(MARKS)
     source, large, real = (made(tmp_path / name) for name in ("out", "large", "smol"))
-    with pytest.raises(FileNotFoundError, match=r"empty holds no flowmm-fig4\.json: `make results-smol`"):
+    with pytest.raises(FileNotFoundError, match=r"empty holds no table: `make results-smol`"):
         publish(source, large, made(tmp_path / "empty", []), tmp_path)
     (source / "lookm-merges.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no lookm-merges\.json"):

@@ -18,7 +18,8 @@ from kvweave.serve.limits import DEFAULT_METHOD
 
 METHOD, BUDGET, TOKENS = "snapkv", 0.5, 100
 #: Blocks of 32 tokens: too few for what one of two servers decodes at once.
-OPTIONS = "--enforce-eager --max-model-len 512 --block-size 32 --num-gpu-blocks-override 17 --max-num-seqs 16"
+OPTIONS = "--enforce-eager --max-model-len 512 --block-size 32 --num-gpu-blocks-override 17 --max-num-seqs 16 "
+OPTIONS += "--gpu-memory-utilization 0.2"  # of a machine that does other work too
 #: As a user starts it: vLLM's engine is not to run in the tests' process here.
 OWN = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
 
