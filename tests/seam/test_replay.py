@@ -415,12 +415,9 @@ def test_surprise_is_what_the_model_told_of_each_token(lengths):
             assert_close(nats[row, at], -logs[row, at - 1, inputs["input_ids"][row, at]])
 
 
-@pytest.mark.parametrize("instructed", [False, True])
-def test_a_row_counts_by_the_surprise_of_what_it_leads_to(instructed, monkeypatch):
-    model, inputs = text_model(attention="eager"), text_inputs((26,), images=())
-    ids, processor, scores = inputs["input_ids"], tokenizer(CHATML) if instructed else None, []
-
-    plain = kvweave.Weave.score
+def probed_scores(monkeypatch):
+    """A list that takes what each layer's tokens are worth to weave once probes were asked."""
+    plain, scores = kvweave.Weave.score, []
 
     def score(self, view, quota=None):
         own = plain(self, view, quota)
@@ -429,6 +426,14 @@ def test_a_row_counts_by_the_surprise_of_what_it_leads_to(instructed, monkeypatc
         return own
 
     monkeypatch.setattr(kvweave.Weave, "score", score)
+    return scores
+
+
+@pytest.mark.parametrize("instructed", [False, True])
+def test_a_row_counts_by_the_surprise_of_what_it_leads_to(instructed, monkeypatch):
+    model, inputs = text_model(attention="eager"), text_inputs((26,), images=())
+    ids, processor = inputs["input_ids"], tokenizer(CHATML) if instructed else None
+    scores = probed_scores(monkeypatch)
     with kvweave.compress(model, SURPRISED, processor=processor) as session:
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
         session.cache.freeze()
@@ -448,18 +453,12 @@ def test_a_row_counts_by_the_surprise_of_what_it_leads_to(instructed, monkeypatc
 
 
 def test_an_image_counts_as_text_does_in_the_mean(monkeypatch):
-    model, inputs, given, scores = vision_model(attention="eager"), picture_inputs((26,)), [], []
-    decoder, plain = model.model.language_model, kvweave.Weave.score
+    model, inputs, given = vision_model(attention="eager"), picture_inputs((26,)), []
+    decoder = model.model.language_model
     with torch.no_grad():
         logs = model(**inputs).logits.log_softmax(-1)
 
-    def score(self, view, quota=None):
-        own = plain(self, view, quota)
-        if view.probed:
-            scores.append(own.clone())
-        return own
-
-    monkeypatch.setattr(kvweave.Weave, "score", score)
+    scores = probed_scores(monkeypatch)
     noting = decoder.register_forward_pre_hook(lambda part, args, kwargs: given.append(kwargs), with_kwargs=True)
     with contextlib.contextmanager(whole)(model, inputs, SURPRISED) as session:
         session.cache.freeze()
