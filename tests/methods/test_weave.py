@@ -123,7 +123,7 @@ def test_on_a_model_the_form_is_lent_with_its_profile_if_there_is_one():
     for budget in (0.3, 0.05, 100, "1MiB"):
         known = Weave(budget, redecode=True).on_model(lambda: "smol-text")
         assert known == Weave(
-            budget, form="lent", redecode=True, allocation="profile", profile="smol-text", floor=0.5
+            budget, form="lent", redecode=True, allocation="profile", profile="smol-text", floor=0.5, equal=16
         )
     assert Weave(0.1, coarse=0).on_model(lambda: None) == Weave(0.1, form="lent", coarse=0)
     spelled = Weave(0.3, recent=8)

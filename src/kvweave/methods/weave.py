@@ -47,8 +47,9 @@ FORMS: dict[str, dict[str, Any]] = {
     }
 }
 FORMS["even"] = FORMS["lent"] | {"allocation": "head"}
-#: Where a profile is shipped for the model: heads have more for themselves of the half that they compete for.
-BY_PROFILE: dict[str, Any] = {"allocation": "profile", "floor": 0.5}
+#: Where a profile is shipped for the model: heads have more for themselves of the half that they compete for, and all
+#: have room for a fact of some words.
+BY_PROFILE: dict[str, Any] = {"allocation": "profile", "floor": 0.5, "equal": 16}
 #: Of a prompt that was read again: every token of it has been looked at itself, by the heads that want it.
 READ_AGAIN: dict[str, Any] = {"ahead": 0, "fade": 1.0, "sinks": 0, "recent": 0}
 
@@ -62,7 +63,8 @@ class Weave(MergingMethod, ScoredMethod):
     decoded. The largest attention that any of them pays, from any head, is lent to the 64 tokens behind what it looks
     at, a tenth less to each next one: a name is looked up, and its value follows. The first token and the last stay
     in every head, and the first lends nothing. Entries go to the heads that want them, the heads of all layers
-    competing, and half by the model's profile, where one is shipped. Nothing is merged.
+    competing; where a profile is shipped for the model, every head has sixteen first, and half of the others go by
+    it. Nothing is merged.
     Where the prompt is frozen, or asked about, before any reply (`CompressedCache.question`), or probes are named, it
     is read again instead, and the largest attention paid meanwhile counts, as `kvzip` has it: nothing is lent then.
     The report says what it came to (`works_as`). `form=even` is the same with equally many entries in each head, for
