@@ -1,6 +1,5 @@
 """The papers' tables: recipes that are well-formed, cells that are shared, sheets that say what was measured."""
 
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 import kvweave
+from kvweave import models
 from kvweave.cli import app
 from kvweave.cli.console import BadInput
 from kvweave.evals import lab_tasks
-from kvweave.evals.paper import RECIPES, Subject, find, make
+from kvweave.evals.answer.answering import prefill, prepare
+from kvweave.evals.paper import RECIPES, Subject, find, make, timing
 from kvweave.evals.paper.make import evaluations
 from kvweave.evals.paper.printed import printed, read, remark
 from kvweave.evals.paper.study import Study
@@ -89,10 +90,9 @@ def test_every_recipe_runs_and_is_written(name: str, tmp_path: Path, monkeypatch
     few = dict(list(recipe.methods.items())[:2]) or FEW
     protocols = recipe.protocols if name == "flowmm:table1" else ("seen",)
     small = replace(recipe, methods=few, budgets=recipe.budgets[:2], protocols=protocols)
-    timing = importlib.import_module("kvweave.evals.paper.timing")
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr(timing, "TOKENS", 4)
-    monkeypatch.setattr(timing, "list_methods", lambda: ["full", "flashcache", "snapkv"])
+    monkeypatch.setattr(timing, "list_methods", lambda: ["full", "flashcache", "snapkv", "weave"])
     given = subject(tmp_path, tasks=lambda names: lab_tasks(["lookup"], 1, 2), command=f"kvweave paper {name}")
     (sheet,) = make([small], given)
     paths = sheet.write(tmp_path)
@@ -106,6 +106,25 @@ def test_every_recipe_runs_and_is_written(name: str, tmp_path: Path, monkeypatch
         again = replace(small, measure=lambda *given: pytest.fail("measured again"))
         (same,) = make([again], given)
         assert same.tables == sheet.tables
+
+
+def test_what_a_cut_takes_includes_one_that_waits(monkeypatch: pytest.MonkeyPatch):
+    sessions = []
+
+    def noted(*given):
+        sessions.append(kvweave.compress(*given))
+        return sessions[-1]
+
+    monkeypatch.setattr(timing, "compress", noted)
+    model, processor = models.load("lab")
+    (task,) = lab_tasks(["lookup"], 1, 4)
+    batch = prepare(processor, task.examples(0), "seen")
+    shared = prefill(model, batch, 1)
+    for name in ("snapkv", "weave", "weave2"):
+        method = kvweave.get_method(name, budget=0.2)
+        assert timing._cut(model, batch.inputs, shared, method, method.defer) > 0
+        totals = sessions[-1].report["totals"]
+        assert totals["kept"] == totals["layers"] * (shared.start // 5)
 
 
 def test_tables_of_all_methods_take_those_that_are_named():
