@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +42,18 @@ def measured(spelling: str, shape: Shape, length: int) -> dict[str, float]:
     return {"seconds": time.process_time() - started, "mebibytes": peak / measure.MIB}
 
 
+def table(figures: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A row a method, a column a length: seconds, MiB; and the exponent of the seconds."""
+    rows = []
+    for name in dict.fromkeys(figure["what"] for figure in figures):
+        mine = [figure for figure in figures if figure["what"] == name]
+        fit = measure.exponent([f["length"] for f in mine], [f["seconds"] for f in mine])
+        cells = [f"{f['seconds']:.2f} · {f['mebibytes']:.0f}" for f in mine]
+        rows.append([name, *cells, "-" if fit is None else f"{fit:.2f}"])
+    lengths = dict.fromkeys(figure["length"] for figure in figures)
+    return ["", *(f"L={length}" for length in lengths), "exponent"], rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long", description=__doc__.splitlines()[0])
     parser.add_argument("--heads", type=int, default=7, help="query heads of the one KV head")
@@ -54,13 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = [
         {"what": name, "length": n, **measured(name, shape, n)} for name in options.methods for n in options.lengths
     ]
-    rows = []
-    for name in options.methods:
-        mine = [figure for figure in figures if figure["what"] == name]
-        fit = measure.exponent([f["length"] for f in mine], [f["seconds"] for f in mine])
-        cells = [f"{f['seconds']:.2f} · {f['mebibytes']:.0f}" for f in mine]
-        rows.append([name, *cells, "-" if fit is None else f"{fit:.2f}"])
-    columns = ["", *(f"L={n}" for n in options.lengths), "exponent"]
+    columns, rows = table(figures)
     note = (
         f"One layer of {shape}, float32, budget {BUDGET:g}. Each cell: seconds of one thread · MiB above the inputs; "
         "one run each, with what the allocator was asked for noted."

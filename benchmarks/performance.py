@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import long, measure
 from kvweave.report.charts import Curve, Lines, quantities
 
 ROOT = Path(__file__).parents[1]
@@ -64,25 +64,13 @@ def marks(found: dict[str, Any]) -> list[str]:
 def long_prompts() -> str:
     """Seconds and MiB by length, of one layer of very long prompts."""
     found = read(f"long-{CPU}")
-    figures = found["figures"]
-    lengths = sorted({row["length"] for row in figures})
-    lines = [
-        f"| | {' | '.join(f'{length:,}' for length in lengths)} | exponent |",
-        "|---|" + "--:|" * (len(lengths) + 1),
-    ]
-    for name in dict.fromkeys(row["what"] for row in figures):
-        own = {row["length"]: row for row in figures if row["what"] == name}
-        fit = measure.exponent(lengths, [own[length]["seconds"] for length in lengths])
-        cells = [f"{own[length]['seconds']:.2f} s, {own[length]['mebibytes']:.0f} MiB" for length in lengths]
-        lines.append(f"| {name} | {' | '.join(cells)} | {'-' if fit is None else f'{fit:.2f}'} |")
     told = f"`{found['machine']['command']}`, {found['machine']['date']}, one thread of an {found['machine']['cpu']}"
     return f"""## Very long prompts
 
-Deciding and cutting one layer of {found["shape"]} in float32, {found["budget"]:.0%} kept, and what is held above it
-({told}). `weave` is `weave:form=spelled`, which matches what it merges; h2o's sums are of every row.
+Deciding and cutting one layer of {found["shape"]} in float32, {found["budget"]:.0%} kept: seconds · MiB above its
+inputs ({told}). `weave` is `weave:form=spelled`, which matches what it merges; h2o's sums are of every row.
 
-{chr(10).join(lines)}
-"""
+{measure.markdown_table(*long.table(found["figures"]))}"""
 
 
 def page() -> str:
