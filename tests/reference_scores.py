@@ -53,7 +53,6 @@ SHARED = {
     "floor": 0.2,
     "profile": None,
     "mix": 0.5,
-    "equal": 0,
 }
 
 
@@ -607,8 +606,6 @@ def free_counts(
             share = profile_share(profile, B / L, at, kv)
             whole = (together[at][kv] + base) / L
             weights.append((1 - options["mix"]) * share + options["mix"] * whole)
-    alike = min(options["equal"] / B, 0.3)  # of what they come to, the same for all
-    weights = [alike * (sum(weights) / len(weights)) + (1 - alike) * weight for weight in weights]
     counts = plain.allocate(weights, len(weights) * B, max(1, base), L)
     Hkv = len(heads[0])
     return [[c - base for c in counts[at * Hkv : (at + 1) * Hkv]] for at in range(len(heads))]

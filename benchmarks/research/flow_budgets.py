@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from kvweave import models
-from kvweave.evals.calibration import prompts_of
+from kvweave.evals.calibration.prompts import prompts_of
 from kvweave.methods.allocation import Profile
 from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.snapkv import SnapKV

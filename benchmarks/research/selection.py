@@ -28,7 +28,7 @@ from kvweave.seam.layer import CompressedLayer
 METHODS = {
     "weave, with the model's profile": "weave",
     "weave, its heads competing": "weave:form=lent",
-    "weave, by the profile alone": "weave:form=lent,allocation=profile,profile=smol-text,mix=0",
+    "weave, half by the profile": "weave:form=lent,allocation=profile,profile=smol-text",
     "weave, equal counts": "weave:form=even",
     "weave, the former defaults": "weave:form=spelled",
     "snapkv": "snapkv",

@@ -139,5 +139,11 @@ def test_calibrate_makes_a_profile(kvweave, tmp_path: Path) -> None:
     assert kvweave("run", "--model", "lab", "--method", spelled, "--json").code == 0
     refused = kvweave("calibrate", "--out", "made")
     assert (refused.code, "--out 'made' is a folder" in refused.err) == (2, True)
+    refused = kvweave("calibrate", "--lessons", 20)
+    assert (refused.code, "--lessons 20 is of --fit, which is 0" in refused.err) == (2, True)
+    assert kvweave("calibrate", "--fit", 2, "--lessons", 3).code == 2  # before anything is read
+    ended = kvweave("calibrate", "--prompts", 1, "--fit", 2, "--lessons", 14, "--out", "made/fitted.json")
+    assert (ended.code, "KL at 20%, held-out replies:" in ended.out) == (0, True)
+    assert kvweave("run", "--method", "weave:profile=made/fitted.json", "--json").code == 0
     refused = kvweave("calibrate", "--text", "none.txt")
     assert (refused.code, "none.txt" in refused.err) == (2, True)

@@ -8,8 +8,10 @@ import torch
 
 import kvweave
 from kvweave import models
-from kvweave.evals import calibration
-from kvweave.evals.calibration import BUDGETS, calibrate, prompts_of, shares_of
+from kvweave.evals.calibration import calibrate as making
+from kvweave.evals.calibration.calibrate import calibrate
+from kvweave.evals.calibration.prompts import prompts_of
+from kvweave.evals.calibration.shares import BUDGETS, shares_of
 from kvweave.methods.allocation import SHIPPED, Profile
 from kvweave.models import encode
 from kvweave.seam.profiles import model_mark
@@ -44,29 +46,28 @@ def test_shares_are_what_kvzip_gives_the_heads(lab_model, prompts):
 
 def test_an_interrupted_calibration_goes_on_where_it_was(lab_model, prompts, tmp_path: Path, monkeypatch):
     model, processor = lab_model
-    whole = calibrate(model, processor, prompts, tmp_path / "whole.json")
+    whole, _ = calibrate(model, processor, prompts, tmp_path / "whole.json")
     asked, out = [], tmp_path / "p.json"
-    count = calibration.shares_of
 
     def once(*given):
         asked.append(given)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return count(*given)
+        return shares_of(*given)
 
-    monkeypatch.setattr(calibration, "shares_of", once)
+    monkeypatch.setattr(making, "shares_of", once)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, processor, prompts, out)
     assert not out.exists()
     told = []
-    profile = calibrate(model, processor, prompts, out, lambda *said: told.append(said))
+    profile, _ = calibrate(model, processor, prompts, out, tell=lambda *said: told.append(said))
     assert len(asked) == 2 + 2
-    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert told == [("prompts", n, 3) for n in range(4)]
     assert profile == whole == Profile.read(str(out))
     assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"whole.json", "p.json"}
     assert json.loads(out.read_text())["prompts"] == [prompt.name for prompt in prompts]
-    tables = [calibration.shares_of(model, processor, dict(encode(processor, p.messages))) for p in prompts]
+    tables = [shares_of(model, processor, dict(encode(processor, p.messages))) for p in prompts]
     assert torch.allclose(torch.tensor(profile.shares), torch.tensor(tables).mean(0), atol=5e-5)
     for budget, table in zip(BUDGETS, profile.shares, strict=True):
         assert torch.tensor(table).mean().item() == pytest.approx(budget, abs=0.01)
@@ -75,8 +76,8 @@ def test_an_interrupted_calibration_goes_on_where_it_was(lab_model, prompts, tmp
 def test_what_another_model_began_is_not_gone_on_with(lab_model, prompts, tmp_path: Path):
     model, processor = lab_model
     begun = tmp_path / ".p.json.begun"
-    begun.write_text(json.dumps({"fingerprint": "another", "prompts": {"x": []}}))
-    assert calibrate(model, processor, prompts[:1], tmp_path / "p.json").fingerprint == model_mark(model)
+    begun.write_text(json.dumps({"fingerprint": "another", "prompts": {"x": []}, "fitted": {}}))
+    assert calibrate(model, processor, prompts[:1], tmp_path / "p.json")[0].fingerprint == model_mark(model)
     begun.write_text("{")
     with pytest.raises(ValueError, match=r"\.p\.json\.begun"):
         calibrate(model, processor, prompts[:1], tmp_path / "p.json")
@@ -85,7 +86,7 @@ def test_what_another_model_began_is_not_gone_on_with(lab_model, prompts, tmp_pa
 def test_a_profile_serves_its_model_and_no_other(lab_model, prompts, tmp_path: Path):
     model, processor = lab_model
     path = tmp_path / "p.json"
-    own = calibrate(model, processor, prompts[:1], path)
+    own, _ = calibrate(model, processor, prompts[:1], path)
     method = kvweave.parse_method(f"snapkv:budget=0.2,allocation=profile,profile={path},mix=0")
     inputs = encode(processor, prompts[1].messages)
     with kvweave.compress(model, method) as session, torch.no_grad():

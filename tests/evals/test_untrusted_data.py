@@ -269,7 +269,7 @@ def _empty(evaluation: Evaluation) -> dict[str, Any]:
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("package") / "kvweave"
     ours = Path(kvweave.__file__).parent
-    for path in ours.rglob("*.py"):
+    for path in (*ours.rglob("*.py"), *ours.glob("profiles/*.json")):
         (home / path.relative_to(ours)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, home / path.relative_to(ours))
     return home

@@ -94,7 +94,7 @@ def test_results_of_changed_code_are_told_apart(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(kvweave, "__file__", str(home / "__init__.py"))
     assert code_mark() == here
     marks = {here}
-    for name in ("methods/snapkv.py", "seam/session.py", "ops/merge.py", "view.py"):
+    for name in ("methods/snapkv.py", "seam/session.py", "ops/merge.py", "view.py", "profiles/smol.json"):
         path = home / name
         text = path.read_bytes()
         path.write_bytes(text + b"\n")
@@ -105,4 +105,4 @@ def test_results_of_changed_code_are_told_apart(tmp_path: Path, monkeypatch: pyt
     marks.add(code_mark())
     (home / "methods" / "new.py").write_bytes(b"")
     marks.add(code_mark())
-    assert len(marks) == 7
+    assert len(marks) == 8

@@ -113,6 +113,20 @@ def test_a_form_changes_what_is_not_spelled():
     assert (even.merge, even.mass_bias, even.ahead, even.allocation) == (False, False, 64, "head")
 
 
+def test_a_profile_of_ones_own_takes_the_place_of_one_that_is_shipped():
+    own = Weave(0.1, profile="my.json")
+    assert own == Weave(0.1, form="lent", allocation="profile", profile="my.json", mix=0)
+    assert own == kvweave.parse_method("weave:budget=0.1,profile=my.json")
+    assert own.on_model(lambda: "smol-text") is own
+    assert Weave(profile="my.json", form="lent", recent=4).mix == 0
+    assert Weave(profile="my.json", form="lent", allocation="profile").mix == 0.5
+    assert kvweave.parse_method(own.spelling()) == own
+    asked = own.when_probed
+    assert (asked.allocation, asked.profile, asked.ahead) == ("global", None, 0)
+    with pytest.raises(ValueError, match=r"profile='my\.json' is not allowed with allocation='head'"):
+        Weave(profile="my.json", ahead=8)
+
+
 def test_what_is_spelled_is_not_left_to_the_model():
     assert Weave(0.3).form == Weave(budget=0.3, redecode=True).form == "auto"
     assert Weave(defer=2).form == Weave(recent=8).form == replace(Weave(), defer=3).form == "spelled"
@@ -122,9 +136,7 @@ def test_on_a_model_the_form_is_lent_with_its_profile_if_there_is_one():
     assert Weave(0.3).on_model(lambda: None) == Weave(0.3, form="lent")
     for budget in (0.3, 0.05, 100, "1MiB"):
         known = Weave(budget, redecode=True).on_model(lambda: "smol-text")
-        assert known == Weave(
-            budget, form="lent", redecode=True, allocation="profile", profile="smol-text", floor=0.5, equal=16
-        )
+        assert known == Weave(budget, form="lent", redecode=True, allocation="profile", profile="smol-text", mix=0)
     assert Weave(0.1, coarse=0).on_model(lambda: None) == Weave(0.1, form="lent", coarse=0)
     spelled = Weave(0.3, recent=8)
     assert spelled.on_model(lambda: "smol-text") is spelled

@@ -26,6 +26,7 @@ from tiny import (
 )
 
 import kvweave
+from kvweave.evals.calibration import fit
 
 LENGTHS = (24, 19)  # the second row is left-padded
 FULL = ["full_attention", "full_attention"]
@@ -244,6 +245,31 @@ def test_layer_adaptive_methods_cut_every_full_attention_layer(name):
     assert totals == [len(cut) * int(0.25 * length) for length in LENGTHS]
     with masked(model, cut_of(session.cache, max(LENGTHS))):
         assert_close(logits, decode(model, inputs_for(name), 3)[1])
+
+
+def test_heads_shares_can_be_fitted_or_are_refused_by_name(name, monkeypatch):
+    """What is whole costs nothing, what is cut something, and every head's count has a gradient."""
+    monkeypatch.setattr(fit, "REPLY", 12)
+    model, inputs = tiny(name), {key: value[:1] for key, value in inputs_for(name).items()}
+    if name == "blip-2":
+        with pytest.raises(ValueError, match="Blip2ForConditionalGeneration generates without calling"):
+            fit.Lesson.of(model, inputs)
+        return
+    lesson = fit.Lesson.of(model, inputs)
+    assert lesson is not None
+    assert len(lesson.ranks) == len(compressed_numbers(name))
+    counts = torch.full((sum(map(len, lesson.ranks)),), float(LENGTHS[0]))
+    with torch.no_grad():
+        assert float(lesson.cost(model, counts, soft=False)) == pytest.approx(0, abs=1e-6)
+    counts = (counts / 5).requires_grad_(True)
+    cost = lesson.cost(model, counts)
+    if "linear_attention" in ARCHITECTURES[name].kinds:
+        with pytest.raises(ValueError, match="writes over what a gradient needs"):
+            fit.descend(model, cost)
+        return
+    fit.descend(model, cost)
+    assert counts.grad is not None
+    assert (counts.grad != 0).all()
 
 
 # -------------------------------------------------------------------- pictures themselves

@@ -108,12 +108,19 @@ def test_every_head_keeps_as_many_in_the_even_form():
 
 @pytest.mark.parametrize("probes", [None, "replay"])
 def test_a_profile_alone_shares_out_what_a_deferred_cut_keeps(shipped, probes):
+    """Of a prompt that is read again heads compete instead: the profile is of what decoded tokens look at."""
     model, method = text_model(), kvweave.parse_method("weave:form=lent,allocation=profile,profile=tiny,mix=0")
     with kvweave.compress(model, method, probes=probes) as session:
         decode(model, text_inputs((40, 25)), steps=10)
-    method = method.when_probed if probes else method
+    with kvweave.compress(model, "weave:form=lent", probes=probes) as competing:
+        decode(model, text_inputs((40, 25)), steps=10)
     for row, length in enumerate((40, 25)):
-        kept = [(layer.positions[row] >= 0).sum(-1) - 9 for layer in session.cache.layers]
-        wanted = allocation.profile_counts("tiny", 2, method.quota(length // 5, length // 5), length)
-        assert [tuple(counts.tolist()) for counts in kept] == wanted
-        assert sum(map(sum, wanted)) == 4 * (length // 5)
+        budget = length // 5
+        one, other = (
+            [tuple(((layer.positions[row] >= 0).sum(-1) - 9).tolist()) for layer in each.cache.layers]
+            for each in (session, competing)
+        )
+        wanted = allocation.profile_counts("tiny", 2, method.quota(budget, budget), length)
+        assert one == (other if probes else wanted)
+        assert other != wanted
+        assert sum(map(sum, one)) == 4 * budget

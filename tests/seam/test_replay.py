@@ -482,12 +482,11 @@ def test_an_image_counts_as_text_does_in_the_mean(monkeypatch):
 
 
 def test_a_context_that_is_read_again_goes_by_its_own_scores():
-    """A profile is the mean of such scores over other prompts; by itself (mix=0), or equal counts, it stays."""
+    """A profile is of what decoded tokens look at; equal counts stay."""
     lent = {"form": "lent", "budget": 0.3}
-    assert kvweave.Weave(**lent, allocation="profile", profile="smol-text").when_probed.allocation == "global"
-    assert (
-        kvweave.Weave(**lent, allocation="profile", profile="smol-text", mix=0.0).when_probed.profile == "smol-text"
-    )
+    for mix in (0.0, 0.5):
+        asked = kvweave.Weave(**lent, allocation="profile", profile="smol-text", mix=mix).when_probed
+        assert (asked.allocation, asked.profile) == ("global", None)
     assert kvweave.Weave(form="even", budget=0.3).when_probed.allocation == "head"
     assert kvweave.Weave(form="spelled", budget=0.3).when_probed == kvweave.Weave(form="spelled", budget=0.3)
     assert kvweave.Weave(**lent, defer=0).when_probed == kvweave.Weave(**lent, defer=0)

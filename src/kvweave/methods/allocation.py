@@ -18,7 +18,6 @@ from torch import Tensor
 from kvweave.ops.budget import allocate, floor
 from kvweave.ops.select import best_by, of_some
 
-EQUAL = 0.3  # of a budget, the most that all heads have alike where a profile shares out the rest
 SHIPPED = Path(__file__).parent.parent / "profiles"  # by name, such as "smol-text"
 
 
@@ -179,7 +178,6 @@ def profile_counts(
     pooled: Sequence[Sequence[int]] | None = None,
     mix: float = 0.0,
     ceilings: Sequence[Sequence[int]] | None = None,
-    equal: int = 0,
 ) -> list[tuple[int, ...]]:
     """Entries of each KV head of each layer by a profile, forced ones included; they sum to layers x KV heads x
     budget.
@@ -188,12 +186,11 @@ def profile_counts(
         layers: of the model; quota: of a head if all had equally many; length: tokens of the prompt.
         pooled: what `share_out` gives this prompt over all layers; mix: its weight.
         ceilings: tokens that each head has; None: `length`.
-        equal: entries that each head has before shares are given of the rest, at most `EQUAL` of the budget.
     """
     file = Profile.file(path)
     changed = file.stat().st_mtime if file.is_file() else 0.0
     flat, most = (None if of is None else tuple(n for layer in of for n in layer) for of in (pooled, ceilings))
-    return _profile_counts(path, changed, layers, quota, length, flat, mix, most, equal)
+    return _profile_counts(path, changed, layers, quota, length, flat, mix, most)
 
 
 @functools.lru_cache(maxsize=64)  # asked for once a layer
@@ -206,7 +203,6 @@ def _profile_counts(
     pooled: tuple[int, ...] | None,
     mix: float,
     ceilings: tuple[int, ...] | None,
-    equal: int,
 ) -> list[tuple[int, ...]]:
     profile = Profile.read(path)
     own, kv_heads = profile.shape
@@ -219,8 +215,5 @@ def _profile_counts(
     shares = [share for layer in profile.at(quota.budget / length) for share in layer]
     if pooled is not None:
         shares = [(1 - mix) * share + mix * count / length for share, count in zip(shares, pooled, strict=True)]
-    alike = min(equal / quota.budget, EQUAL)
-    mean = sum(shares) / len(shares)
-    shares = [alike * mean + (1 - alike) * share for share in shares]
     counts = allocate(shares, layers * kv_heads * quota.budget, max(1, quota.forced), ceilings or length)
     return [tuple(counts[n * kv_heads : (n + 1) * kv_heads]) for n in range(layers)]

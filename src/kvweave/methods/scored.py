@@ -128,9 +128,6 @@ class ScoredMethod(Method):
         help="entries of a head: alike, by score over its layer's heads or over all layers', or by a profile",
     )
     floor: float = real(0.2, lo=0, hi=1, help="layer, global: share of its free entries that a head has for itself")
-    equal: int = integer(
-        0, minimum=0, help="profile: entries that every head has before the rest is shared out, at most 0.3 of all"
-    )
     profile: str | None = text(
         None,
         allowed="the path of a profile, the name of one that is shipped, or None",
@@ -336,7 +333,7 @@ class ScoredMethod(Method):
         if self.profile is None:
             shares = self.layer_budgets(budget, length, layers)
         else:
-            shares = profile_counts(self.profile, layers, self.quota(budget, budget), length, equal=self.equal)
+            shares = profile_counts(self.profile, layers, self.quota(budget, budget), length)
 
         def more(count: int) -> int:
             return min(length, math.ceil(self.coarse * count - GUARD))
@@ -353,7 +350,7 @@ class ScoredMethod(Method):
     def layer_budgets(self, budget: int, length: int, layers: int) -> list[Any]:
         if self.allocation != "profile" or self.pools:
             return super().layer_budgets(budget, length, layers)
-        return profile_counts(self.profile or "", layers, self.quota(budget, budget), length, equal=self.equal)
+        return profile_counts(self.profile or "", layers, self.quota(budget, budget), length)
 
     def observe(self, view: LayerView) -> Any:
         if not self.pools:
@@ -376,7 +373,7 @@ class ScoredMethod(Method):
         if self.allocation == "profile":
             ceilings = [tuple(pool.row(0).valid.sum(-1).tolist()) for pool in weights]
             path, quota = self.profile or "", weights[0].quota
-            counts_of = profile_counts(path, len(weights), quota, length, counts_of, self.mix, ceilings, self.equal)
+            counts_of = profile_counts(path, len(weights), quota, length, counts_of, self.mix, ceilings)
         return counts_of
 
 

@@ -47,9 +47,8 @@ FORMS: dict[str, dict[str, Any]] = {
     }
 }
 FORMS["even"] = FORMS["lent"] | {"allocation": "head"}
-#: Where a profile is shipped for the model: heads have more for themselves of the half that they compete for, and all
-#: have room for a fact of some words.
-BY_PROFILE: dict[str, Any] = {"allocation": "profile", "floor": 0.5, "equal": 16}
+#: Where a profile is shipped for the model: it was fitted to what these very scores lose, and says it all.
+BY_PROFILE: dict[str, Any] = {"allocation": "profile", "mix": 0.0}
 #: Of a prompt that was read again: every token of it has been looked at itself, by the heads that want it.
 READ_AGAIN: dict[str, Any] = {"ahead": 0, "fade": 1.0, "sinks": 0, "recent": 0}
 
@@ -63,8 +62,8 @@ class Weave(MergingMethod, ScoredMethod):
     decoded. The largest attention that any of them pays, from any head, is lent to the 64 tokens behind what it looks
     at, a tenth less to each next one: a name is looked up, and its value follows. The first token and the last stay
     in every head, and the first lends nothing. Entries go to the heads that want them, the heads of all layers
-    competing; where a profile is shipped for the model, every head has sixteen first, and half of the others go by
-    it. Nothing is merged.
+    competing; where a profile is shipped for the model, or given (`weave:profile=FILE`, made by `kvweave calibrate
+    --fit`), each head has what it says, which was fitted to what cuts cost. Nothing is merged.
     Where the prompt is frozen, or asked about, before any reply (`CompressedCache.question`), or probes are named, it
     is read again instead, and the largest attention paid meanwhile counts, as `kvzip` has it: nothing is lent then.
     The report says what it came to (`works_as`). `form=even` is the same with equally many entries in each head, for
@@ -142,6 +141,9 @@ class Weave(MergingMethod, ScoredMethod):
     def _settle_form(self) -> None:
         """Options take what their form says; from then on it is "auto", left to a model, or "spelled"."""
         explicit, form, lent = self._explicit, self.form, FORMS["lent"]
+        by_own = self.profile is not None and "allocation" not in explicit
+        if by_own and (form == "lent" or (form == "auto" and explicit <= _FREE | {"profile"})):
+            form, lent = "lent", lent | BY_PROFILE
         is_open = form == "auto" and ("form" in explicit or explicit <= _FREE) and (self._is({}) or self._is(lent))
         if is_open:
             values = {name: value for name, value in lent.items() if name not in explicit & _FREE}
@@ -149,9 +151,9 @@ class Weave(MergingMethod, ScoredMethod):
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             values = {name: defaults[name] for name, value in lent.items() if getattr(self, name) == value}
         else:
-            open_to_form = (name for name in FORMS.get(form, {}) if name not in explicit)
+            others = lent if form == "lent" else FORMS.get(form, {})
             late = () if self.defer else ("temperature", "replay")
-            values = {name: FORMS[form][name] for name in open_to_form if name not in late}
+            values = {name: value for name, value in others.items() if name not in explicit and name not in late}
         for name, value in values.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "form", "auto" if is_open else "spelled")
@@ -183,8 +185,9 @@ class Weave(MergingMethod, ScoredMethod):
     def when_probed(self) -> "Weave":
         if not self.replay:
             return self
-        again: dict[str, Any] = READ_AGAIN | ({"allocation": "global", "profile": None} if self.pools else {})
-        return replace(self, **again)  # a profile is a mean of such scores
+        pooled = self.allocation in ("global", "profile")  # a profile is of what decoded tokens look at
+        again: dict[str, Any] = READ_AGAIN | ({"allocation": "global", "profile": None} if pooled else {})
+        return replace(self, **again)
 
     def spelling(self) -> str:
         """By the form that leaves the fewest options to be said."""

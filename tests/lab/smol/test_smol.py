@@ -47,7 +47,7 @@ def test_it_answers_from_a_fifth_of_its_cache(smol, questions):
         (answer,) = said(model, processor, [needle.messages()])
         report = session.report
         layers = report["layers"]
-    assert report["works_as"].endswith("profile=smol")  # the one that is shipped for it
+    assert "profile=smol," in report["works_as"]  # the one that is shipped for it
     assert answer == needle.question.answer
     assert len(layers) == 30
     assert all(layer["compressed"] for layer in layers)

@@ -88,6 +88,8 @@ class Prefill:
 
         Args:
             answer: calls `model.generate` with the keywords that it is given; returns the tokens.
+        Raises:
+            ValueError: the model does not call its forward pass then.
         """
         method = _Full()
         cache = CompressedCache(model.config, method)
@@ -109,6 +111,11 @@ class Prefill:
                 tokens = answer(past_key_values=cache)
         finally:
             noted.remove()
+        if not first:
+            raise ValueError(
+                f"{type(model).__name__} generates without calling its own forward pass: its prefill cannot be "
+                "noted for evaluations and fits; allowed is a model that calls it"
+            )
         layers = [
             layer if other is None else other for layer, other in zip(cache.layers, first["others"], strict=True)
         ]

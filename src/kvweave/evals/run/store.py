@@ -77,7 +77,8 @@ def cpu() -> str:
 
 
 def code_mark(*also: str, home: Path | None = None) -> str:
-    """Changes with the source of all that decides answers and scores: results of different code are not mixed.
+    """Changes with the source of all that decides answers and scores, shipped profiles among it: results of different
+    code are not mixed.
 
     Args:
         also: folders that otherwise have no part in them, such as "evals/paper" in what it measures itself.
@@ -86,7 +87,8 @@ def code_mark(*also: str, home: Path | None = None) -> str:
     home = home or Path(kvweave.__file__).parent
     aside = [folder for folder in _NO_PART_IN_RESULTS if folder not in also]
     digest = hashlib.sha256()
-    for path in sorted(path.relative_to(home) for path in home.rglob("*.py")):
+    files = (*home.rglob("*.py"), *home.glob("profiles/*.json"))
+    for path in sorted(path.relative_to(home) for path in files):
         if not any(path.is_relative_to(folder) for folder in aside):
             digest.update(f"{path.as_posix()}\0".encode() + (home / path).read_bytes() + b"\0")
     return digest.hexdigest()[:12]

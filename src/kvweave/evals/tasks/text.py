@@ -56,7 +56,8 @@ _FACTS = (  # what a number is of, and of whom
     ("age of the {}", ("stone statue", "sunken ship", "giant turtle", "royal crown")),
     ("size of the {}", ("wheat field", "forest", "island", "vineyard")),
 )
-_READMES = ("hypothesis", "numpy", "rich", "typer", "safetensors", "pre_commit", "regex", "tqdm", "click", "Jinja2",
+#: Packages whose READMEs *prose* goes on with.
+READMES = ("hypothesis", "numpy", "rich", "typer", "safetensors", "pre_commit", "regex", "tqdm", "click", "Jinja2",
             "pydantic", "networkx", "matplotlib", "attrs", "filelock", "fsspec")  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def _pick(items: Sequence[str], rng: np.random.Generator) -> str:
 def _installed() -> list[str]:
     """Packages with a README that are here, with their versions."""
     here = []
-    for name in _READMES:
+    for name in READMES:
         try:
             here.append(f"{name}=={metadata.version(name)}")
         except metadata.PackageNotFoundError:
