@@ -95,8 +95,9 @@ class Lesson:
             count = ordering.defer + 1  # by then it has ranked them
             model.generate(**inputs, do_sample=False, min_new_tokens=count, max_new_tokens=count)
         ranks = [_ranks(pool.row(0)) for pool in ordering.found[-1]]
-        for layer in prefill.recorded_layers:
-            layer.calls.clear()  # queries of the whole prompt: nobody asks for them again
+        for layer in prefill.recorded_layers:  # a replay asks for `states` alone: neither queries nor what was held
+            layer.calls.clear()
+            layer.block = None
         at = torch.cat(places[1 : reply.shape[1]], -1) if places[1:] else None
         lesson = cls(inputs, prefill, ranks, reply, at, torch.empty(0))
         with torch.no_grad():
@@ -137,8 +138,10 @@ class Lesson:
         counts, gates = counts.clamp(min=1), []
         for own, rank in zip(counts.split([len(rank) for rank in self.ranks]), self.ranks, strict=True):
             left = own[:, None] - rank - 0.5
-            hard = torch.zeros_like(left).masked_fill(left < 0, -1e9)
-            gates.append(F.logsigmoid(left / (_SOFT * own[:, None]).clamp(min=_LEAST)) if soft else hard)
+            if soft:
+                gates.append(F.logsigmoid(left / (_SOFT * own[:, None]).clamp(min=_LEAST)))
+            else:
+                gates.append(torch.zeros_like(left).masked_fill(left < 0, -1e9))
         there = self.said.float()
         return (there.exp() * (there - self.read(model, gates))).sum(-1).mean()
 

@@ -42,7 +42,7 @@ def prompts_of(
         if tokens is not None:
             raise ValueError(f"tokens={tokens} is of texts, and {model} is asked about albums: allowed is --text too")
         return _albums(model, count)
-    return _texts_alone(processor, count, tokens, files)
+    return _texts_alone(processor, count, _TOKENS if tokens is None else tokens, files)
 
 
 def lessons_of(
@@ -58,6 +58,7 @@ def lessons_of(
     """
     if _sees_albums(model) and model != "smol":
         return _albums(model, count)
+    tokens = _TOKENS if tokens is None else tokens
     kinds = [_tasks_with_texts(processor, count, tokens, files), _questions(count, tokens)]
     if reads_images(processor):
         kinds.append(_albums("smol", count))
@@ -75,13 +76,13 @@ def _albums(model: str, count: int) -> list[Prompt]:
     return [Prompt(one.id, one.messages) for turn in zip(*examples, strict=True) for one in turn][:count]
 
 
-def _texts_alone(processor: Any, count: int, tokens: int | None, files: Sequence[Path]) -> list[Prompt]:
+def _texts_alone(processor: Any, count: int, tokens: int, files: Sequence[Path]) -> list[Prompt]:
     tokenizer = getattr(processor, "tokenizer", processor)
     pieces = itertools.islice(_pieces(files, tokenizer, tokens), count)
     return [Prompt(name, _asking(tokenizer.decode(ids))) for name, ids in pieces]
 
 
-def _tasks_with_texts(processor: Any, count: int, tokens: int | None, files: Sequence[Path]) -> list[Prompt]:
+def _tasks_with_texts(processor: Any, count: int, tokens: int, files: Sequence[Path]) -> list[Prompt]:
     """Texts of unlike lengths, and what to do with each."""
     tokenizer, found = getattr(processor, "tokenizer", processor), []
     ways = itertools.cycle(itertools.product(_PARTS, _WANTED))
@@ -93,11 +94,11 @@ def _tasks_with_texts(processor: Any, count: int, tokens: int | None, files: Seq
     return found
 
 
-def _questions(count: int, tokens: int | None) -> list[Prompt]:
+def _questions(count: int, tokens: int) -> list[Prompt]:
     """About facts strewn into prose of unlike lengths."""
-    most, kinds = tokens or _TOKENS, [kind for kind in DEFAULT_KINDS if kind != "prose"]
+    kinds = [kind for kind in DEFAULT_KINDS if kind != "prose"]
     each = -(-count // (len(_PARTS) * len(kinds)))
-    tasks = [task for part in _PARTS for task in text_tasks(kinds, each, max(FEWEST, min(MOST, int(part * most))))]
+    tasks = [task for part in _PARTS for task in text_tasks(kinds, each, max(FEWEST, min(MOST, int(part * tokens))))]
     examples = zip(*(task.examples(_SEED) for task in tasks), strict=True)
     return [Prompt(one.id, one.messages) for turn in examples for one in turn][:count]
 
@@ -106,13 +107,12 @@ def _asking(*texts: str) -> list[Message]:
     return [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}]
 
 
-def _pieces(files: Sequence[Path], tokenizer: Any, tokens: int | None) -> Iterator[tuple[str, list[int]]]:
+def _pieces(files: Sequence[Path], tokenizer: Any, tokens: int) -> Iterator[tuple[str, list[int]]]:
     """The first piece of so many tokens of each different text, then the second of each, and so on.
 
     Raises:
         ValueError: a file that cannot be read; no text is so long.
     """
-    tokens = _TOKENS if tokens is None else tokens
     seen: set[str] = set()
     long: list[tuple[str, list[int]]] = []
     for name, text in _texts(files) if files else _installed():
