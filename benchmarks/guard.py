@@ -29,15 +29,20 @@ VARIANTS = ("flowmm:flow_rows=0", "lookm:text_prior=union", "flowmm:mass_bias=Tr
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched, and what of it makes a host wait for a device."""
+    """Counts what is dispatched, what of it makes or changes a tensor, and what makes a host wait for a device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = self.waits = 0
+        self.count = self.launches = self.waits = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
-        self.waits += bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+        views = any(part.alias_info is not None and not part.alias_info.is_write for part in func._schema.returns)
+        self.launches += not views and func is not torch.ops.aten.empty.memory_format
+        unsized = torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:  # by numbers the shape is known
+            unsized = any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.waits += unsized or torch.Tag.data_dependent_output in func.tags
         return func(*args, **(kwargs or {}))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import long, measure
+from benchmarks import launches, long, measure
 from kvweave.report.charts import Curve, Lines, quantities
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +73,18 @@ inputs ({told}). `weave` is `weave:form=spelled`, which matches what it merges; 
 {measure.markdown_table(*long.table(found["figures"]))}"""
 
 
+def short_prompts() -> str:
+    """Launches, waits and microseconds of the host."""
+    found = read(f"launches-{CPU}")
+    return f"""## What a short prompt pays
+
+On a GPU a prompt of two thousand tokens takes as long as its launches, and what a method adds to it are more of them:
+of a tiny model, a prompt of {launches.LENGTH} tokens and {launches.DECODED} decoded ones, a layer's share on one
+thread of an {found["machine"]["cpu"]} (`{found["machine"]["command"]}`, {found["machine"]["date"]}).
+
+{measure.markdown_table(*launches.table(found["figures"]))}"""
+
+
 def page() -> str:
     """The page."""
     decode, statistics, gpu = read(f"decode-{CPU}"), read(f"statistics-{CPU}"), read(f"gpu-{GPU}")
@@ -108,6 +120,7 @@ At batch 1 weights are nearly all that is read, so that a smaller cache cannot b
 report beyond it there is time of the framework.
 
 {long_prompts()}
+{short_prompts()}
 ## Marks that are not met
 
 `meda` with all rows: its entropy is of rows over the other modality's later tokens too, which no causal pass

@@ -49,6 +49,7 @@ class Compacted:
         flow: the layer's flow ratio, mean over rows, where the method computes it.
         bias: float32 [batch, kv_heads, kept], what decoding adds to an entry's logit, or None.
         full: no slot is empty; False: the positions tell.
+        counts: entries by row and KV head, where the host knows them; None: the positions tell.
     """
 
     keys: Tensor
@@ -58,6 +59,7 @@ class Compacted:
     flow: float | None = None
     bias: Tensor | None = None
     full: bool = False
+    counts: list[list[int]] | None = None
 
     def emptied(self, empty: Tensor) -> "Compacted":
         """With the slots `empty` [batch, kv_heads, kept] holding nothing."""
@@ -68,6 +70,7 @@ class Compacted:
             self.mass.masked_fill(empty, 0),
             self.flow,
             None if self.bias is None else self.bias.masked_fill(empty, 0),
+            counts=self.counts,
         )
 
 
@@ -84,6 +87,7 @@ class Plan:
         scope: a word for each row of the batch on how the layer was treated, such as "cross".
         memory: [batch, ...], what the method wants to see as `LayerView.memory` on a later turn.
         uneven: heads keep different counts.
+        counts: entries by row and KV head, where heads differ and the host knows them already.
         values: [batch, kv_heads, kept, dim], the entries' values where the method has fitted them, float32 or wider.
         log: further numbers for the report, [batch] each; "a.b" is number b of a group a.
         words: what the report says besides, of all layers and rows alike.
@@ -97,13 +101,14 @@ class Plan:
     scope: tuple[str, ...] | None = None
     memory: Tensor | None = None
     uneven: bool = False
+    counts: list[list[int]] | None = None
     values: Tensor | None = None
     log: Mapping[str, Tensor] = field(default_factory=dict)
     words: Mapping[str, str | bool] = field(default_factory=dict)
 
     def apply(self, view: LayerView) -> Compacted:
         """The kept entries of `view`, merged with what the plan merges into them."""
-        keep = self.keep.clamp(min=0)
+        keep = self.keep.clamp(min=0) if self.uneven else self.keep
         plan = self.merge
         if plan is None:
             keys, values, mass = take(view.keys, keep), take(view.values, keep), view.mass.gather(-1, keep)
@@ -123,7 +128,8 @@ class Plan:
         if bias is None and view.bias is not None:  # a later turn: what stays weighs what it did
             bias = view.bias.gather(-1, keep)
         full = view.empty is None and not self.uneven
-        compacted = Compacted(keys, values, view.positions.gather(-1, keep), mass, bias=bias, full=full)
+        positions = view.positions.gather(-1, keep)
+        compacted = Compacted(keys, values, positions, mass, bias=bias, full=full, counts=self.counts)
         return compacted.emptied(self.keep < 0) if self.uneven else compacted
 
     def _merged_keys(self, view: LayerView, plan: Merge) -> Tensor:

@@ -93,7 +93,7 @@ def _views(
     terms: Terms,
 ) -> list[Group]:
     """What the method sees of a layer, and of the tokens `behind` its prompt, (queries, keys)."""
-    groups = LayerCut(layer).groups(slots, queries if terms.query_rows else None, prompt, rule, terms)
+    groups = LayerCut(layer).groups(slots, queries if terms.query_rows else None, prompt, rule, terms, whole=True)
     if behind is not None and terms.query_rows:
         tell_rows(groups, prompt, *behind, rule, terms)
     return groups

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvweave.ops import spread
+from kvweave.ops import spectrum, spread
 from kvweave.ops.spectrum import above
 from kvweave.ops.statistics import AttentionRule
 
@@ -112,22 +112,36 @@ def test_what_lies_above_is_what_the_truncated_cosine_transform_leaves(length, s
     assert torch.allclose(basis @ basis.mT, torch.eye(length, dtype=torch.float64), atol=1e-9)
     coefficients = basis @ x
     coefficients[..., cutoff + 1 :, :] = 0
-    distance, energy = above(x, cutoff)
+    distance, energy = above([x], cutoff)[0]
     assert torch.allclose(distance, (x - basis.mT @ coefficients).square().mean(-1), atol=1e-9)
     assert torch.allclose(energy, x.square().sum((2, 3)))
 
 
+@pytest.mark.parametrize("most", [1, 300, 1 << 20], ids=["channels apart", "heads apart", "all at once"])
+def test_several_tensors_are_each_as_they_are_alone(most, monkeypatch):
+    """Of one shape, of others, and in whatever pieces."""
+    draw = torch.Generator().manual_seed(most)
+    alike = [torch.randn(2, 3, 31, 40, generator=draw, dtype=torch.float64) for _ in range(2)]
+    narrow = torch.randn(2, 3, 31, 8, generator=draw, dtype=torch.float64)
+    alone = [above([x], 6)[0] for x in (*alike, narrow)]
+    monkeypatch.setattr(spectrum, "_NUMBERS", most)
+    together = [*above(alike, 6), *above([alike[0], narrow], 6)]
+    for (distance, energy), of in zip(together, [0, 1, 0, 2], strict=True):
+        assert torch.allclose(distance, alone[of][0])
+        assert torch.allclose(energy, alone[of][1])
+
+
 def test_nothing_lies_above_the_last_frequency():
     x = torch.randn(1, 2, 17, 4)
-    assert not above(x, 16)[0].any()
-    assert not above(x, 17)[0].any()
-    assert above(x, 15)[0].all()
+    assert not above([x], 16)[0][0].any()
+    assert not above([x], 17)[0][0].any()
+    assert above([x], 15)[0][0].all()
 
 
 @pytest.mark.parametrize("length", [4096, 4099], ids=["a power of two", "a prime"])
 def test_half_precision_is_widened(length):
     x = torch.randn(1, 1, length, 2, generator=torch.Generator().manual_seed(length)).bfloat16()
-    mine, wide = above(x, length // 5), above(x.double(), length // 5)
+    (mine,), (wide,) = above([x], length // 5), above([x.double()], length // 5)
     for one, other in zip(mine, wide, strict=True):
         assert one.dtype == torch.float32
         assert torch.allclose(one.double(), other, rtol=1e-4, atol=1e-5)

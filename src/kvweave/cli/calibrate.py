@@ -72,7 +72,9 @@ def calibrate(
     for budget, of in costs.items():
         screen.print(f"KL at {budget:.0%}, held-out replies: {of['start']:.3f} by means, {of['fitted']:.3f} fitted")
     mix = "mix=0," if fit else ""
-    screen.print(f"written: [bold]{out}[/bold], for allocation=profile,{mix}profile={out}")
+    screen.print(
+        f"written: [bold]{out}[/bold], for weave:profile={out}; other methods: allocation=profile,{mix}profile={out}"
+    )
 
 
 @contextmanager

@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvweave.cut.coarse import Coarse, fate_after
-from kvweave.cut.record import Record
+from kvweave.cut.record import Record, tally
 from kvweave.cut.rows import Group, Share, compact, fits, group_rows
 from kvweave.cut.terms import Pending, Terms
 from kvweave.memory.block import Block
@@ -53,11 +52,13 @@ class LayerCut:
         terms: Terms,
         mask: Tensor | None = None,
         apart: Sequence[int] | None = None,
+        *,
+        whole: bool = False,
     ) -> list[Group]:
         """What the method sees of the prompt's slots, rows that hold equally many tokens together.
 
         Args:
-            slots, queries, prompt, rule, mask, apart: as in `group_rows`.
+            slots, queries, prompt, rule, mask, apart, whole: as in `group_rows`.
         """
         groups = group_rows(
             self.heads_of(slots),
@@ -73,6 +74,7 @@ class LayerCut:
             apart=range(len(prompt.valid)) if terms.alone else apart,
             heads=terms.heads,
             stored=None if self.expand is None else slots,
+            whole=whole,
         )
         for group in groups:
             view = group.view
@@ -136,22 +138,17 @@ class LayerCut:
             block = stored_in(block, terms.storage)
         assert prompt.positions is not None
         assert prompt.mass is not None
-        real = prompt.positions >= 0
-        mass = prompt.mass * real
+        is_full = prompt.full if isinstance(prompt, Compacted) else not prompt.has_empty
+        counts = tally(None if is_full else prompt.positions >= 0, prompt.mass, terms.heads)
         sizes = [before.nbytes - behind, block.nbytes - behind, behind]
-        counts = torch.stack([real.sum(-1).to(mass.dtype), mass.sum(-1), mass.amax(-1)], -1)
         if terms.heads.size > 1:  # and those of the layer's other heads
-            sizes = [sum(each) for each in zip(*terms.heads.each(sizes, real.device), strict=True)]
-            counts = terms.heads.gather(counts)
-        kept, represented, heaviest = counts.unbind(-1)
+            sizes = [sum(each) for each in zip(*terms.heads.each(sizes, prompt.mass.device), strict=True)]
         bytes_before, bytes_after, behind = sizes
         rows = rows or [{} for _ in lengths]
         held = None
         if coarse is not None:
             bytes_before, held = coarse.bytes_before, coarse.bytes_after
-        self.record = Record(
-            lengths, kept, represented, heaviest.max(), bytes_before, bytes_after, rows, behind, held
-        )
+        self.record = Record(lengths, *counts, bytes_before, bytes_after, rows, behind, held)
         return block
 
 

@@ -136,7 +136,7 @@ class PromptCut(LayerCut):
         is_full = not terms.adaptive and all(smallest(b) >= n for b, n in zip(share, lengths, strict=True))
         if is_full and not block.has_positions:
             return self.store(block, block, lengths, ours, terms), None  # not a bit is touched
-        groups = self.groups(ours, queries, own, rule, terms, mask)
+        groups = self.groups(ours, queries, own, rule, terms, mask, whole=not block.has_positions)
         for group in groups:
             if terms.memo is not None:
                 rows = 0 if group.view.queries is None else group.view.queries.shape[2]
@@ -225,10 +225,11 @@ class PromptCut(LayerCut):
         """What the method will see of the prompt that waits, its slots, and those behind it."""
         prompt = waiting.prompt.to(waiting.queries.device)
         behind = prompt.valid.new_ones(len(prompt.valid), length - prompt.length)
-        slots = self._all_slots(block, torch.cat([prompt.valid, behind], 1), terms)
+        slots = self._all_slots(block, torch.cat([prompt.valid, behind], 1), terms, padded=prompt.padded)
         ours, after = slots.split_at(slots.count - behind.shape[1])
         rows = [known.get("rows", 0) for known in waiting.known]
-        return self.groups(ours, None, prompt, waiting.rule, terms, apart=rows), ours, after
+        whole = not block.has_positions
+        return self.groups(ours, None, prompt, waiting.rule, terms, apart=rows, whole=whole), ours, after
 
     def weigh(self, block: Block, counted: Tensor | None, length: int, terms: Terms) -> list[Any]:
         """What `Method.allocate` is given of each row, once the tokens decoded meanwhile have said what they look at.

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from kvweave.ops.heads import Heads
 
 
 @dataclass(frozen=True)
@@ -14,9 +17,9 @@ class Record:
 
     Attributes:
         lengths: real tokens of each row.
-        kept: int64 [batch, kv_heads], prompt entries left.
+        kept: [batch, kv_heads], prompt entries left.
         represented: float [batch, kv_heads], tokens they stand for.
-        heaviest: float [], tokens that the heaviest entry stands for.
+        heaviest: float [batch, kv_heads], tokens that the heaviest of them stands for.
         bytes_before, bytes_after: of the prompt's keys and values in the layer.
         bytes_behind: of the tokens decoded before the cut.
         bytes_coarse: of what a first, coarse cut left of the prompt; None: there was none.
@@ -54,7 +57,7 @@ class Record:
         words = _of_the_layer(words)
         described = {
             **_counts(*(sum(column) / n for column in zip(*counted, strict=True))),
-            "heaviest": round(float(self.heaviest)),
+            "heaviest": round(float(self.heaviest.max())),
             "bytes": self.bytes_after,
             "bytes_before": self.bytes_before,
             **words,
@@ -64,6 +67,25 @@ class Record:
                 _counts(*row) | _of_the_layer(own) for row, own in zip(counted, self.rows, strict=True)
             ]
         return described
+
+
+def tally(real: Tensor | None, mass: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries, the tokens that they stand for, and that the heaviest stands for, [batch, kv_heads of the layer] each.
+
+    Args:
+        real: bool [batch, kv_heads, slots], those that hold an entry; None: all do, which no device is asked for.
+        mass: [batch, kv_heads, slots].
+        heads: where they are.
+    """
+    if real is None:
+        kept = torch.full(mass.shape[:2], mass.shape[-1], device="cpu" if heads.size == 1 else mass.device)
+    else:
+        kept, mass = real.sum(-1), mass * real
+    counts = kept, mass.sum(-1), mass.amax(-1)
+    if heads.size == 1:
+        return counts
+    kept, represented, heaviest = heads.gather(torch.stack([x.to(mass.dtype) for x in counts], -1)).unbind(-1)
+    return kept, represented, heaviest
 
 
 def _of_the_layer(words: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ equally many tokens are planned together, and what they keep is put back into on
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def group_rows(
     apart: Sequence[int] | None = None,
     heads: Heads = HERE,
     stored: Slots | None = None,
+    whole: bool = False,
 ) -> list[Group]:
     """Views of a layer without its padding.
 
@@ -62,13 +64,15 @@ def group_rows(
         heads: where the layer's other heads are; `slots` are as many everywhere.
         stored: one head that memory holds for all of them (MLA); None: `slots` are what it holds.
         apart: by row of the batch; rows of different numbers are not planned together.
+        whole: nothing has been cut yet: slot j is the prompt's column j.
     """
     assert slots.positions is not None
     assert slots.mass is not None
-    tokens, rows = _tokens(slots, prompt, heads), 0 if queries is None else queries.shape[2]
+    tokens, rows = _tokens(slots, prompt, heads, whole=whole), 0 if queries is None else queries.shape[2]
+    may_be_empty = heads.size > 1 or (slots.has_empty and not whole)  # what is padding is not picked
     groups = []
     for part, recent in _parts(tokens, rows, rows if most == ALL_ROWS else most, apart):
-        pick, at = part.pick, part.at
+        pick = part.pick
         view = LayerView(
             keys=pick(slots.keys),
             values=pick(slots.values),
@@ -78,19 +82,19 @@ def group_rows(
             visual=pick(tokens.visual),
             rule=rule,
             bias=pick(slots.bias) if slots.bias is not None else None,
-            memory=memory[at] if memory is not None else None,
+            memory=memory[part.at] if memory is not None else None,
             layer=layer,
             layers=layers,
             heads=heads,
         )
-        if (slots.has_empty or heads.size > 1) and not bool(pick(tokens.everywhere).all()):
+        if may_be_empty and not bool(pick(tokens.everywhere).all()):
             view.empty = ~pick(tokens.here)
         if stored is not None:
             view.stored = view.of_one_head(pick(stored.keys), pick(stored.values))
         if queries is not None:
             view.queries, masks = _recent_rows(queries, mask, part, recent, slots.positions.shape[2])
             view.rule = rule if masks is None else replace(rule, mask=masks)
-        view.rotary = None if rotary is None else _tables(rotary, at, view.positions)
+        view.rotary = None if rotary is None else _tables(rotary, part.at, view.positions)
         groups.append(Group(part.index, view, part.length))
     return groups
 
@@ -112,8 +116,13 @@ class _Tokens:
     visual: Tensor
 
 
-def _tokens(slots: Slots, prompt: Prompt, heads: Heads) -> _Tokens:
+def _tokens(slots: Slots, prompt: Prompt, heads: Heads, *, whole: bool) -> _Tokens:
     assert slots.positions is not None
+    if whole and heads.size == 1:
+        here, visual = (x[:, None].expand_as(slots.positions) for x in (prompt.valid, prompt.visual))
+        if not prompt.padded:
+            return _Tokens(here, here, None, visual)
+        return _Tokens(here, here, prompt.valid, visual & here)
     column = slots.positions.clamp(min=0).flatten(1)
     filled = slots.positions >= 0
     visual = prompt.visual.gather(1, column).view_as(filled)
@@ -126,22 +135,34 @@ def _tokens(slots: Slots, prompt: Prompt, heads: Heads) -> _Tokens:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a batch that hold equally many tokens.
+    """Rows of a batch that hold equally many tokens, `length`.
 
     Attributes:
-        index, at: which rows, as numbers and int64 [rows].
-        slots: int64 [rows, length], the slots that hold a token.
+        index: which rows.
         is_full: that is all there is.
+        real: bool [batch, slots], which slots hold a token; None: all.
+        device: of the tensors that are picked from.
     """
 
     index: list[int]
-    at: Tensor
-    slots: Tensor
+    length: int
     is_full: bool
+    real: Tensor | None
+    device: torch.device
 
-    @property
-    def length(self) -> int:
-        return self.slots.shape[1]
+    @cached_property
+    def at(self) -> Tensor:
+        """Which rows, int64 [rows]."""
+        if self.index == list(range(len(self.index))):  # on a device without waiting for it
+            return torch.arange(len(self.index), device=self.device)
+        return torch.tensor(self.index, device=self.device)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """int64 [rows, length], the slots that hold a token."""
+        if self.real is None:
+            return torch.arange(self.length, device=self.device).expand(len(self.index), -1)
+        return places(self.real[self.at], self.length)
 
     def pick(self, x: Tensor) -> Tensor:
         """These rows' held slots of `x` [batch, heads, slots, ...]."""
@@ -159,13 +180,7 @@ def _parts(tokens: _Tokens, rows: int, most: int, apart: Sequence[int] | None) -
     for key in sorted(set(keys)):
         index = [row for row in range(batch) if keys[row] == key]
         length, recent, _ = key
-        everyone = torch.arange(batch, device=device)
-        at = everyone if len(index) == batch else torch.cat([everyone[row : row + 1] for row in index])
-        if real is None:
-            slots = torch.arange(length, device=device).expand(len(index), -1)
-        else:
-            slots = places(real[at], length)
-        yield _Part(index, at, slots, len(index) == batch and length == count), recent
+        yield _Part(index, length, len(index) == batch and length == count, real, device), recent
 
 
 def _recent_rows(
@@ -177,6 +192,8 @@ def _recent_rows(
         count: slots of the layer, of whose last ones `queries` are.
     """
     rows = queries.shape[2]
+    if part.is_full and mask is None:
+        return queries[:, :, rows - recent :], None
     asks = part.slots[:, part.length - recent :] - (count - rows)  # rows of `queries` that hold a token
     own = queries[:, :, rows - recent :] if part.is_full else _of_rows(queries, part.at, asks)
     return own, None if mask is None else _blocks(mask, part.at, asks, part.slots)
@@ -298,7 +315,7 @@ def compact(
         budgets: entries that each row of the batch keeps in this layer; alike within a group.
         means: the mean over layers of each row's budgets.
     """
-    pieces: dict[int, Compacted] = {}
+    pieces: dict[int, Compacted] = {}  # where groups have to be put together
     rows: dict[int, dict[str, Any]] = {}
     fates: dict[int, Tensor] = {}
     memories: dict[int, Tensor] = {}
@@ -313,13 +330,14 @@ def compact(
         fate = plan.fate(view.storage) if trace else None
         described = _described(plan, len(group.index))
         for n, row in enumerate(group.index):
-            pieces[row] = _row(done, n)
+            if len(groups) > 1:
+                pieces[row] = _row(done, n)
             rows[row] = described[n]
             if fate is not None:
                 fates[row] = fate[n]
             if plan.memory is not None:
                 memories[row] = plan.memory[n]
-    order = range(len(pieces))
+    order = range(len(rows))
     flows = [row["flow"] for row in rows.values() if "flow" in row]
     flow = sum(flows) / len(flows) if flows else None
     # rows of one group lie side by side already

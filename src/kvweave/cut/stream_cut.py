@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvweave.cut.prompt_cut import PromptCut
-from kvweave.cut.record import Record
+from kvweave.cut.record import Record, tally
 from kvweave.cut.rows import Group, Share, compact, fits, observe, smallest
 from kvweave.cut.sinks import behind, first_apart, real_slots
 from kvweave.cut.terms import Pending, Terms
@@ -204,18 +204,16 @@ class StreamCut(PromptCut):
         assert slots.positions is not None
         assert slots.mass is not None
         real = real_slots(slots.positions, prompt.valid)
-        mass = slots.mass * real
-        counts = torch.stack([real.sum(-1).to(mass.dtype), mass.sum(-1), mass.amax(-1)], -1)
-        kept, represented, heaviest = terms.heads.gather(counts).unbind(-1)
+        counts = tally(real, slots.mass, terms.heads)
         full = block.as_slots()
         size = full.nbytes // max(1, full.count) * prompt.length
-        before, after = (sum(of) for of in zip(*terms.heads.each([size, block.nbytes], mass.device), strict=True))
+        before, after = (sum(of) for of in zip(*terms.heads.each([size, block.nbytes], real.device), strict=True))
         rows = self.words or [{} for _ in prompt.lengths]
-        return Record(prompt.lengths, kept, represented, heaviest.max(), before, after, rows)
+        return Record(prompt.lengths, *counts, before, after, rows)
 
     def counted(self, record: Record) -> dict[str, int]:
         """What the report says of a stream besides."""
-        entries = math.ceil(record.kept.mean(1).max())
+        entries = math.ceil(record.kept.double().mean(1).max())
         return {"cuts": self.cuts, "held": entries, "peak_entries": math.ceil(self.peak)}
 
 

@@ -327,9 +327,8 @@ def stored(compacted: Compacted, behind: Slots | None = None) -> list[Slots]:
     if compacted.full:
         block = Slots(compacted.keys, compacted.values, compacted.positions, compacted.mass, compacted.bias)
         return [block if behind is None else _joined(block, behind, slice(0, kv_heads))]
-    counts = (compacted.positions >= 0).sum(-1)  # [batch, kv_heads]
-    longest: list[int] = counts.amax(0).tolist()
-    has_empty = bool((counts < slots).any())
+    counts = compacted.counts or (compacted.positions >= 0).sum(-1).tolist()  # by row, and by KV head
+    longest = [max(row[head] for row in counts) for head in range(kv_heads)]
     if len(set(longest)) == 1:
         parts = [(slice(0, kv_heads), longest[0])]
     else:
@@ -340,7 +339,8 @@ def stored(compacted: Compacted, behind: Slots | None = None) -> list[Slots]:
 
         def part(x: Tensor, heads: slice = heads, start: int = start, count: int = count) -> Tensor:
             piece = x[:, heads, start:]
-            return piece if count == slots and len(parts) == 1 else piece.clone()
+            alone = count < slots or len(parts) > 1  # of a tensor that would be held on to
+            return piece.clone() if alone and behind is None else piece
 
         block = Slots(
             part(compacted.keys),
@@ -348,7 +348,7 @@ def stored(compacted: Compacted, behind: Slots | None = None) -> list[Slots]:
             part(compacted.positions),
             part(compacted.mass),
             None if compacted.bias is None else part(compacted.bias),
-            has_empty and bool((compacted.positions[:, heads, start:] < 0).any()),
+            any(own < count for row in counts for own in row[heads]),
         )
         blocks.append(block if behind is None else _joined(block, behind, heads))
     return blocks

@@ -172,11 +172,14 @@ class Slots:
 
     def _of_columns(self, valid: Tensor, padded: bool | None) -> "Slots":
         batch, kv_heads, count, _ = self.keys.shape
-        real = valid[:, None, :count].to(self.keys.device).expand(batch, kv_heads, -1)
-        columns = torch.arange(count, device=self.keys.device).expand(batch, kv_heads, -1)
-        positions = columns.masked_fill(~real, -1)
+        shape, device = (batch, kv_heads, count), self.keys.device
+        columns = torch.arange(count, device=device).expand(shape)
+        if padded is False:
+            return replace(self, positions=columns, mass=torch.ones(1, device=device).expand(shape))
+        real = valid[:, None, :count].to(device).expand(shape)
         has_empty = not bool(real.all()) if padded is None else padded
-        return replace(self, positions=positions, mass=real.to(torch.float32), has_empty=has_empty)
+        positions, mass = columns.masked_fill(~real, -1), real.to(torch.float32)
+        return replace(self, positions=positions, mass=mass, has_empty=has_empty)
 
     def outline(self, valid: Tensor | None = None) -> "Slots":
         nothing = self.keys.new_empty(1).expand(*self.keys.shape[:3], 1)

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from kvweave.methods.allocation import Quota
 from kvweave.methods.options import real
 from kvweave.methods.registry import register
-from kvweave.methods.scored import Scores
+from kvweave.methods.scored import Scores, forced_tokens
 from kvweave.methods.snapkv import SnapKV
 from kvweave.ops.budget import largest_remainder
 from kvweave.ops.select import best
@@ -31,19 +30,19 @@ class AdaKV(SnapKV):
 
     uneven = True
 
-    def shares(
-        self, view: LayerView, quota: Quota, scores: Scores, forced: Tensor, valid: Tensor, base: Tensor
-    ) -> Tensor:
+    def shares(self, view: LayerView, quota: Quota, scores: Scores) -> list[list[int]]:
         if self.allocation != "head":
-            return super().shares(view, quota, scores, forced, valid, base)
-        among = view.over_heads((valid & ~forced).expand_as(scores.value))  # of all the layer's heads
+            return super().shares(view, quota, scores)
+        forced, valid = (x.expand_as(scores.value) for x in forced_tokens(view, quota))
+        among, stay = (view.over_heads(x) for x in (valid & ~forced, valid & forced))  # of all the layer's heads
         score = view.over_heads(scores.value).masked_fill(~among, -torch.inf)
         kv_heads = score.shape[1]
         wins = best(score.flatten(1), kv_heads * quota.free).view_as(score) & among
-        goal = (1 - self.safeguard) * wins.sum(-1).double() + self.safeguard * quota.free
         counts = []
-        for row, limits in zip(goal.tolist(), among.sum(-1).tolist(), strict=True):
+        for won, limits, base in torch.stack([wins.sum(-1), among.sum(-1), stay.sum(-1)], 1).tolist():
+            goal = ((1 - self.safeguard) * own + self.safeguard * quota.free for own in won)
             total = min(kv_heads * quota.free, sum(limits))
-            row = [min(share, limit) for share, limit in zip(row, limits, strict=True)]
-            counts.append(largest_remainder(row, total, limits))
-        return view.heads.own(torch.tensor(counts, device=base.device))
+            row = [min(share, limit) for share, limit in zip(goal, limits, strict=True)]
+            free = largest_remainder(row, total, limits)
+            counts.append([own + force for own, force in zip(free, base, strict=True)])
+        return counts

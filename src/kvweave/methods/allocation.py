@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,13 @@ def share_out(pools: Sequence[Pool], share: float) -> list[list[int]]:
         keys.append([key.flatten().to(home) for key in pool.keys])
         rests.append((free & ~mine).flatten().to(home))
         total += quota.budget * len(free)
-    rest = torch.cat(rests)
-    remainder = min(total - sum(int(count.sum()) for count in counts), int(rest.sum()))
+    rest, heads = torch.cat(rests), [len(count) for count in counts]
+    taken, left = torch.stack([torch.cat(counts).sum(), rest.sum()]).tolist()  # one wait for the device
     together = [torch.cat(parts) for parts in zip(*keys, strict=True)]
-    wins = best_by(of_some(together, rest), max(0, remainder)).split([len(part) for part in rests])
-    return [(count + win.view(len(count), -1).sum(-1)).tolist() for count, win in zip(counts, wins, strict=True)]
+    wins = best_by(of_some(together, rest), max(0, min(total - taken, left))).split([len(part) for part in rests])
+    won = torch.cat([win.view(count, -1).sum(-1) for win, count in zip(wins, heads, strict=True)])
+    entries = iter((torch.cat(counts) + won).tolist())  # and another
+    return [list(islice(entries, count)) for count in heads]
 
 
 @dataclass(frozen=True)

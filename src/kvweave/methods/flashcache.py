@@ -57,16 +57,17 @@ class FlashCache(ScoredMethod):
         return view.once(("outliers", self.gamma, self.per_head), lambda: self._outliers(view))
 
     def _outliers(self, view: LayerView) -> tuple[Tensor, Tensor]:
-        cutoff = counts.floor(self.gamma * view.length)
-        parts = [_above(view, x, cutoff) for x in (view.keys, view.values)]
-        deviation = parts[0][0] + parts[1][0]
+        tensors = view.keys, view.values
+        (of_keys, key_energy), (of_values, value_energy) = above(tensors, counts.floor(self.gamma * view.length))
+        deviation = of_keys + of_values
+        weight = _share(view, of_keys, key_energy, tensors[0].shape[-1])
+        weight = weight + _share(view, of_values, value_energy, tensors[1].shape[-1])
         if not self.per_head:
             deviation = view.over_heads(deviation).mean(1, keepdim=True).expand(-1, view.kv_heads, -1)
-        return deviation, parts[0][1] + parts[1][1]
+        return deviation, weight
 
 
-def _above(view: LayerView, x: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
-    """What of `x` [batch, kv_heads, length, dim] lies above the cutoff: by token and head, and as a share by row."""
-    distance, energy = above(x, cutoff)
-    high, total = (view.over_heads(part).sum(1) for part in (distance.sum(-1) * x.shape[-1], energy))
-    return distance, high / total.clamp(min=1e-30)
+def _share(view: LayerView, distance: Tensor, energy: Tensor, dim: int) -> Tensor:
+    """Of keys or values of `dim` channels the share of the energy that lies above the cutoff: [batch]."""
+    high, total = (view.over_heads(part).sum(1) for part in (distance.sum(-1) * dim, energy))
+    return high / total.clamp(min=1e-30)

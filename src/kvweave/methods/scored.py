@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from kvweave.methods.base import Method
 from kvweave.methods.needs import Needs, Reduction
 from kvweave.methods.options import choice, integer, real, text
 from kvweave.ops.budget import GUARD, entries, floor
-from kvweave.ops.select import lend, of_some, ragged_places, ranks_by, top_and_recent
+from kvweave.ops.select import lend, of_some, ragged_places, ranks_by, top_and_recent, top_and_recent_of_each
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
@@ -74,25 +75,44 @@ class Selection:
     """What a scored method keeps of one layer, and by what.
 
     Attributes:
+        view: what memory holds of the layer.
         scores: of all tokens.
-        forced: bool [1 or batch, 1 or kv_heads, length], tokens that stay whatever their score.
-        valid: bool [1 or batch, 1 or kv_heads, length], slots that hold a token.
-        free: int64 [batch, kv_heads], how many stay by their score.
-        quota: what was asked for.
+        quota: what stays by force.
+        counts: entries that stay by row and KV head, those by force included; a head that holds fewer keeps them all.
         even: all heads keep equally many.
     """
 
+    view: LayerView
     scores: Scores
-    forced: Tensor
-    valid: Tensor
-    free: Tensor
     quota: Quota
+    counts: list[list[int]]
     even: bool
+
+    @cached_property
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        return forced_tokens(self.view, self.quota)
+
+    @property
+    def forced(self) -> Tensor:
+        """Tokens that stay whatever their score: bool [1 or batch, 1 or kv_heads, length]."""
+        return self._tokens[0]
+
+    @property
+    def valid(self) -> Tensor:
+        """Slots that hold a token: bool [1 or batch, 1 or kv_heads, length]."""
+        return self._tokens[1]
 
     @property
     def candidates(self) -> Tensor:
         """Tokens that stay by their score, or not: bool [batch, kv_heads, length]."""
         return (self.valid & ~self.forced).expand_as(self.scores.value)
+
+    @cached_property
+    def free(self) -> Tensor:
+        """How many stay by their score: int64 [batch, kv_heads]."""
+        asked = torch.tensor(self.counts, device=self.scores.value.device)
+        by_force = (self.forced & self.valid).sum(-1)
+        return (asked - by_force).clamp(min=0).minimum((self.valid & ~self.forced).sum(-1))
 
     def top(self, count: Tensor) -> Tensor:
         """The best `count` [batch, kv_heads] candidates: bool [batch, kv_heads, length]."""
@@ -103,6 +123,15 @@ class Selection:
     def kept(self) -> Tensor:
         """Tokens that stay: bool [batch, kv_heads, length]."""
         return self.top(self.free) | (self.forced & self.valid)
+
+    def plan(self) -> Plan:
+        """Keeps what was selected and evicts the rest."""
+        if self.view.empty is not None or len(self.scores.keys) > 1:
+            return Plan(ragged_places(self.kept), uneven=not self.even)
+        sinks, recent, length = self.quota.sinks, self.quota.recent, self.view.length
+        counts = [[min(max(count, sinks + recent), length) for count in row] for row in self.counts]
+        keep = top_and_recent_of_each(self.scores.value, counts, recent, sinks=sinks)
+        return Plan(keep, uneven=not self.even, counts=counts)
 
 
 @dataclass(frozen=True)
@@ -255,7 +284,7 @@ class ScoredMethod(Method):
 
     def evicting(self, view: LayerView, selection: Selection) -> Plan:
         """The plan that keeps what was selected and evicts the rest."""
-        return self.described(view, Plan(ragged_places(selection.kept), uneven=not selection.even))
+        return self.described(view, selection.plan())
 
     def described(self, view: LayerView, plan: Plan) -> Plan:
         """The plan, with what the report is to say."""
@@ -274,9 +303,6 @@ class ScoredMethod(Method):
         quota = self.quota(budget if isinstance(budget, int) else mean, mean)
         scores = self.ranking(view, quota).over(view.length)
         view = view.storage
-        forced, valid = forced_tokens(view, quota)
-        most = (valid & ~forced).sum(-1).expand(view.batch, view.kv_heads)
-        base = (forced & valid).sum(-1).expand(view.batch, view.kv_heads)
         if isinstance(budget, tuple):
             kv_heads = view.kv_heads * view.heads.size
             if len(budget) != kv_heads:
@@ -284,22 +310,18 @@ class ScoredMethod(Method):
                     f"profile={self.profile!r} has {len(budget)} KV heads a layer, and the model {kv_heads}: "
                     "allowed is a profile of this model"
                 )
-            free = view.heads.own(torch.tensor([budget], device=most.device)) - base
-            even = False
+            counts, even = [list(budget)] * view.batch, False
         else:
-            free, even = self.shares(view, quota, scores, forced, valid, base), self.allocation == "head"
-        even = even and view.empty is None and not self.uneven
-        return Selection(scores, forced, valid, free.clamp(min=0).minimum(most), quota, even)
+            counts, even = self.shares(view, quota, scores), self.allocation == "head"
+        own = [row[view.first_head : view.first_head + view.kv_heads] for row in counts]
+        return Selection(view, scores, quota, own, even and view.empty is None and not self.uneven)
 
-    def shares(
-        self, view: LayerView, quota: Quota, scores: Scores, forced: Tensor, valid: Tensor, base: Tensor
-    ) -> Tensor:
-        """Entries that each head of this layer keeps by score, known without the other layers: [batch, kv_heads]."""
+    def shares(self, view: LayerView, quota: Quota, scores: Scores) -> list[list[int]]:
+        """Entries that each of the layer's heads keeps, by row, known without the other layers."""
         if self.allocation == "layer":
-            pool = self.pool(view, scores, forced, valid, quota)
-            rows = [share_out([pool.row(n)], self.floor)[0] for n in range(view.batch)]
-            return view.heads.own(torch.tensor(rows, device=base.device)) - base
-        return torch.full_like(base, quota.free)
+            pool = self.pool(view, self.rivals(view, quota, scores), quota)
+            return [list(share_out([pool.row(n)], self.floor)[0]) for n in range(view.batch)]
+        return [[quota.budget] * (view.kv_heads * view.heads.size)] * view.batch
 
     # ------------------------------------------------------------ what is held until the cut
 
@@ -356,12 +378,15 @@ class ScoredMethod(Method):
         if not self.pools:
             return super().observe(view)
         quota = self.quota(view.mean_budget, view.mean_budget)
-        scores = self.ranking(view, quota).over(view.length)
-        return self.pool(view.storage, scores, *forced_tokens(view.storage, quota), quota)
+        return self.pool(view.storage, self.rivals(view, quota).over(view.length), quota)
 
-    def pool(self, view: LayerView, scores: Scores, forced: Tensor, valid: Tensor, quota: Quota) -> Pool:
+    def rivals(self, view: LayerView, quota: Quota, scores: Scores | None = None) -> Scores:
+        """What heads compete for entries by; `scores` are the layer's, where they are known already."""
+        return scores or self.ranking(view, quota)
+
+    def pool(self, view: LayerView, scores: Scores, quota: Quota) -> Pool:
         """The layer's tokens as they compete, of all its heads."""
-        forced, valid = (view.over_heads(x.expand_as(scores.value)) for x in (forced, valid))
+        forced, valid = (view.over_heads(x.expand_as(scores.value)) for x in forced_tokens(view, quota))
         return Pool([view.over_heads(key) for key in scores.keys], forced, valid, quota)
 
     def allocate(self, weights: list[Any], budget: int, length: int) -> list[Any]:

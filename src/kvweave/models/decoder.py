@@ -23,7 +23,7 @@ from kvweave.models.source import ModelError
 from kvweave.ops.separation import share_of_way
 from kvweave.prompt import visual_token_ids
 from kvweave.seam.export import mark
-from kvweave.seam.reader import decodes, unwrapped
+from kvweave.seam.reader import parts_of, unwrapped
 
 #: Which text model computes what a decoder of this type does, where its own has no class with a head.
 TEXT_MODELS: dict[str, dict[str, Any]] = {
@@ -113,11 +113,11 @@ def _tied(model: PreTrainedModel) -> bool:
 def _state(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Tensor]:
     """The weights of the decoder's innermost stack and of the head, as a text model names them."""
     decoder = model.config.get_text_config(decoder=True)
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and decodes(part, decoder)]
+    stack = parts_of(model, decoder)[-1]
     with torch.device("meta"):
         text = AutoModelForCausalLM.from_config(config)
     prefix, head = text.base_model_prefix, text.get_output_embeddings()
-    named = {f"{prefix}.{key}": value for key, value in parts[-1].state_dict().items()}
+    named = {f"{prefix}.{key}": value for key, value in stack.state_dict().items()}
     heads = {id(module): key for key, module in text.named_modules()}
     named |= {f"{heads[id(head)]}.{key}": value for key, value in model.get_output_embeddings().state_dict().items()}
     shapes = {key: value.shape for key, value in text.state_dict().items()}

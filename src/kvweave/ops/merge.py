@@ -22,6 +22,9 @@ def segment_sum(x: Tensor, segment: Tensor, segments: int) -> Tensor:
     """
     batch, kv_heads, n = segment.shape
     tail = x.shape[3:]
+    if not tail:
+        sums = x.new_zeros(batch, kv_heads, segments + 1)  # and a last one for those that are left out
+        return sums.scatter_add_(-1, segment.remainder(segments + 1), x)[..., :segments]
     sums = x.new_zeros(batch * kv_heads * (segments + 1), *tail)
     sums.index_add_(0, _places(segment, segments), x.reshape(batch * kv_heads * n, *tail))
     return sums.view(batch, kv_heads, segments + 1, *tail)[:, :, :segments]
@@ -136,5 +139,6 @@ def merge(
         part = slice(start, start + step)
         rows = take(x, source[..., part]).to(weight.dtype) * weight[..., part, None]
         flat.index_add_(0, _places(target[..., part], entries), rows.flatten(0, 2))
-    alone = segment_sum(torch.ones_like(weight), target, entries) == 0
+    alone = torch.ones(*keep.shape[:2], entries + 1, dtype=torch.bool, device=x.device)
+    alone = alone.scatter_(-1, target.remainder(entries + 1), False)[..., :entries]
     return torch.where(alone[..., None], original, sums[:, :, :entries].to(x.dtype))

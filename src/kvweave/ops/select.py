@@ -8,6 +8,13 @@ from torch import Tensor
 
 from kvweave.ops.budget import floor
 
+_FEW = 512  # entries of a head up to which sorting them takes less than the calls that do without
+
+
+def _sorts(x: Tensor) -> bool:
+    """True where one call that sorts takes less time than a dozen that do not: on a GPU, and of few."""
+    return x.is_cuda or x.shape[-1] <= _FEW
+
 
 def best(scores: Tensor, count: int) -> Tensor:
     """Which entries are the `count` best along the last dimension; ties go to the lower position.
@@ -32,6 +39,8 @@ def places(mask: Tensor, count: int) -> Tensor:
     Returns:
         int64 [..., count].
     """
+    if _sorts(mask):
+        return mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :count]
     rank = (mask.cumsum(-1) - 1).masked_fill_(~mask, count).clamp_(max=count)  # a place beyond for all others
     columns = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
     return rank.new_zeros(*mask.shape[:-1], count + 1).scatter_(-1, rank, columns)[..., :count]
@@ -45,6 +54,8 @@ def top(scores: Tensor, count: int) -> Tensor:
     Returns:
         int64 [batch, kv_heads, count].
     """
+    if _sorts(scores):
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
     return places(best(scores, count), count)
 
 
@@ -81,6 +92,26 @@ def top_and_recent(scores: Tensor, count: int, recent: int, length: int | None =
     if sinks:
         parts = [first(scores, sinks), best + sinks, parts[1]]
     return torch.cat(parts, -1)
+
+
+def top_and_recent_of_each(scores: Tensor, counts: Sequence[Sequence[int]], recent: int, *, sinks: int = 0) -> Tensor:
+    """As `top_and_recent`, where each head keeps a count of its own; heads that keep less have -1 in front.
+
+    Args:
+        scores: [batch, kv_heads, length].
+        counts: by row and head; sinks + recent <= count <= length.
+    Returns:
+        int64 [batch, kv_heads, most], most being the largest count.
+    """
+    length = scores.shape[-1]
+    free = torch.tensor(counts, device=scores.device)[..., None] - sinks - recent
+    most = max(map(max, counts)) - sinks - recent
+    order = scores[..., sinks : length - recent].sort(dim=-1, descending=True, stable=True).indices[..., :most]
+    behind = torch.arange(most, device=scores.device) >= free
+    parts = [(order + sinks).masked_fill_(behind, -1), last(scores, recent)]
+    if sinks:
+        parts.insert(0, first(scores, sinks))
+    return torch.cat(parts, -1).sort(-1).values
 
 
 def of_some(keys: Sequence[Tensor], some: Tensor) -> list[Tensor]:
@@ -121,7 +152,8 @@ def lend(scores: Tensor, ahead: int, behind: int, fade: float = 1.0) -> Tensor:
         return scores
     ahead, behind = (min(n, scores.shape[-1]) for n in (ahead, behind))
     if fade < 1:
-        return torch.maximum(_lend_fading(scores, ahead, fade), _lend_fading(scores.flip(-1), behind, fade).flip(-1))
+        lent = _lend_fading(scores, ahead, fade)
+        return torch.maximum(lent, _lend_fading(scores.flip(-1), behind, fade).flip(-1)) if behind else lent
     padded = F.pad(scores, (ahead, behind), value=-torch.inf)
     return F.max_pool1d(padded, ahead + behind + 1, stride=1)
 
@@ -213,7 +245,7 @@ def pool(scores: Tensor, kernel: int) -> Tensor:
     length = scores.shape[-1]
     if kernel == 1 or length == 0:
         return scores
-    if scores.is_cuda:
+    if scores.is_cuda or length <= _FEW:
         return F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2, count_include_pad=True)
     padded = F.pad(scores, (kernel // 2, kernel // 2))
     sums = padded[..., :length].clone()

@@ -67,7 +67,7 @@ def _check_read(model: Any, place: int, layer: CompressedLayer) -> None:
     if (id(decoder), place) in reader.passed.layers:
         layer.why = "keys are transformed after the cache"
         return
-    modules = [m for m in model.modules() if getattr(m, "layer_idx", None) == place]
+    modules = [m for m in lookup.layers_of(model) if m.layer_idx == place]
     if not any(lookup.asks_by_name(type(module)) for module in modules):
         layer.why = "attention is not looked up by name"
     elif layer.compressed:

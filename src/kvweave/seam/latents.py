@@ -6,7 +6,7 @@ see each head's own keys and values; what they keep is one set of tokens for all
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,7 @@ class Expansion:
 
 def expansions(model: nn.Module) -> dict[int, Expansion]:
     """By layer, what its heads make of latents, of those that hold any."""
-    modules: Iterator[Any] = model.modules()
-    return {m.layer_idx: Expansion.of(m) for m in modules if lookup.expands_latents(m)}
+    return {m.layer_idx: Expansion.of(m) for m in lookup.layers_of(model) if lookup.expands_latents(m)}
 
 
 def introduce(by_layer: dict[int, Expansion], cache: "CompressedCache") -> None:
@@ -78,7 +77,7 @@ def introduce(by_layer: dict[int, Expansion], cache: "CompressedCache") -> None:
 
 def attach(model: nn.Module) -> list[Callable[[], Any]]:
     """Let keys that are expanded from a compressed layer's latents tell whose they are; returns what undoes it."""
-    modules = [module for module in model.modules() if lookup.expands_latents(module)]
+    modules = [module for module in lookup.layers_of(model) if lookup.expands_latents(module)]
     return [lookup.replace_expansion(module, _linking(module)) for module in modules]
 
 

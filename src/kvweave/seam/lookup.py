@@ -20,6 +20,24 @@ ROTARY = "position_embeddings"
 #: Inputs that `generate` hands to a prompt's own forward pass and to no later one.
 READ_ONCE = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """As `model.modules()`, in the same order and several times as fast: a session looks at all of a model's."""
+    found: dict[nn.Module, None] = {}
+    left: list[nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            left.extend(reversed(module._modules.values()))
+    return list(found)
+
+
+def layers_of(model: nn.Module) -> list[Any]:
+    """Modules that know which layer they are of: attention, and what else a file numbers."""
+    return [module for module in modules_of(model) if isinstance(vars(module).get("layer_idx"), int)]
+
+
 # -------------------------------------------------------------------- attention
 
 
@@ -73,7 +91,7 @@ def asks_by_name(kind: type) -> bool:
 
 def lets_attention_be_chosen(model: nn.Module, decoder: Any) -> bool:
     """Some part of the model that has this config looks its attention up by name."""
-    parts: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    parts: list[Any] = [part for part in modules_of(model) if isinstance(part, PreTrainedModel)]
     return any(part._can_set_attn_implementation() for part in parts if part.config is decoder)
 
 
@@ -162,7 +180,7 @@ def show_window_alone(layer: Any) -> Callable[[], None]:
 
 def keepers_of_offsets(model: nn.Module) -> list[Any]:
     """Parts of a model that keep, from one forward pass to the next, how far positions run ahead of columns."""
-    return [part for part in model.modules() if "rope_deltas" in vars(part)]
+    return [part for part in modules_of(model) if "rope_deltas" in vars(part)]
 
 
 def offsets(keepers: Sequence[Any]) -> Tensor | None:

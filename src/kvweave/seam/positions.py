@@ -76,9 +76,7 @@ def _measure(model: PreTrainedModel) -> "tuple[Rotation | None, ...]":
     decoder = model.config.get_text_config(decoder=True)
     if why := _not_by_rotation(decoder):
         raise ValueError(f"positions of {type(model).__name__} are no pure rotation: {why}")
-    stack = [part for part in model.modules() if isinstance(part, PreTrainedModel) and reader.decodes(part, decoder)][
-        -1
-    ]
+    stack = reader.parts_of(model, decoder)[-1]
     if "position_ids" not in names.Signature.of(stack).parameters:
         raise ValueError(
             f"positions of {type(model).__name__} are no pure rotation: it takes no position ids; allowed is rotary "
@@ -160,8 +158,9 @@ def _listening(stack: nn.Module, config: Any) -> Iterator[dict[int, list[Any]]]:
         if isinstance(tables, tuple) and id(tables[0]) in makers:
             heard[module.layer_idx] = [makers[id(tables[0])][0]]
 
-    for module in stack.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
+    layers = lookup.layers_of(stack)
+    for module in lookup.modules_of(stack):
+        if module in layers:
             undo.append(module.register_forward_pre_hook(note_layer, with_kwargs=True))
         elif next(module.parameters(), None) is None:
             undo.append(module.register_forward_hook(note_maker, with_kwargs=True))

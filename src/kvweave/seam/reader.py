@@ -45,9 +45,10 @@ def decoder_of(model: Any) -> Any:
     return decoder
 
 
-def decodes(part: PreTrainedModel, decoder: Any) -> bool:
-    """The part runs the decoder, alone or behind its encoders."""
-    return part.config is decoder or part.config.get_text_config(decoder=True) is decoder
+def parts_of(model: Any, decoder: Any) -> list[PreTrainedModel]:
+    """Models in it, itself included, that run the decoder, alone or behind their encoders; the innermost is last."""
+    parts = [part for part in lookup.modules_of(model) if isinstance(part, PreTrainedModel)]
+    return [x for x in parts if x.config is decoder or x.config.get_text_config(decoder=True) is decoder]
 
 
 class Reader:
@@ -101,7 +102,7 @@ def _pass_on(module: nn.Module) -> None:
 
 def watch(session: "Session") -> list[Callable[[], Any]]:
     """Tell the session of attention that is called outside of its model's forward pass; returns what undoes it."""
-    modules = [m for m in session.base.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    modules = lookup.layers_of(session.base)
     _WATCHERS.update({id(module): session for module in modules})
     return [functools.partial(_WATCHERS.pop, id(module), None) for module in modules]
 
@@ -116,7 +117,8 @@ def attach(base: str, model: nn.Module) -> None:
     Raises:
         ValueError: a model whose file looks the name up elsewhere.
     """
-    for module in model.modules():
+    modules = lookup.modules_of(model)
+    for module in modules:
         if lookup.has_table_of_its_own(module, base):
             raise ValueError(
                 f"attn_implementation={base!r} is {type(module).__name__}'s own: kvweave cannot read its keys"
@@ -127,7 +129,7 @@ def attach(base: str, model: nn.Module) -> None:
             lookup.register(base, _READERS[base].function)
         _READERS[base].users += 1
         if _READERS[base].original is None:  # known before a step is compiled
-            for kind in {type(module) for module in model.modules()}:
+            for kind in {type(module) for module in modules}:
                 if lookup.eager_function(kind) is not None:
                     _READERS[base].own(kind)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def watch(session: "Session") -> list[Callable[[], Any]]:
     """Note the tables that attention modules are given; returns what undoes it."""
-    modules = [m for m in session.base.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    modules = lookup.layers_of(session.base)
     note = functools.partial(_note, session)
     return [module.register_forward_pre_hook(note, with_kwargs=True).remove for module in modules]
 

@@ -24,6 +24,7 @@ from kvweave.methods.registry import method_from_dict
 from kvweave.ops.quantize import Packed, Quantization
 from kvweave.ops.statistics import AttentionRule, Flow
 from kvweave.prompt import Prompt
+from kvweave.seam import lookup
 from kvweave.seam.latents import Expansion, expansions, introduce
 from kvweave.seam.layer import CompressedLayer
 from kvweave.seam.places import Places
@@ -131,9 +132,9 @@ def _moved(x: Any, device: torch.device) -> Any:
 def _devices(model: nn.Module) -> dict[int, torch.device]:
     """Where the decoder's layers are, by number."""
     devices: dict[int, torch.device] = {}
-    for module in model.modules():
-        number, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
-        if isinstance(number, int) and weight is not None and weight.device.type != "meta":
+    for module in lookup.layers_of(model):
+        number, weight = module.layer_idx, next(module.parameters(), None)
+        if weight is not None and weight.device.type != "meta":
             devices.setdefault(number, weight.device)
     return devices
 

@@ -90,7 +90,7 @@ class Session:
             check_bias(self.working, base)
             check_profiles(self.working, model)
             latents.check(self.working, model)
-        parts = [p for p in model.modules() if isinstance(p, PreTrainedModel) and reader.decodes(p, decoder)]
+        parts = reader.parts_of(model, decoder)
         with _LOCK:
             if any(id(part) in _SESSIONS for part in parts):
                 raise RuntimeError(
