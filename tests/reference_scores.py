@@ -502,6 +502,7 @@ RECIPES: dict[str, Recipe] = {
             "merge_rule": "average",
             "mass_bias": True,
             "merge": True,
+            "reach": 0,
         },
     ),
     "tova": Recipe(tova, {"per_head": False, "recent": 1, "sinks": 0}),
@@ -567,6 +568,7 @@ def choose(name: str, layers: list[Layer], B: int, **given: Any) -> list[list[Ch
     pooled = options["allocation"] in ("global", "profile")
     budgets = [B] * n if pooled or recipe.budgets is None else recipe.budgets(layers, B, options)
     heads: list[list[Chosen]] = []
+    rivals: list[list[Chosen]] = []  # what heads compete by, where it is not their scores
     for layer, B_l in zip(layers, budgets, strict=True):
         S, R = forced_of(B_l, options) if recipe.forced is None else recipe.forced(B_l, B, options)
         asked = Asked(B_l, S, R, options)
@@ -578,10 +580,21 @@ def choose(name: str, layers: list[Layer], B: int, **given: Any) -> list[list[Ch
             ranked = lent(ranked, options["ahead"], options["behind"], options["fade"])
             row.append(Chosen(forced, by_rank(ranked, list(range(S, L - R))), ranked))
         heads.append(row)
-    for at, counts in enumerate(free_counts(heads, budgets, B, L, options)):
+        if options.get("reach"):
+            far = [far_back(layer, kv, min(options["reach"], L // 4)) for kv in range(Hkv)]
+            rivals.append([Chosen(forced, by_rank(one, list(range(S, L - R))), one) for one in far])
+    for at, counts in enumerate(free_counts(rivals or heads, budgets, B, L, options)):
         for chosen, count in zip(heads[at], counts, strict=True):
             chosen.free = chosen.free[:count]
     return heads
+
+
+def far_back(layer: Layer, kv: int, reach: int) -> Ranked:
+    """17.7: the most that one of the last 256 rows, in one of the group's heads, pays to a token so far before it."""
+    L = layer.length
+    rows = range(max(0, L - 256), L)
+    paid = [[layer.attention[h][i][j] for h in layer.group(kv) for i in rows if i - j >= reach] for j in range(L)]
+    return {j: (max(most, default=0.0),) for j, most in enumerate(paid)}
 
 
 def free_counts(

@@ -317,6 +317,15 @@ OPTIONS: dict[str, list[dict]] = {
             for shared in (FADING, GLOBAL, {"fade": 1.0})
         ),
         {**FADING, "defer": 0, "proxies": 4, "recent": 2, "sinks": 3, "merge": False},
+        *(
+            {**shared, "defer": 0, "proxies": 2, "recent": 1, "sinks": 1, "merge": merge, "reach": reach}
+            for shared, merge, reach in (
+                (GLOBAL, False, 3),
+                (GLOBAL, False, 64),
+                (LAYER, False, 2),
+                (GLOBAL, True, 4),
+            )
+        ),
         {"defer": 0},
         {"defer": 0, "proxies": 4, "recent": 4},
         {"defer": 0, "proxies": 2, "recent": 6, "sensitivity_quantile": 0.8},

@@ -191,6 +191,20 @@ class LayerView:
             lambda: statistics.received(self.all_queries(), self.keys, self.rule, rows_by, heads_by),
         )
 
+    def far_attention(self, rows: int, reach: int) -> Tensor:
+        """The most that any of the prompt's last `rows` rows, and of a group's heads, pays to a token that lies
+        `reach` tokens before it, or a quarter of the slots, or farther: [batch, kv_heads, length] (SPEC 17.7)."""
+
+        def compute() -> Tensor:
+            queries, rule, mask = self.all_queries(), self.rule, self.rule.mask
+            first = max(0, queries.shape[2] - rows)
+            if mask is not None and first:
+                rule = replace(rule, mask=lambda start, stop: mask(first + start, first + stop))
+            far = min(reach, self.length // 4)
+            return statistics.received(queries[:, :, first:], self.keys, rule, "max", "max", reach=far)
+
+        return self.once(("far", rows, reach), compute)
+
     def column_sums(self) -> Tensor:
         """Attention received by each token from text and from visual rows: [batch, heads, 2, length]."""
 

@@ -140,3 +140,37 @@ def test_on_a_model_the_form_is_lent_with_its_profile_if_there_is_one():
     assert Weave(0.1, coarse=0).on_model(lambda: None) == Weave(0.1, form="lent", coarse=0)
     spelled = Weave(0.3, recent=8)
     assert spelled.on_model(lambda: "smol-text") is spelled
+
+
+# -------------------------------------------------------------------- who gets how many
+
+
+def test_how_far_back_heads_look_says_how_many_entries_they_get_and_a_reply_which():
+    draw = torch.Generator().manual_seed(3)
+    queries, keys, values = ([torch.randn(1, 4, 40, 8, generator=draw) for _ in range(2)] for _ in range(3))
+    keys, values = [x[:, :2] for x in keys], [x[:, :2] for x in values]
+    replies = [
+        (
+            [3 * torch.randn(1, 4, 8, 8, generator=draw) for _ in range(2)],
+            [torch.randn(1, 2, 8, 8, generator=draw) for _ in range(2)],
+        )
+        for _ in range(2)
+    ]
+
+    def kept(options, reply):
+        method = kvweave.parse_method(f"weave:form=lent,budget=0.25{options}")
+        visual = torch.zeros(1, 40, dtype=torch.bool)
+        return [
+            [[p for p in head.tolist() if p >= 0] for head in layer.positions[0]]
+            for layer in kvweave.compress_tensors(method, queries, keys, values, visual=visual, decoded=reply)
+        ]
+
+    def counts(of):
+        return [len(head) for layer in of for head in layer]
+
+    far, others = (kept("", reply) for reply in replies)
+    assert counts(far) == counts(others) != [10] * 4
+    assert sum(counts(far)) == 40
+    assert far != others
+    near = [kept(",reach=0", reply) for reply in replies]
+    assert counts(near[0]) != counts(near[1])

@@ -6,7 +6,7 @@ import torch
 from kvweave.ops import match
 from kvweave.ops.match import nearest, take, unit
 from kvweave.ops.merge import merge
-from kvweave.ops.statistics import AttentionRule, column_sums, flow_ratio, window_attention
+from kvweave.ops.statistics import AttentionRule, column_sums, flow_ratio, received, window_attention
 
 BATCH, LENGTH, DIM = 2, 150, 16  # longer than a block of 128 rows
 
@@ -113,6 +113,21 @@ def test_window_attention_equals_dense_attention(case, window):
     received = attention[:, :, attention.shape[2] - window :].sum(2)
     expected = received.unflatten(1, (keys.shape[1], -1)).mean(2)
     close(window_attention(queries, keys, rule, window), expected, keys.dtype)
+
+
+@pytest.mark.parametrize("reach", [1, 40, LENGTH])
+@pytest.mark.parametrize("reduction", [("max", "max"), ("mean", "mean")], ids="-".join)
+def test_attention_that_reaches_back_equals_dense_attention(case, reach, reduction):
+    """What is paid to tokens nearer than that is left out, in whatever blocks the rows come."""
+    queries, keys, _, rule, attention = case
+    rows_by, heads_by = reduction
+    rows = torch.arange(LENGTH - queries.shape[2], LENGTH)
+    far = attention * (rows[:, None] - torch.arange(LENGTH) >= reach)
+    by_head = far.unflatten(1, (keys.shape[1], -1))
+    by_row = by_head.amax(2) if heads_by == "max" else by_head.mean(2)
+    expected = by_row.amax(2) if rows_by == "max" else by_row.sum(2)
+    found = received(queries, keys, rule, rows_by, heads_by, reach=reach)
+    close(found, expected, keys.dtype) if expected.any() else torch.testing.assert_close(found.double(), expected)
 
 
 def test_flow_ratio_equals_dense_attention(case):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvweave.methods.allocation import Quota
@@ -21,7 +22,7 @@ from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, flag, integer, real
 from kvweave.methods.peak import peak_score
 from kvweave.methods.registry import register
-from kvweave.methods.scored import ScoredMethod, Selection, forced_tokens
+from kvweave.methods.scored import ScoredMethod, Scores, Selection, forced_tokens
 from kvweave.ops.match import nearest_of_few
 from kvweave.ops.merge import RULES
 from kvweave.ops.select import complement, first, last, lowest, lowest_of, top
@@ -44,13 +45,16 @@ FORMS: dict[str, dict[str, Any]] = {
         "temperature": 1.0,  # what the prompt's own rows look at counts only where none is decoded
         "replay": True,
         "allocation": "global",
+        "reach": 64,  # heads that look farther back want the entries
     }
 }
 FORMS["even"] = FORMS["lent"] | {"allocation": "head"}
 #: Where a profile is shipped for the model: it was fitted to what these very scores lose, and says it all.
 BY_PROFILE: dict[str, Any] = {"allocation": "profile", "mix": 0.0}
 #: Of a prompt that was read again: every token of it has been looked at itself, by the heads that want it.
-READ_AGAIN: dict[str, Any] = {"ahead": 0, "fade": 1.0, "sinks": 0, "recent": 0}
+READ_AGAIN: dict[str, Any] = {"ahead": 0, "fade": 1.0, "sinks": 0, "recent": 0, "reach": 0}
+#: Last rows of the prompt that tell how far heads look back.
+FAR_ROWS = 256
 
 
 @register("weave")
@@ -61,9 +65,10 @@ class Weave(MergingMethod, ScoredMethod):
     On a model, `weave` with nothing but a budget is `form=lent`: the prompt stays whole while eight tokens are
     decoded. The largest attention that any of them pays, from any head, is lent to the 64 tokens behind what it looks
     at, a tenth less to each next one: a name is looked up, and its value follows. The first token and the last stay
-    in every head, and the first lends nothing. Entries go to the heads that want them, the heads of all layers
-    competing; where a profile is shipped for the model, or given (`weave:profile=FILE`, made by `kvweave calibrate
-    --fit`), each head has what it says, which was fitted to what cuts cost. Nothing is merged.
+    in every head, and the first lends nothing. Entries go to the heads that look far back: those of all layers
+    compete by what the prompt's own last rows pay to what lies 64 tokens before them or farther. Where a profile is
+    shipped for the model, or given (`weave:profile=FILE`, made by `kvweave calibrate --fit`), each head has what it
+    says, which was fitted to what cuts cost. Nothing is merged.
     Where the prompt is frozen, or asked about, before any reply (`CompressedCache.question`), or probes are named, it
     is read again instead, and the largest attention paid meanwhile counts, as `kvzip` has it: nothing is lent then.
     The report says what it came to (`works_as`). `form=even` is the same with equally many entries in each head, for
@@ -110,6 +115,12 @@ class Weave(MergingMethod, ScoredMethod):
         help="softens the decoded tokens' attention, which then counts alone; None: mixed with the last rows'",
     )
 
+    reach: int = integer(
+        0,
+        minimum=0,
+        help="layer, global: heads compete by the most that the prompt's last 256 rows pay to what lies so many "
+        "tokens back, or a quarter of the prompt; 0: by the scores",
+    )
     replay: bool = flag(False, help="read the prompt again where it is cut before a reply has begun, without probes")
     surprise: float = real(
         0.0,
@@ -219,7 +230,8 @@ class Weave(MergingMethod, ScoredMethod):
     def needs(self) -> Needs:
         return replace(
             super().needs,
-            rows=self.proxies,
+            rows=max(self.proxies, FAR_ROWS) if self._looks_far else self.proxies,
+            statistics=(self.far,) if self._looks_far else (),
             probed_rows=ALL_ROWS,
             probed_decoded=(("mean", self.heads_by),),
             temperature=self.temperature or 1.0,
@@ -250,9 +262,9 @@ class Weave(MergingMethod, ScoredMethod):
         if quota.sinks:
             pivots, parts = pivots + quota.sinks, [first(score, quota.sinks)]
         keep = torch.cat([*parts, pivots, last(score, quota.recent)], -1)
-        source = complement(keep, view.length)
         if not self.merge:
             return Plan(keep)
+        source = complement(keep, view.length)
         eligible = lowest(score.gather(-1, pivots), self.sensitivity_quantile)
         target, cosine = self.match(view, pivots, eligible, source)
         if quota.sinks:  # by what stays, of which the first tokens come first
@@ -280,8 +292,26 @@ class Weave(MergingMethod, ScoredMethod):
         sinks = 0 if quota is None else quota.sinks
         if not sinks or not self.lends:
             return score
+        if view.empty is None:
+            return F.pad(score[..., sinks:], (sinks, 0))
         forced, _ = forced_tokens(view, Quota(sinks, sinks))
         return score.masked_fill(forced, 0)
+
+    @property
+    def _looks_far(self) -> bool:
+        return self.reach > 0 and (self.pools or self.allocation == "layer")
+
+    def far(self, view: LayerView) -> Tensor:
+        """Attention that reaches far back: [batch, kv_heads, length]."""
+        return view.far_attention(FAR_ROWS, self.reach)
+
+    def rivals(self, view: LayerView, quota: Quota, scores: Scores | None = None) -> Scores:
+        if not self._looks_far or view.probed:
+            return super().rivals(view, quota, scores)
+        if view.queries is not None:  # they may be gone when it is planned, by the scores
+            self.prepare(view, view.mean_budget)
+        far = Scores(self.far(view))
+        return far if view.stored is None else far.shared("max")
 
     def attention(self, view: LayerView) -> Tensor:
         """Attention that tokens received, as the options reduce it: [batch, kv_heads, length]."""

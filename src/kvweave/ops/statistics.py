@@ -204,6 +204,7 @@ def received(
     rows_by: str,
     heads_by: str,
     row_weights: Tensor | None = None,
+    reach: int = 0,
 ) -> Tensor:
     """Attention that each token receives, over the heads of a group first, then over all rows.
 
@@ -212,6 +213,7 @@ def received(
         rows_by: "max": the largest of any row (SPEC 13.2); "mean": the sum over rows.
         heads_by: "mean" or "max".
         row_weights: [batch, 1 or kv_heads, rows], factors of the rows' attention, 0 for rows that do not count.
+        reach: only what is paid to tokens that lie so far before the row, or farther, counts.
     Returns:
         float [batch, kv_heads, length].
     """
@@ -220,6 +222,11 @@ def received(
         row_weights = row_weights.expand(-1, kv_heads, -1)
     out = keys.new_zeros(batch, kv_heads, length, dtype=torch.promote_types(keys.dtype, torch.float32))
     for b, h, rows, weights in _blocks(queries, keys, rule):
+        if reach:
+            first = length - queries.shape[2] + rows.start - reach + 1  # too near for the block's first row
+            near = weights[..., max(0, first) :]
+            too_near = torch.ones(near.shape[-2:], dtype=torch.bool, device=near.device).triu_(min(0, first))
+            near.masked_fill_(too_near, 0)
         by_row = weights.mean(2) if heads_by == "mean" else weights.amax(2)
         if row_weights is not None:
             by_row = by_row * row_weights[b, h, rows, None]

@@ -90,7 +90,7 @@ class Lesson:
         reply = prefill.tokens[:, prefill.start :]
         if reply.shape[1] < SHORTEST:
             return None
-        ordering = Ordering(0.5, form="lent", redecode=True)
+        ordering = Ordering(0.5, form="lent", reach=0, redecode=True)  # its heads compete by the scores
         with torch.no_grad(), compress(model, ordering), prefill.replayed(model):
             count = ordering.defer + 1  # by then it has ranked them
             model.generate(**inputs, do_sample=False, min_new_tokens=count, max_new_tokens=count)
