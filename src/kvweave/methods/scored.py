@@ -320,7 +320,7 @@ class ScoredMethod(Method):
         """Entries that each of the layer's heads keeps, by row, known without the other layers."""
         if self.allocation == "layer":
             pool = self.pool(view, self.rivals(view, quota, scores), quota)
-            return [list(share_out([pool.row(n)], self.floor)[0]) for n in range(view.batch)]
+            return [share_out([pool.row(n)], self.floor)[0] for n in range(view.batch)]
         return [[quota.budget] * (view.kv_heads * view.heads.size)] * view.batch
 
     # ------------------------------------------------------------ what is held until the cut

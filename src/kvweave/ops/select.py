@@ -8,11 +8,11 @@ from torch import Tensor
 
 from kvweave.ops.budget import floor
 
-_FEW = 512  # entries of a head up to which sorting them takes less than the calls that do without
+_FEW = 512  # entries of a head up to which calls take longer than what they compute
 
 
-def _sorts(x: Tensor) -> bool:
-    """True where one call that sorts takes less time than a dozen that do not: on a GPU, and of few."""
+def _bound_by_calls(x: Tensor) -> bool:
+    """True where one call that computes more takes less time than a dozen that compute less: on a GPU, and of few."""
     return x.is_cuda or x.shape[-1] <= _FEW
 
 
@@ -39,7 +39,7 @@ def places(mask: Tensor, count: int) -> Tensor:
     Returns:
         int64 [..., count].
     """
-    if _sorts(mask):
+    if _bound_by_calls(mask):
         return mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :count]
     rank = (mask.cumsum(-1) - 1).masked_fill_(~mask, count).clamp_(max=count)  # a place beyond for all others
     columns = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
@@ -54,7 +54,7 @@ def top(scores: Tensor, count: int) -> Tensor:
     Returns:
         int64 [batch, kv_heads, count].
     """
-    if _sorts(scores):
+    if _bound_by_calls(scores):
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
     return places(best(scores, count), count)
 
@@ -245,7 +245,7 @@ def pool(scores: Tensor, kernel: int) -> Tensor:
     length = scores.shape[-1]
     if kernel == 1 or length == 0:
         return scores
-    if scores.is_cuda or length <= _FEW:
+    if _bound_by_calls(scores):
         return F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2, count_include_pad=True)
     padded = F.pad(scores, (kernel // 2, kernel // 2))
     sums = padded[..., :length].clone()

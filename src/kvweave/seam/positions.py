@@ -158,7 +158,7 @@ def _listening(stack: nn.Module, config: Any) -> Iterator[dict[int, list[Any]]]:
         if isinstance(tables, tuple) and id(tables[0]) in makers:
             heard[module.layer_idx] = [makers[id(tables[0])][0]]
 
-    layers = lookup.layers_of(stack)
+    layers = set(lookup.layers_of(stack))
     for module in lookup.modules_of(stack):
         if module in layers:
             undo.append(module.register_forward_pre_hook(note_layer, with_kwargs=True))
