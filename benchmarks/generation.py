@@ -281,7 +281,7 @@ def packed(config: Any) -> Any:
 
 def continuous(method: Method) -> None:
     model, ids = tiny.text_model(), tiny.words(2, PROMPT).tolist()
-    settings = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64, page_size=16)
+    settings = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
     with kvweave.compress(model, method):
         model.generate_batch(
             ids, GenerationConfig(max_new_tokens=STEPS), continuous_batching_config=settings, warmup=False

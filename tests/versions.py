@@ -22,7 +22,10 @@ ROOT = Path(__file__).parent.parent
 HOME = ROOT / ".venv-versions"
 #: What CI runs on each, in about a minute.
 SUBSET = [
-    *(f"tests/seam/test_{name}.py" for name in ("names", "guard", "own_cache", "attention_name", "generate")),
+    *(
+        f"tests/seam/test_{name}.py"
+        for name in ("names", "guard", "own_cache", "attention_name", "generate", "compile")
+    ),
     "tests/seam/test_equals_masked_full_cache.py",
     "tests/seam/test_models.py",
 ]

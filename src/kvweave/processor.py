@@ -49,6 +49,9 @@ class PictureProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
         """The two parts."""
+        backend = kwargs.pop("backend", None)
+        if backend not in (None, "pil"):
+            raise ValueError(f"backend={backend!r} is not allowed: pictures are resized by Pillow, allowed is 'pil'")
         parts: tuple[Any, ...] = (cls.pictures, PreTrainedTokenizerFast)
         return [part.from_pretrained(path, **kwargs) for part in parts]
 

@@ -230,8 +230,9 @@ class Talk:
         start = self.logits.shape[1]
         cut = cut_of(self.cache, start, merged=True, mass_bias=self.method.biases_logits)
         if isinstance(self.method, Biased):
-            for seen in cut.bias.values():
-                seen += Biased.bias(torch.arange(start).expand(seen.shape)).double()
+            for seen in cut.bias.values():  # the prompt's entries, not of what was decoded behind it
+                prompt = seen[..., : self.end]
+                prompt += Biased.bias(torch.arange(self.end).expand(prompt.shape)).double()
         self.cuts.append(cut)
 
     def check(self):

@@ -73,10 +73,13 @@ def test_replies_at_once_through_preemptions_and_a_killed_server(served):
     few, lab = [*samples(12, task="lookup"), *samples(12, task="text_needle")], models.load("lab", dtype="float32")
     spelling = f"{METHOD}:budget={BUDGET}"
     expected = [generated(lab, sample, spelling, TOKENS, endless=True)[0] for sample in few]
-    with ThreadPoolExecutor(len(few)) as pool:
-        answers = list(pool.map(lambda n: ask(url, few[n], TOKENS, stream=bool(n % 2)), range(len(few))))
-    assert answers == expected
-    assert preemptions(process) > 0
+    for _ in range(5):  # how many replies meet in vLLM's few blocks depends on how fast prompts are read
+        with ThreadPoolExecutor(len(few)) as pool:
+            answers = list(pool.map(lambda n: ask(url, few[n], TOKENS, stream=bool(n % 2)), range(len(few))))
+        assert answers == expected
+        if preempted := preemptions(process):
+            break
+    assert preempted > 0
     seen.update(descendants(process))
     began = threading.Event()
     with ThreadPoolExecutor(8) as pool:

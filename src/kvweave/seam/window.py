@@ -26,7 +26,7 @@ class FixedWindow(DynamicSlidingWindowLayer):
         """What the layer holds, with room for the tokens to come."""
         window, seen = layer.sliding_window, layer.cumulative_length
         fixed = cls(window)
-        fixed.grown, fixed.dtype, fixed.device, fixed.is_initialized = layer, layer.dtype, layer.device, True
+        fixed.grown, fixed.device, fixed.is_initialized = layer, layer.device, True
         fixed.keys, fixed.values = (x.new_zeros(*x.shape[:2], window, x.shape[3]) for x in (layer.keys, layer.values))
         first = 0 if seen < window else 1  # a full window moves on by one when a token comes
         held = layer.keys.shape[2]
