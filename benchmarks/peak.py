@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "CHOOSING.md"
 BEGIN, END = (f"<!-- {word}: peak, written by `python -m benchmarks.peak` -->" for word in ("begin", "end"))
 BUDGET, PICTURES, TOKENS = 0.2, 8, 12
 BUDGETS = (0.2, 0.1, 0.05)
-COARSE = ("weave", "weave:coarse=2", "weave:coarse=3", "weave:form=even,coarse=2")
+COARSE = ("weave", "weave:coarse=2", "weave:coarse=1", "weave:form=even,coarse=2")
 
 
 def waits_for(method: Method) -> str:

@@ -105,7 +105,7 @@ def test_a_method_that_waits_holds_the_full_cache_at_its_peak(llama):
 
 
 def test_a_first_cut_is_what_is_held_till_the_cut(llama):
-    even = "weave:form=even,budget=0.1"
+    even = "weave:form=even,budget=0.2"
     whole, coarse = (
         footprint(str(llama), kvweave.parse_method(spelled), tokens=LENGTH, new_tokens=0)
         for spelled in (even, f"{even},coarse=2")
@@ -114,7 +114,7 @@ def test_a_first_cut_is_what_is_held_till_the_cut(llama):
     assert coarse.before_cut == 2 * whole.kept == 2 * coarse.kept
     assert whole.before_cut == whole.full
     assert coarse.peak < whole.peak == coarse.full_peak
-    unknown = kvweave.parse_method("weave:budget=0.1,coarse=2")  # no profile: the whole prompt is held
+    unknown = kvweave.parse_method("weave:budget=0.2,coarse=2")  # no profile: the whole prompt is held
     assert footprint(str(llama), unknown, tokens=LENGTH, new_tokens=0) == whole
 
 

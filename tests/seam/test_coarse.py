@@ -1,6 +1,7 @@
 """A first cut straight after each layer's attention, before the one that waits for decoded tokens."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,15 @@ def test_heads_hold_twice_their_share_of_a_profile(profile, mix, lengths):
         assert counts == [[min(length, 2 * share) for share in layer] for layer in shares]
         left = sum(len(head) for layer in kept(session.cache, 40) for head in layer[row])
         assert left == 4 * int(0.25 * length)
+
+
+@pytest.mark.parametrize("budget", [0.05, 3, 0.2, 0.25])
+def test_of_a_small_budget_heads_hold_what_a_fifth_of_the_prompt_would_leave_them(budget):
+    model, inputs = text_model(), text_inputs((40, 29))
+    _, held = first_cut(model, replace(LENT, budget=budget, coarse=1.5), inputs, 40)
+    for row, length in enumerate((40, 29)):
+        own = int(max(budget, 0.2) * length) if budget != 3 else int(0.2 * length)
+        assert {len(head) for layer in held for head in layer[row]} == {math.ceil(1.5 * own)}
 
 
 @pytest.mark.parametrize("allocation", ["profile", "global"])

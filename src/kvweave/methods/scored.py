@@ -26,7 +26,7 @@ from kvweave.ops.select import lend, of_some, ragged_places, ranks_by, top_and_r
 from kvweave.plan import Plan
 from kvweave.view import LayerView
 
-_LEAST = 0.1  # share of a prompt that a coarse cut goes by at least: of less, too little is known before the reply
+_LEAST = 0.2  # share of a prompt that a coarse cut goes by at least: of less, too little is known before the reply
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class ScoredMethod(Method):
         lo=0,
         hi=math.inf,
         open_hi=True,
-        help="with defer: a head holds so many times its entries until the cut, or what it would keep of a tenth of "
+        help="with defer: a head holds so many times its entries until the cut, or what it would keep of a fifth of "
         "the prompt, by the prompt's own rows; 0: all",
     )
 
