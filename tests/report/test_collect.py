@@ -12,11 +12,15 @@ METHODS = ("flowmm", "flowmm:theta=0.45,budget=40", "snapkv", "h2o", "random", "
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
+def subject() -> Subject:
     model, processor = models.load()
     sample = lab.example(images=3, task="lookup")
     inputs = models.encode(processor, sample.messages())
-    subject = Subject("lab", model, processor, inputs, sample.images, sample.question, sample.answer)
+    return Subject("lab", model, processor, inputs, sample.images, sample.question, sample.answer)
+
+
+@pytest.fixture(scope="module")
+def run(subject: Subject) -> Run:
     return compare(subject, [parse_method(method) for method in METHODS], 8, 1, "kvweave run")
 
 
@@ -51,6 +55,23 @@ def test_the_whole_budget_changes_nothing(run: Run) -> None:
     whole = run.answers[-1]
     assert whole.text == run.full.text
     assert whole.cache_bytes == run.full.cache_bytes
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "share"),
+    [
+        ("weave:defer=20", "was over before, and nothing was cut", 1.0),
+        ("weave:defer=20,redecode=True", "then decodes them again", 0.25),
+        ("weave:defer=1", "they stay in the answer", 0.25),
+    ],
+)
+def test_an_answer_that_is_over_before_the_cut_is_said_to_be_whole(
+    subject: Subject, method: str, said: str, share: float
+) -> None:
+    run = compare(subject, [parse_method(method, budget=0.2)], 8, 1, "kvweave run")
+    assert [note for note in run.notes if "cuts once" in note and said in note]
+    assert run.answers[0].cache_bytes <= share * run.full.cache_bytes
+    assert (run.answers[0].cache_bytes == run.full.cache_bytes) is (share == 1)
 
 
 def test_a_method_draws_itself() -> None:

@@ -15,6 +15,17 @@ from kvweave.plan import Plan
 from kvweave.view import LayerView
 
 
+def surprise_option() -> float:
+    """As every method that reads a prompt again declares it."""
+    return real(
+        0.0,
+        lo=0,
+        hi=math.inf,
+        open_hi=True,
+        help="nats: a row that is read again counts by what it leads to; 0: alike",
+    )
+
+
 @register("kvzip")
 @dataclass(frozen=True)
 class KVzip(ScoredMethod):
@@ -49,13 +60,7 @@ class KVzip(ScoredMethod):
 
     replay: bool = flag(True, help="without probes and defer, read the prompt again before it is cut")
     images: bool = flag(False, help="read the images again, too, instead of describing them")
-    surprise: float = real(
-        0.0,
-        lo=0,
-        hi=math.inf,
-        open_hi=True,
-        help="nats: a row that is read again counts by what it leads to; 0: alike",
-    )
+    surprise: float = surprise_option()
 
     @property
     def needs(self) -> Needs:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvweave.methods.allocation import Quota
 from kvweave.methods.base import Method
+from kvweave.methods.kvzip import surprise_option
 from kvweave.methods.merging import MergingMethod
 from kvweave.methods.needs import ALL_ROWS, Needs
 from kvweave.methods.options import choice, flag, integer, real
@@ -122,13 +123,7 @@ class Weave(MergingMethod, ScoredMethod):
         "tokens back, or a quarter of the prompt; 0: by the scores",
     )
     replay: bool = flag(False, help="read the prompt again where it is cut before a reply has begun, without probes")
-    surprise: float = real(
-        0.0,
-        lo=0,
-        hi=math.inf,
-        open_hi=True,
-        help="nats: a row that is read again counts by what it leads to; 0: alike",
-    )
+    surprise: float = surprise_option()
     _explicit: ClassVar[frozenset[str]] = frozenset()  # options that were spelled
 
     def __new__(cls, *args: Any, **options: Any) -> "Weave":

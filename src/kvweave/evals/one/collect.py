@@ -89,7 +89,7 @@ def compare(
         command=command,
         machine=machine(str(subject.model.device)),
         versions=store.versions(),
-        notes=_notes(subject, unknown_words(subject.processor, subject.inputs), grids, methods),
+        notes=_notes(subject, grids, methods, [generations[-1] for generations in generations_of[1:]]),
         long=behind,
     )
 
@@ -122,10 +122,17 @@ def _decode_behind(
     return Long(length, speeds)
 
 
-def _notes(subject: Subject, unknown: int, grids: Sequence[Grid], methods: Sequence[Method]) -> list[str]:
-    """What a reader should know."""
+def _notes(
+    subject: Subject, grids: Sequence[Grid], methods: Sequence[Method], answers: Sequence[Generation]
+) -> list[str]:
+    """What a reader should know.
+
+    Args:
+        answers: one by each method.
+    """
     works = [working(method, subject.model) for method in methods]
-    notes = [_deferred(method) for method in works if method.defer]
+    notes = [_deferred(method, answer) for method, answer in zip(works, answers, strict=True) if method.defer]
+    unknown = unknown_words(subject.processor, subject.inputs)
     if subject.name in LABS and subject.right is None:
         notes.insert(0, OWN_WORLD)
     if unknown:
@@ -146,9 +153,12 @@ def _notes(subject: Subject, unknown: int, grids: Sequence[Grid], methods: Seque
     return notes
 
 
-def _deferred(method: Method) -> str:
+def _deferred(method: Method, answer: Generation) -> str:
     """Where the first tokens of an answer come from."""
     first = f"{method.name} cuts once {method.defer} tokens are decoded from the full cache"
+    if answer.report["deferred"] is None:
+        over = f"this answer, of {answer.tokens}, was over before, and nothing was cut"
+        return f"{first}: {over}; with redecode=True it is decoded again, from what is kept."
     return f"{first}, then decodes them again." if method.redecode else f"{first}; they stay in the answer."
 
 
