@@ -196,12 +196,8 @@ class LayerView:
         `reach` tokens before it, or a quarter of the slots, or farther: [batch, kv_heads, length] (SPEC 17.7)."""
 
         def compute() -> Tensor:
-            queries, rule, mask = self.all_queries(), self.rule, self.rule.mask
-            first = max(0, queries.shape[2] - rows)
-            if mask is not None and first:
-                rule = replace(rule, mask=lambda start, stop: mask(first + start, first + stop))
-            far = min(reach, self.length // 4)
-            return statistics.received(queries[:, :, first:], self.keys, rule, "max", "max", reach=far)
+            queries, rule = self.last_rows(rows)
+            return statistics.received(queries, self.keys, rule, "max", "max", reach=min(reach, self.length // 4))
 
         return self.once(("far", rows, reach), compute)
 
@@ -252,19 +248,17 @@ class LayerView:
     def hold_rows(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Let `reference_rows` and `prompt_attention` of as many rows be asked for once queries are released."""
         rows_and_mask: tuple[Tensor, Tensor | None] = self.once(
-            ("reference queries", rows), lambda: self._last_rows(rows)
+            ("reference queries", rows), lambda: self._copied_rows(rows)
         )
         return rows_and_mask
 
-    def _last_rows(self, rows: int) -> tuple[Tensor, Tensor | None]:
+    def _copied_rows(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Queries [batch, heads, n, dim] of the last tokens, and the model's mask of their rows or None."""
-        queries = self.all_queries()
-        count = queries.shape[2]
-        first = max(0, count - rows)
-        mask = None if self.rule.mask is None else self.rule.mask(first, count).clone()
+        queries, rule = self.last_rows(rows)
+        mask = None if rule.mask is None else rule.mask(0, queries.shape[2]).clone()
         if mask is not None:
             mask = mask.expand(self.batch, *mask.shape[1:])
-        return queries[:, :, first:].clone(), mask
+        return queries.clone(), mask
 
     def flow(self, rows: int = 0, seed: int = 0) -> Flow:
         """The layer's cross-modal flow ratios, [batch] each (SPEC 3, step 1).
@@ -284,6 +278,14 @@ class LayerView:
 
     def _flow(self, sums: Tensor) -> Flow:
         return statistics.flow_ratio(sums, self.visual, self.row_visual(), self.over_heads)
+
+    def last_rows(self, rows: int) -> tuple[Tensor, AttentionRule]:
+        """Queries of the last `rows` rows, all where there are fewer, and the rule by which they attend."""
+        queries, mask = self.all_queries(), self.rule.mask
+        first = max(0, queries.shape[2] - rows)
+        if mask is None or not first:
+            return queries[:, :, first:], self.rule
+        return queries[:, :, first:], replace(self.rule, mask=lambda start, stop: mask(first + start, first + stop))
 
     def some_rows(self, index: Tensor) -> tuple[Tensor, AttentionRule]:
         """Queries of the rows `index` [batch, n], and the rule by which they attend as they did among all rows."""
@@ -345,12 +347,12 @@ class LayerView:
 
     def density(self, rows: int, share: float) -> Tensor:
         """Fraction of what the last `rows` see that reaches `share` of their maximum: [batch] (SPEC 10.6)."""
-        first, mask = self.rows - rows, self.rule.mask
-        rule = self.rule if mask is None else replace(self.rule, mask=lambda i, j: mask(first + i, first + j))
-        return self.once(
-            ("density", rows, share),
-            lambda: spread.row_density(self.all_queries()[:, :, first:], self.keys, rule, share, self.over_heads),
-        )
+
+        def compute() -> Tensor:
+            queries, rule = self.last_rows(rows)
+            return spread.row_density(queries, self.keys, rule, share, self.over_heads)
+
+        return self.once(("density", rows, share), compute)
 
     def text_step(self) -> Tensor:
         """The first of the last two text tokens that stand in neighbouring columns: int64 [batch, kv_heads].

@@ -54,7 +54,7 @@ class Attention:
         options = self.options if sinks is None else self.options | {"s_aux": sinks[heads]}
         return Attention(self.function, self.base, self.module, options)
 
-    def read(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
+    def output(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
         """What the module's attention says; a method by name, which torch 2.11 can compile where it was made."""
         return self.function(self.module, query, key, value, mask, **(self.options | more))
 
@@ -82,7 +82,7 @@ def _to_block(
         if mask is not None:
             more = {"is_causal": False}  # the mask says it all
     mask = mask if mask is None or mask.shape[1] == 1 else by_head(mask, query.shape[1])
-    return attention.read(query, *tensors, mask, **more), mask
+    return attention.output(query, *tensors, mask, **more), mask
 
 
 def _read(attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, link: Link) -> Read:

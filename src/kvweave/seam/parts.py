@@ -26,7 +26,7 @@ def by_flash(
     if slots.has_positions:
         visible = slots.shown(mask)
         mask = None if visible is None else visible[:, 0]
-    return attention.read(query, *(tensors or slots.tensors), mask), None
+    return attention.output(query, *(tensors or slots.tensors), mask), None
 
 
 def by_part(
